@@ -1,0 +1,117 @@
+"""The upper level of the search: one step on the architecture parameters alpha and beta.
+
+First order:   grad_a L_val(w, a).
+Unrolled:      grad_a L_val(w - xi * d(w, a), a), with d the step that SGD would take on the training loss,
+               momentum and weight decay included (Liu et al. 2019, DARTS, equations 6 to 8):
+
+    d  = mu * v + grad_w L_train(w, a) + lambda * w,          w' = w - xi * d
+    grad_a L_val(w', a) - xi * [grad_a L_train(w+, a) - grad_a L_train(w-, a)] / (2 * epsilon),
+    w+- = w +- epsilon * grad_w' L_val(w', a),                epsilon = 0.01 / |grad_w' L_val(w', a)|
+
+The difference stands for the product of a Hessian and a vector. Differentiating through the virtual step exactly
+(a double backward) is as short to write, but keeps the graph of the gradient and so about twice the memory; a
+test holds this step to it.
+"""
+
+import torch
+from torch.func import functional_call
+
+FINITE_DIFFERENCE = 0.01
+
+
+class Architect:
+    """Steps alpha and beta of a supernet on validation batches.
+
+    net: the supernet, with `architecture()` and `weights()`.
+    optimizer: Adam over `net.architecture()`.
+    loss: loss(forward, batch) -> scalar, where forward(x) is the network's output.
+    penalty: penalty() -> scalar on alpha and beta alone, added to the validation loss (regulariser, complexity).
+    weight_optimizer: the SGD of the weights, for the unrolled step; None means first order.
+    batch_statistics: BatchNorm normalises by the batch in this step; else by its running statistics, as the
+        released code does. Neither changes the running statistics.
+    """
+
+    def __init__(self, net, optimizer, loss, penalty=None, weight_optimizer=None, batch_statistics=False):
+        self.net = net
+        self.optimizer = optimizer
+        self.loss = loss
+        self.penalty = penalty
+        self.weight_optimizer = weight_optimizer
+        self.batch_statistics = batch_statistics
+
+    def step(self, batch, training_batch=None):
+        """One step of the optimizer; returns the validation loss before it, penalty included, as a tensor.
+
+        The gradients and values of the weights and BatchNorm's statistics are left as they were.
+        training_batch is the batch of the virtual step, needed by the unrolled step only.
+        """
+        was_training = self.net.training
+        self.net.train(self.batch_statistics)
+        try:
+            if self.weight_optimizer is None:
+                loss, gradient = self.first_order(batch)
+            else:
+                loss, gradient = self.unrolled(batch, training_batch)
+        finally:
+            self.net.train(was_training)
+        for parameter, g in zip(self.net.architecture(), gradient, strict=True):
+            parameter.grad = g
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def first_order(self, batch):
+        """(L_val, [grad_alpha, grad_beta]) at the present weights."""
+        loss = self.validation_loss(self.net.weights(), batch)
+        return loss.detach(), torch.autograd.grad(loss, self.net.architecture())
+
+    def unrolled(self, batch, training_batch):
+        """(L_val, [grad_alpha, grad_beta]) after one virtual step of the weights on the training batch."""
+        weights, architecture = self.net.weights(), self.net.architecture()
+        virtual = self.virtual_weights(training_batch)
+        loss = self.validation_loss(virtual, batch)
+        gradients = torch.autograd.grad(loss, [*architecture, *virtual])
+        direct, vector = gradients[: len(architecture)], gradients[len(architecture) :]
+        del virtual, gradients
+        product = self.hessian_vector_product(weights, vector, training_batch)
+        rate = self.weight_optimizer.param_groups[0]["lr"]
+        return loss.detach(), [d - rate * p for d, p in zip(direct, product, strict=True)]
+
+    def virtual_weights(self, training_batch):
+        """w' = w - xi * (mu * v + grad_w L_train + lambda * w), as leaves that require a gradient."""
+        group = self.weight_optimizer.param_groups[0]
+        weights = self.net.weights()
+        gradient = torch.autograd.grad(self.training_loss(weights, training_batch), weights)
+        virtual = []
+        for w, g in zip(weights, gradient, strict=True):
+            momentum = self.weight_optimizer.state.get(w, {}).get("momentum_buffer")
+            step = g.add(w.detach(), alpha=group["weight_decay"])
+            if momentum is not None:
+                step = step.add(momentum, alpha=group["momentum"])
+            virtual.append(torch.add(w.detach(), step, alpha=-group["lr"]).requires_grad_())
+        return virtual
+
+    def hessian_vector_product(self, weights, vector, training_batch):
+        """(grad_a L_train(w + e v, a) - grad_a L_train(w - e v, a)) / 2e, for alpha and beta."""
+        norm = torch.sqrt(sum(v.square().sum() for v in vector))
+        epsilon = FINITE_DIFFERENCE / norm
+
+        def gradient_at(sign):
+            moved = [(w + sign * epsilon * v).detach() for w, v in zip(weights, vector, strict=True)]
+            loss = self.training_loss(moved, training_batch)
+            return torch.autograd.grad(loss, self.net.architecture())
+
+        after, before = gradient_at(1), gradient_at(-1)
+        return [(a - b) / (2 * epsilon) for a, b in zip(after, before, strict=True)]
+
+    def validation_loss(self, weights, batch):
+        loss = self.training_loss(weights, batch)
+        return loss if self.penalty is None else loss + self.penalty()
+
+    def training_loss(self, weights, batch):
+        """The loss of a batch with the given weights in place of the network's own."""
+        given = {id(own): w for own, w in zip(self.net.weights(), weights, strict=True)}
+        state = {name: given.get(id(p), p) for name, p in self.net.named_parameters()}
+        # BatchNorm updates its statistics in place: it gets copies, so that the network's stay as they were.
+        state |= {name: buffer.clone() for name, buffer in self.net.named_buffers()}
+        return self.loss(lambda x: functional_call(self.net, state, (x,)), batch)

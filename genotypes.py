@@ -1,0 +1,210 @@
+"""The vocabulary of the search space and every architecture found in it.
+
+A genotype is a plain literal: per cell the kinds of its four multi-scale modules, and per cell and branch
+the three edges of its attention module. `train_search_batch.py` appends what it finds to this file;
+`train_model_batch.py --arch NAME` picks one by its name.
+"""
+
+import ast
+import builtins
+import json
+import keyword
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+# The nine candidate operations of an attention edge, in the order of the columns of beta.
+PRIMITIVES = (
+    "none",
+    "skip_connect",
+    "sep_conv_3x3",
+    "dil_conv_3x3",
+    "sep_conv_3x3_spatial",
+    "dil_conv_3x3_spatial",
+    "SE",
+    "SE_A_M",
+    "CBAM",
+)
+
+# The two kinds of multi-scale module, in the order of the columns of alpha.
+MODULES = ("parallel", "fusion")
+
+CELLS = 3  # cell k = 1, 2, 3 has k + 1 branches
+MODULES_PER_CELL = 4
+BRANCHES = (2, 3, 4)
+# Node U_1 has one edge (from F_1); node U_2 has two (from F_2 and from U_1).
+EDGES = 3
+NODE_EDGES = ((0,), (1, 2))
+
+
+class GenotypeError(ValueError):
+    """A genotype that is malformed, unknown, or already there: a mistake that one line explains."""
+
+
+class Genotype(NamedTuple):
+    """An architecture of the search space.
+
+    modules: 3 cells of 4 names out of `MODULES`, in the order in which they are applied.
+    attention: 3 cells of 2, 3 and 4 branches (finest first) of 3 edges, each a name out of `PRIMITIVES`:
+        F_1 -> U_1, F_2 -> U_2, U_1 -> U_2. "none" is an edge that was dropped.
+    """
+
+    modules: tuple[tuple[str, ...], ...]
+    attention: tuple[tuple[tuple[str, ...], ...], ...]
+
+
+def check(genotype):
+    """Return the genotype as nested tuples, or raise GenotypeError saying which entry is wrong.
+
+    `genotype` is a Genotype, or a mapping with its two fields (as read from a genotype.json).
+    """
+    fields = genotype._asdict() if isinstance(genotype, Genotype) else genotype
+    if not isinstance(fields, dict) or set(fields) != set(Genotype._fields):
+        raise GenotypeError(f"a genotype has the entries {' and '.join(Genotype._fields)}, not {_brief(fields)}")
+
+    modules = _sequence(fields["modules"], CELLS, "modules", "cells")
+    modules = tuple(
+        tuple(
+            _word(word, MODULES, f"modules[{c}][{m}]")
+            for m, word in enumerate(_sequence(cell, MODULES_PER_CELL, f"modules[{c}]", "modules"))
+        )
+        for c, cell in enumerate(modules)
+    )
+    attention = _sequence(fields["attention"], CELLS, "attention", "cells")
+    attention = tuple(
+        tuple(
+            tuple(
+                _word(word, PRIMITIVES, f"attention[{c}][{b}][{e}]")
+                for e, word in enumerate(_sequence(edges, EDGES, f"attention[{c}][{b}]", "edges"))
+            )
+            for b, edges in enumerate(_sequence(cell, BRANCHES[c], f"attention[{c}]", "branches"))
+        )
+        for c, cell in enumerate(attention)
+    )
+    return Genotype(modules, attention)
+
+
+def _sequence(value, length, where, what):
+    if not isinstance(value, (tuple, list)):
+        raise GenotypeError(f"{where} must be a sequence of {length} {what}, not {_brief(value)}")
+    if len(value) != length:
+        raise GenotypeError(f"{where} has {len(value)} {what}; it must have {length}")
+    return value
+
+
+def _word(value, allowed, where):
+    if value not in allowed:
+        raise GenotypeError(f"{where} is {_brief(value)}; allowed are {', '.join(allowed)}")
+    return str(value)
+
+
+def _brief(value):
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def literal(genotype):
+    """The genotype as the Python expression that stands in this file: one line a cell or a branch."""
+    genotype = check(genotype)
+
+    def words(names):
+        return "(" + ", ".join(f'"{name}"' for name in names) + ")"
+
+    lines = ["Genotype(", "    modules=("]
+    lines += [f"        {words(cell)}," for cell in genotype.modules]
+    lines += ["    ),", "    attention=("]
+    for cell in genotype.attention:
+        lines += ["        (", *(f"            {words(edges)}," for edges in cell), "        ),"]
+    lines += ["    ),", ")"]
+    return "\n".join(lines)
+
+
+def named():
+    """Every genotype of this file by its name, oldest first."""
+    return {name: value for name, value in globals().items() if isinstance(value, Genotype)}
+
+
+def find(arch=None):
+    """(name, Genotype) of an architecture: a name in this file, a path to a genotype.json, or the newest.
+
+    Raises GenotypeError for an unknown name, or a file that holds no genotype.
+    """
+    known = named()
+    if arch is None:
+        arch = list(known)[-1]
+    if arch in known:
+        return arch, check(known[arch])
+    if not arch.endswith(".json"):
+        newest = ", ".join(list(known)[-5:])
+        raise GenotypeError(f"--arch {arch}: no such genotype; there are {newest}; or give a run's genotype.json")
+    return arch, read_json(arch)
+
+
+def read_json(path):
+    """The Genotype in a genotype.json; raises GenotypeError naming the file if there is none."""
+    try:
+        return check(json.loads(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise GenotypeError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise GenotypeError(f"{path}: not a genotype: {error}") from None
+
+
+def write_json(genotype, path):
+    """Write the genotype to a file that `read_json` reads."""
+    _replace(Path(path), json.dumps(check(genotype)._asdict(), indent=1) + "\n")
+
+
+def check_new_name(name, path=__file__):
+    """Raise GenotypeError unless `name` can be added to the file of genotypes at `path`."""
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise GenotypeError(f"--name {name}: not a Python identifier (letters, digits and _, no digit first)")
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    taken = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    taken |= {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    if name in taken or name in globals() or hasattr(builtins, name):
+        raise GenotypeError(f"--name {name}: already taken in {Path(path).name}; choose another name")
+
+
+def append(name, genotype, comment, path=__file__):
+    """Add a named genotype at the end of the file at `path`, with a comment of one line above it.
+
+    The file is valid Python at every instant, and a lock makes two searches that end together take turns.
+    Raises GenotypeError where the name is taken or no identifier.
+    """
+    path = Path(path)
+    with _locked(path):
+        check_new_name(name, path)
+        text = path.read_text(encoding="utf-8").rstrip("\n")
+        comment = " ".join(comment.split())
+        _replace(path, f"{text}\n\n# {comment}\n{name} = {literal(genotype)}\n")
+
+
+@contextmanager
+def _locked(path):
+    lock = path.with_suffix(".lock")
+    with open(lock, "w") as handle:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        else:
+            import msvcrt
+
+            msvcrt.locking(handle.fileno(), msvcrt.LK_LOCK, 1)
+        yield
+
+
+def _replace(path, text):
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(handle.name, path)
+
+
+# --- architectures found -------------------------------------------------------------------------------------

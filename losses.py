@@ -1,0 +1,113 @@
+"""The losses: external, internal, total variation, SSIM; architecture regularisation; model complexity.
+
+A batch holds whole scenes: `outputs` O and the rainy images are NxCxHxW, `clean` B is SxCxHxW, and `scene` is a
+LongTensor of N indices into B that says which scene each output belongs to. A scene may have any number of
+densities; the terms are vectorised over all of them. Images are in [0, 1]. Source: Cai et al., TCSVT 2023.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+SSIM_WINDOW = 11
+SSIM_SIGMA = 1.5
+
+
+def ssim(x, y):
+    """Structural similarity of each image of two NxCxHxW batches in [0, 1], averaged over C, H, W: N values.
+
+    Gaussian window 11x11, sigma 1.5, population covariance, range 1, no border (Wang et al. 2004; the same as
+    scikit-image's with these options). Raises ValueError where H or W is under 11.
+    """
+    if min(x.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs images of at least 11x11 pixels, not {x.shape[-2]}x{x.shape[-1]}")
+    offsets = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
+    window = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
+    window = window / window.sum()
+    maps = torch.cat([x, y, x * x, y * y, x * y], 1)
+    channels = maps.shape[1]
+    kernel = window.expand(channels, 1, 1, SSIM_WINDOW)
+    maps = F.conv2d(F.conv2d(maps, kernel, groups=channels), kernel.transpose(2, 3), groups=channels)
+    mean_x, mean_y, xx, yy, xy = maps.chunk(5, 1)
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * (xy - mean_x * mean_y) + c2) / (xx - mean_x**2 + yy - mean_y**2 + c2)
+    return (luminance * structure).mean((1, 2, 3))
+
+
+def external(outputs, clean, scene):
+    """sum over d of MSE(O_d, B) + 1 - SSIM(O_d, B), averaged over the scenes."""
+    target = clean[scene]
+    mse = (outputs - target).square().mean((1, 2, 3))
+    return (mse + 1 - ssim(outputs, target)).sum() / len(clean)
+
+
+def internal(outputs, scene, scenes):
+    """sum over d < e of MSE(O_d, O_e), averaged over the `scenes` scenes; 0 for a scene of one image.
+
+    Uses sum_{d<e} |O_d - O_e|^2 = D * sum_d |O_d - mean of O|^2, which needs no pairs.
+    """
+    count = torch.bincount(scene, minlength=scenes).to(outputs.dtype)
+    total = outputs.new_zeros(scenes, *outputs.shape[1:]).index_add(0, scene, outputs)
+    mean = total / count.clamp(min=1).view(-1, 1, 1, 1)
+    spread = (outputs - mean[scene]).square().mean((1, 2, 3))
+    return (count[scene] * spread).sum() / scenes
+
+
+def total_variation(outputs):
+    """2 * (mean squared vertical + mean squared horizontal difference) of NxCxHxW."""
+    vertical = outputs.diff(dim=2).square().mean()
+    horizontal = outputs.diff(dim=3).square().mean()
+    return 2 * (vertical + horizontal)
+
+
+def multi_to_one(outputs, clean, scene, use_internal=True, tv_weight=1e-4):
+    """The loss on the weights: external + 1e-4 * total variation + internal (from the 6th epoch on).
+
+    With one rainy image a scene (one-to-one training) the internal term is zero.
+    """
+    loss = external(outputs, clean, scene) + tv_weight * total_variation(outputs)
+    if use_internal:
+        loss = loss + internal(outputs, scene, len(clean))
+    return loss
+
+
+# --- the search only -----------------------------------------------------------------------------------------
+
+
+def architecture_regulariser(*distributions):
+    """sum over alpha, beta of mean(-a log10 a - (1 - a) log10(1 - a)): 0 where every choice is made.
+
+    distributions: softmaxed alpha and beta, each RxK; 0 log 0 = 0, with gradient 0 there.
+    """
+    return sum(_binary_entropy(a).mean() for a in distributions)
+
+
+def _binary_entropy(a):
+    # where() twice: the logarithm's infinite slope at 0 and 1 must not reach the gradient as 0 * inf.
+    inside = (a > 0) & (a < 1)
+    a = torch.where(inside, a, 0.5)
+    entropy = torch.special.entr(a) + torch.special.entr(1 - a)
+    return torch.where(inside, entropy, 0.0) / math.log(10)
+
+
+def complexity(distributions, sizes):
+    """Expected relative size: for each module and edge expected size / largest choice's, averaged over all.
+
+    distributions: softmaxed alpha and beta, each RxK; sizes: the size of each choice (`choice_sizes`), same shapes.
+    """
+    relative = [
+        (a * size).sum(-1) / size.amax(-1) for a, size in zip(distributions, sizes, strict=True)
+    ]
+    return torch.cat(relative).mean()
+
+
+def count_parameters(module):
+    """Learnable parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def choice_sizes(choices):
+    """RxK float tensor of the parameters of each candidate, from R lists of K modules (alpha's or beta's)."""
+    return torch.tensor([[float(count_parameters(module)) for module in row] for row in choices])

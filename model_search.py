@@ -1,0 +1,157 @@
+"""The supernet: every candidate module and operation at once, mixed by the architecture parameters."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from genotypes import (
+    BRANCHES,
+    CELLS,
+    EDGES,
+    MODULES,
+    MODULES_PER_CELL,
+    NODE_EDGES,
+    PRIMITIVES,
+    Genotype,
+)
+from operations import (
+    MULTI_SCALE,
+    NODES,
+    OPERATIONS,
+    AttentionModule,
+    Head,
+    check_channels,
+    pad_to_multiple,
+    stem,
+    transitions,
+)
+
+
+class MixedModule(nn.Module):
+    """sum over kinds m of alpha_m * m(xs), with xs a list of one map a branch; every kind reads the same xs."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.kinds = nn.ModuleDict({name: MULTI_SCALE[name](channels) for name in MODULES})
+
+    def forward(self, xs, alpha):
+        candidates = zip(*(kind(xs) for kind in self.kinds.values()), strict=True)
+        return [sum(a * y for a, y in zip(alpha, ys, strict=True)) for ys in candidates]
+
+
+class MixedOperation(nn.Module):
+    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW. `none` adds nothing, so it is not computed."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.operations = nn.ModuleDict({name: OPERATIONS[name](channels) for name in PRIMITIVES})
+
+    def forward(self, x, beta):
+        weighted = zip(beta, self.operations.items(), strict=True)
+        return sum(b * operation(x) for b, (name, operation) in weighted if name != "none")
+
+
+class MixedAttention(AttentionModule):
+    """The attention module with a mixed operation on each of its three edges."""
+
+    def __init__(self, channels):
+        super().__init__(channels, [MixedOperation(channels // NODES) for _ in range(EDGES)])
+
+    def forward(self, x, beta):
+        return self.attend(x, [partial(edge, beta=b) for edge, b in zip(self.edges, beta, strict=True)])
+
+
+class SearchCell(nn.Module):
+    """Four mixed modules in sequence, then one mixed attention module a branch."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.multi_scale = nn.ModuleList(MixedModule(channels) for _ in range(MODULES_PER_CELL))
+        self.attention = nn.ModuleList(MixedAttention(c) for c in channels)
+
+    def forward(self, xs, alpha, beta):
+        """xs: one map a branch; alpha: 4x2; beta: branches x 3 x 9; both already through the softmax."""
+        for module, a in zip(self.multi_scale, alpha, strict=True):
+            xs = module(xs, a)
+        return [attention(x, b) for attention, x, b in zip(self.attention, xs, beta, strict=True)]
+
+
+class SearchNetwork(nn.Module):
+    """The supernet: Nx3xHxW in [0, 1] -> Nx3xHxW, not clamped; any H and W.
+
+    channels: widths of the branches at scales 1, 1/2, 1/4, 1/8, four even numbers.
+    residual: learn the difference to the input instead of the output (not in the paper).
+    alpha (12x2) weighs the kinds of each module, beta (27x9) the operations of each edge, cell by cell, branch
+    by branch, edge by edge; both are raw and go through a softmax in the forward pass.
+    """
+
+    def __init__(self, channels=(32, 64, 128, 256), residual=False):
+        super().__init__()
+        self.channels = check_channels(channels)
+        self.residual = residual
+        self.stem = stem(self.channels[0])
+        self.transitions = transitions(self.channels)
+        self.cells = nn.ModuleList(SearchCell(self.channels[:branches]) for branches in BRANCHES)
+        self.head = Head(self.channels)
+        self.alpha = nn.Parameter(1e-3 * torch.randn(CELLS * MODULES_PER_CELL, len(MODULES)))
+        self.beta = nn.Parameter(1e-3 * torch.randn(sum(BRANCHES) * EDGES, len(PRIMITIVES)))
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        padded = pad_to_multiple(x)
+        alpha = self.alpha.softmax(-1).unflatten(0, (CELLS, MODULES_PER_CELL))
+        beta = self.beta.softmax(-1).unflatten(0, (-1, EDGES)).split(BRANCHES)
+        xs = [self.stem(padded)]
+        for transition, cell, a, b in zip(self.transitions, self.cells, alpha, beta, strict=True):
+            xs = cell(transition(xs), a, b)
+        output = self.head(xs)
+        if self.residual:
+            output = output + padded
+        return output[..., :height, :width]
+
+    def architecture(self):
+        """The architecture parameters, [alpha, beta]."""
+        return [self.alpha, self.beta]
+
+    def weights(self):
+        """Every parameter but alpha and beta."""
+        return [p for p in self.parameters() if p is not self.alpha and p is not self.beta]
+
+    def module_choices(self):
+        """Per row of alpha the list of its candidate modules, in the order of its columns."""
+        return [list(mixed.kinds.values()) for cell in self.cells for mixed in cell.multi_scale]
+
+    def operation_choices(self):
+        """Per row of beta the list of its candidate operations, in the order of its columns."""
+        edges = [edge for cell in self.cells for attention in cell.attention for edge in attention.edges]
+        return [list(edge.operations.values()) for edge in edges]
+
+    def genotype(self):
+        """The architecture that alpha and beta say now: the strongest kind of each module and operation of each
+        edge. An edge whose strongest operation is `none` is dropped, but a node keeps its best edge.
+        """
+        alpha = self.alpha.detach().softmax(-1).cpu()
+        beta = self.beta.detach().softmax(-1).cpu()
+        kinds = [MODULES[i] for i in alpha.argmax(-1)]
+        modules = tuple(
+            tuple(kinds[k * MODULES_PER_CELL : (k + 1) * MODULES_PER_CELL]) for k in range(CELLS)
+        )
+        attention = tuple(
+            tuple(strongest_edges(b) for b in branches)
+            for branches in beta.unflatten(0, (-1, EDGES)).split(BRANCHES)
+        )
+        return Genotype(modules, attention)
+
+
+def strongest_edges(beta):
+    """The operation names of one attention module's three edges from its 3x9 softmaxed beta."""
+    names = [PRIMITIVES[i] for i in beta.argmax(-1)]
+    none = PRIMITIVES.index("none")
+    for edges in NODE_EDGES:
+        if all(names[edge] == "none" for edge in edges):
+            rows = beta[list(edges)].clone()
+            rows[:, none] = -1
+            best = edges[rows.amax(-1).argmax()]
+            names[best] = PRIMITIVES[rows[edges.index(best)].argmax()]
+    return tuple(names)

@@ -1,0 +1,298 @@
+"""The building blocks: nine attention operations, and the multi-scale modules of both networks.
+
+Feature maps are NxCxHxW; a list of them holds one map a branch, the finest scale first, each half the size of
+the one before. Convolutions have no bias. Source: Cai et al., TCSVT 2023 (MANAS), sections on the multi-scale
+attentive cell; the squeeze-and-excitation and CBAM gates follow Hu et al. 2018 and Woo et al. 2018.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import Conv2dNormActivation
+
+from genotypes import NODE_EDGES, PRIMITIVES
+
+MULTIPLE = 8  # the coarsest branch is at scale 1/8
+NODES = len(NODE_EDGES)  # K: steps of an attention module, and channel groups
+
+
+def conv_bn(inputs, outputs, kernel_size=1, stride=1, relu=True):
+    """Convolution without bias, BatchNorm and, unless told otherwise, ReLU; keeps H and W at stride 1."""
+    activation = nn.ReLU if relu else None
+    return Conv2dNormActivation(inputs, outputs, kernel_size, stride, activation_layer=activation, inplace=False)
+
+
+def pad_to_multiple(x):
+    """Replicate the right and lower border of NxCxHxW until H and W are multiples of 8.
+
+    Reflection would fail where the picture is smaller than the border.
+    """
+    height, width = x.shape[-2:]
+    return F.pad(x, (0, -width % MULTIPLE, 0, -height % MULTIPLE), mode="replicate")
+
+
+# --- the nine operations of an attention edge: NxcxHxW -> NxcxHxW --------------------------------------------
+
+
+class Zero(nn.Module):
+    """`none`: no connection."""
+
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+class Gate(nn.Module):
+    """x * sigmoid(body(x)): the body gives one weight a pixel and channel."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return x * self.body(x).sigmoid()
+
+
+class SpatialGate(Gate):
+    """x * sigmoid(body([max, mean over channels])): the body gives one weight a pixel."""
+
+    def forward(self, x):
+        return x * self.body(spatial_maps(x)).sigmoid()
+
+
+class ChannelGate(nn.Module):
+    """x * sigmoid(sum of MLP(pooled) over the poolings): one weight a channel; squeeze-and-excitation.
+
+    The MLP (reduction r, hidden width max(1, c // r)) is shared by the poolings: the average, and with
+    `use_max` the maximum as well.
+    """
+
+    def __init__(self, channels, reduction, use_max=False, bias=False):
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.mlp = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=bias), nn.ReLU(), nn.Conv2d(hidden, channels, 1, bias=bias)
+        )
+        self.use_max = use_max
+
+    def forward(self, x):
+        weights = self.mlp(x.mean((2, 3), keepdim=True))
+        if self.use_max:
+            weights = weights + self.mlp(x.amax((2, 3), keepdim=True))
+        return x * weights.sigmoid()
+
+
+def spatial_maps(x):
+    """Nx2xHxW: maximum and mean over the channels."""
+    return torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)
+
+
+def separable(inputs, outputs, dilation=1):
+    """Depthwise 3x3, pointwise, BatchNorm without affine parameters: the unit of the convolutional gates."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, inputs, 3, padding=dilation, dilation=dilation, groups=inputs, bias=False),
+        nn.Conv2d(inputs, outputs, 1, bias=False),
+        nn.BatchNorm2d(outputs, affine=False),
+    )
+
+
+def sep_conv_3x3(channels):
+    return Gate(nn.Sequential(separable(channels, channels), nn.ReLU(), separable(channels, channels)))
+
+
+def dil_conv_3x3(channels):
+    return Gate(separable(channels, channels, dilation=2))
+
+
+def sep_conv_3x3_spatial(channels):
+    return SpatialGate(nn.Sequential(separable(2, 2), nn.ReLU(), separable(2, 1)))
+
+
+def dil_conv_3x3_spatial(channels):
+    return SpatialGate(
+        nn.Sequential(
+            nn.Conv2d(2, 1, 3, padding=2, dilation=2, bias=False),
+            nn.Conv2d(1, 1, 1, bias=False),
+            nn.BatchNorm2d(1, affine=False),
+        )
+    )
+
+
+def cbam(channels):
+    spatial = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1, momentum=0.01))
+    return nn.Sequential(ChannelGate(channels, 4, use_max=True, bias=True), SpatialGate(spatial))
+
+
+OPERATIONS = {
+    "none": lambda channels: Zero(),
+    "skip_connect": lambda channels: nn.Identity(),
+    "sep_conv_3x3": sep_conv_3x3,
+    "dil_conv_3x3": dil_conv_3x3,
+    "sep_conv_3x3_spatial": sep_conv_3x3_spatial,
+    "dil_conv_3x3_spatial": dil_conv_3x3_spatial,
+    "SE": lambda channels: ChannelGate(channels, 4),
+    "SE_A_M": lambda channels: ChannelGate(channels, 4, use_max=True),
+    "CBAM": cbam,
+}
+assert tuple(OPERATIONS) == PRIMITIVES
+
+
+# --- the attention module ------------------------------------------------------------------------------------
+
+
+class AttentionModule(nn.Module):
+    """Out = SE16( F + P([U_1..U_K, SE4(F_1 + .. + F_K)]) ), NxCxHxW -> NxCxHxW.
+
+    F is split into K = 2 channel groups F_1..F_K; node U_i is the sum, over h in {F_i, U_1..U_(i-1)}, of the
+    operation of its edge on h. `edges` are the K(K+1)/2 = 3 operations, in the order of `Genotype.attention`.
+    """
+
+    def __init__(self, channels, edges):
+        super().__init__()
+        self.edges = nn.ModuleList(edges)
+        self.skip = ChannelGate(channels // NODES, 4)
+        self.project = nn.Sequential(
+            conv_bn(channels * (NODES + 1) // NODES, channels), conv_bn(channels, channels, relu=False)
+        )
+        self.excite = ChannelGate(channels, 16)
+
+    def forward(self, x):
+        return self.attend(x, self.edges)
+
+    def attend(self, x, edges):
+        groups = x.chunk(NODES, 1)
+        nodes = []
+        for group, indices in zip(groups, NODE_EDGES, strict=True):
+            inputs = [group, *nodes]
+            terms = [
+                edges[index](h)
+                for index, h in zip(indices, inputs, strict=True)
+                if not isinstance(edges[index], Zero)
+            ]
+            nodes.append(sum(terms) if terms else torch.zeros_like(group))
+        return self.excite(x + self.project(torch.cat([*nodes, self.skip(sum(groups))], 1)))
+
+
+# --- the multi-scale modules ---------------------------------------------------------------------------------
+
+
+class Bottleneck(nn.Module):
+    """1x1 to `width`, 3x3, 1x1 to `outputs`, plus the input (projected where the channels differ), ReLU."""
+
+    def __init__(self, inputs, width, outputs):
+        super().__init__()
+        self.body = nn.Sequential(
+            conv_bn(inputs, width), conv_bn(width, width, 3), conv_bn(width, outputs, relu=False)
+        )
+        self.shortcut = nn.Identity() if inputs == outputs else conv_bn(inputs, outputs, relu=False)
+
+    def forward(self, x):
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def stem(width):
+    """Two bottlenecks at full resolution: Nx3xHxW -> Nx(4*width)xHxW."""
+    return nn.Sequential(Bottleneck(3, width, 4 * width), Bottleneck(4 * width, width, 4 * width))
+
+
+class ResidualBlock(nn.Module):
+    """relu(x + 3x3-BN-ReLU-3x3-BN(x))."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Sequential(conv_bn(channels, channels, 3), conv_bn(channels, channels, 3, relu=False))
+
+    def forward(self, x):
+        return F.relu(x + self.body(x))
+
+
+class Parallel(nn.Module):
+    """`parallel`: a residual block on each branch."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(c) for c in channels)
+
+    def forward(self, xs):
+        return [block(x) for block, x in zip(self.blocks, xs, strict=True)]
+
+
+class Fusion(nn.Module):
+    """`fusion`: each output scale is ReLU of the sum of every input scale brought to it.
+
+    channels: of the input scales; outputs: how many scales, finest first, come out (default: all of them).
+    """
+
+    def __init__(self, channels, outputs=None):
+        super().__init__()
+        scales = range(len(channels))
+        self.paths = nn.ModuleList(
+            nn.ModuleList(self._path(channels, source, target) for source in scales)
+            for target in scales[:outputs]
+        )
+
+    @staticmethod
+    def _path(channels, source, target):
+        if source == target:
+            return nn.Identity()
+        if source > target:
+            return nn.Sequential(
+                conv_bn(channels[source], channels[target], relu=False),
+                nn.Upsample(scale_factor=2 ** (source - target), mode="nearest"),
+            )
+        links = target - source
+        return nn.Sequential(
+            *(conv_bn(channels[source], channels[source], 3, stride=2) for _ in range(links - 1)),
+            conv_bn(channels[source], channels[target], 3, stride=2, relu=False),
+        )
+
+    def forward(self, xs):
+        return [
+            F.relu(sum(path(x) for path, x in zip(paths, xs, strict=True))) for paths in self.paths
+        ]
+
+
+MULTI_SCALE = {"parallel": Parallel, "fusion": Fusion}
+
+
+class Transition(nn.Module):
+    """One branch more: the others pass unless their channel count changes, the new one halves the coarsest.
+
+    inputs: channels of the branches that come in; outputs: of those that go out, one more.
+    """
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.keep = nn.ModuleList(
+            nn.Identity() if before == after else conv_bn(before, after, 3)
+            for before, after in zip(inputs, outputs, strict=False)
+        )
+        self.new = conv_bn(inputs[-1], outputs[-1], 3, stride=2)
+
+    def forward(self, xs):
+        return [*(keep(x) for keep, x in zip(self.keep, xs, strict=True)), self.new(xs[-1])]
+
+
+def transitions(channels):
+    """The three transitions: 4*C0 -> (C0, C1) -> (C0, C1, C2) -> (C0, C1, C2, C3)."""
+    before = [[4 * channels[0]], channels[:2], channels[:3]]
+    return nn.ModuleList(Transition(inputs, channels[: k + 2]) for k, inputs in enumerate(before))
+
+
+class Head(nn.Module):
+    """Fusion to the finest branch, then 1x1 to RGB with no activation: list of four maps -> Nx3xHxW."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.fusion = Fusion(channels, outputs=1)
+        self.to_rgb = nn.Conv2d(channels[0], 3, 1, bias=False)
+
+    def forward(self, xs):
+        return self.to_rgb(self.fusion(xs)[0])
+
+
+def check_channels(channels):
+    """The four branch widths as a tuple; ValueError unless they are four positive even numbers."""
+    channels = tuple(int(c) for c in channels)
+    if len(channels) != 4 or any(c < 2 or c % NODES for c in channels):
+        raise ValueError(f"channels must be four positive even numbers, finest scale first, not {channels}")
+    return channels
