@@ -94,7 +94,7 @@ class Architect:
     def hessian_vector_product(self, weights, vector, training_batch):
         """(grad_a L_train(w + e v, a) - grad_a L_train(w - e v, a)) / 2e, for alpha and beta."""
         norm = torch.sqrt(sum(v.square().sum() for v in vector))
-        epsilon = FINITE_DIFFERENCE / norm
+        epsilon = FINITE_DIFFERENCE / norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.5)
 
         def gradient_at(sign):
             moved = [(w + sign * epsilon * v).detach() for w, v in zip(weights, vector, strict=True)]

@@ -62,7 +62,9 @@ def check(genotype):
     """
     fields = genotype._asdict() if isinstance(genotype, Genotype) else genotype
     if not isinstance(fields, dict) or set(fields) != set(Genotype._fields):
-        raise GenotypeError(f"a genotype has the entries {' and '.join(Genotype._fields)}, not {_brief(fields)}")
+        raise GenotypeError(
+            f"a genotype has the entries {' and '.join(Genotype._fields)}, not {_brief(fields)}"
+        )
 
     modules = _sequence(fields["modules"], CELLS, "modules", "cells")
     modules = tuple(
@@ -138,7 +140,9 @@ def find(arch=None):
         return arch, check(known[arch])
     if not arch.endswith(".json"):
         newest = ", ".join(list(known)[-5:])
-        raise GenotypeError(f"--arch {arch}: no such genotype; there are {newest}; or give a run's genotype.json")
+        raise GenotypeError(
+            f"--arch {arch}: no such genotype; there are {newest}; or give a run's genotype.json"
+        )
     return arch, read_json(arch)
 
 

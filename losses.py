@@ -97,9 +97,7 @@ def complexity(distributions, sizes):
 
     distributions: softmaxed alpha and beta, each RxK; sizes: the size of each choice (`choice_sizes`), same shapes.
     """
-    relative = [
-        (a * size).sum(-1) / size.amax(-1) for a, size in zip(distributions, sizes, strict=True)
-    ]
+    relative = [(a * size).sum(-1) / size.amax(-1) for a, size in zip(distributions, sizes, strict=True)]
     return torch.cat(relative).mean()
 
 

@@ -134,9 +134,7 @@ class SearchNetwork(nn.Module):
         alpha = self.alpha.detach().softmax(-1).cpu()
         beta = self.beta.detach().softmax(-1).cpu()
         kinds = [MODULES[i] for i in alpha.argmax(-1)]
-        modules = tuple(
-            tuple(kinds[k * MODULES_PER_CELL : (k + 1) * MODULES_PER_CELL]) for k in range(CELLS)
-        )
+        modules = tuple(tuple(kinds[k * MODULES_PER_CELL : (k + 1) * MODULES_PER_CELL]) for k in range(CELLS))
         attention = tuple(
             tuple(strongest_edges(b) for b in branches)
             for branches in beta.unflatten(0, (-1, EDGES)).split(BRANCHES)

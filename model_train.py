@@ -90,9 +90,12 @@ def from_supernet(net):
     chosen = fixed.state_dict()
     kinds = [kind for cell in genotype.modules for kind in cell]
     edges = [name for cell in genotype.attention for branch in cell for name in branch]
-    modules = [choices[genotypes.MODULES.index(k)] for choices, k in zip(net.module_choices(), kinds, strict=True)]
+    modules = [
+        choices[genotypes.MODULES.index(k)] for choices, k in zip(net.module_choices(), kinds, strict=True)
+    ]
     operations = [
-        choices[genotypes.PRIMITIVES.index(n)] for choices, n in zip(net.operation_choices(), edges, strict=True)
+        choices[genotypes.PRIMITIVES.index(n)]
+        for choices, n in zip(net.operation_choices(), edges, strict=True)
     ]
     shared = net.state_dict()
     for name in chosen:
@@ -149,7 +152,9 @@ def read(path):
     # EOFError, KeyError, OverflowError and more, and each of them means the same to the user.
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:120]
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {reason})") from None
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {reason})"
+        ) from None
     if not isinstance(payload, dict):
         raise CheckpointError(f"{path}: holds a {type(payload).__name__}, not a checkpoint of this project")
     return payload
@@ -158,7 +163,9 @@ def read(path):
 def restore(payload, path="checkpoint"):
     """The DerainNetwork described by a dictionary of `checkpoint`; CheckpointError, naming `path`, if it is none."""
     if payload.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of a derain network (format {payload.get('format')!r})")
+        raise CheckpointError(
+            f"{path}: not a checkpoint of a derain network (format {payload.get('format')!r})"
+        )
     try:
         genotype = genotypes.check(payload.get("genotype"))
     except genotypes.GenotypeError as error:
@@ -192,5 +199,7 @@ def _check_weights(expected, weights, path):
         elif not torch.isfinite(weights[name]).all():
             problems.append(f"{name} has values that are not finite")
     if problems:
-        shown = "; ".join(sorted(problems)[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        shown = "; ".join(sorted(problems)[:3]) + (
+            f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        )
         raise CheckpointError(f"{path}: the weights do not fit the network it describes: {shown}")

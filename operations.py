@@ -19,7 +19,9 @@ NODES = len(NODE_EDGES)  # K: steps of an attention module, and channel groups
 def conv_bn(inputs, outputs, kernel_size=1, stride=1, relu=True):
     """Convolution without bias, BatchNorm and, unless told otherwise, ReLU; keeps H and W at stride 1."""
     activation = nn.ReLU if relu else None
-    return Conv2dNormActivation(inputs, outputs, kernel_size, stride, activation_layer=activation, inplace=False)
+    return Conv2dNormActivation(
+        inputs, outputs, kernel_size, stride, activation_layer=activation, inplace=False
+    )
 
 
 def pad_to_multiple(x):
@@ -246,9 +248,7 @@ class Fusion(nn.Module):
         )
 
     def forward(self, xs):
-        return [
-            F.relu(sum(path(x) for path, x in zip(paths, xs, strict=True))) for paths in self.paths
-        ]
+        return [F.relu(sum(path(x) for path, x in zip(paths, xs, strict=True))) for paths in self.paths]
 
 
 MULTI_SCALE = {"parallel": Parallel, "fusion": Fusion}

@@ -1,0 +1,468 @@
+"""From files on disk to tensors: scenes (multi-to-one), pairs and single images.
+
+A scene is one clean background and its rainy versions: three densities in DID-MDN, one in a plain pair. The
+layouts that `find` knows, by the names of the folders alone:
+
+    Rain_Heavy/train2018new/*.jpg, Rain_Medium/..., Rain_Light/...   rain|clean side by side, same name = same scene
+    input/*  target/*  (or rain norain, rainy gt, ...)               a pair is two files of one name
+    *.jpg with --clean_side left or right                            clean|rain or rain|clean side by side
+    *.jpg                                                            single images, no ground truth
+"""
+
+import hashlib
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from support.errors import UserError
+from support.images import image_size, list_images, read_image
+
+DENSITIES = ("Heavy", "Medium", "Light")
+RAINY_FOLDERS = {"input", "inputs", "rain", "rainy", "rainy_image", "rain_image", "lq", "data", "degraded"}
+CLEAN_FOLDERS = {
+    "target",
+    "targets",
+    "norain",
+    "clean",
+    "gt",
+    "ground_truth",
+    "groundtruth",
+    "gtruth",
+    "label",
+}
+SIDES = ("left", "right")
+PARTS = {"weights": 0.50, "architecture": 0.45, "validation": 0.05}
+
+
+class Half(NamedTuple):
+    """An image on disk: a whole file (side None), or the left or right half of one."""
+
+    path: Path
+    side: str | None = None
+
+
+class Scene(NamedTuple):
+    """rainy: one Half a density; clean: a Half, or None for a single image; densities: their names, or ()."""
+
+    name: str
+    rainy: tuple[Half, ...]
+    clean: Half | None
+    densities: tuple[str, ...] = ()
+
+
+class Found(NamedTuple):
+    """What a folder holds: its layout in words, its scenes, and the files that have no partner."""
+
+    layout: str
+    scenes: list[Scene]
+    unpaired: list[Path]
+
+
+# --- files to scenes -----------------------------------------------------------------------------------------
+
+
+def find(path, clean_side=None):
+    """The scenes under `path`, a folder in one of the layouts above or a single image file.
+
+    clean_side: which half of a side-by-side file is clean, "left" or "right"; None where `path` is no folder of
+    such files. DID-MDN's own folders are rain|clean as published. Raises UserError for a path that is missing,
+    empty, or paired ambiguously.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if path.is_file():
+        return _flat(path.parent, [path], clean_side)
+    density_folders = {d: _did_mdn_folder(path, d) for d in DENSITIES if (path / f"Rain_{d}").is_dir()}
+    if density_folders:
+        return _densities(path, density_folders, clean_side or "right")
+    rainy = [child for child in _folders(path) if child.name.lower() in RAINY_FOLDERS]
+    clean = [child for child in _folders(path) if child.name.lower() in CLEAN_FOLDERS]
+    if rainy and clean:
+        if len(rainy) > 1 or len(clean) > 1:
+            names = ", ".join(sorted(child.name for child in [*rainy, *clean]))
+            raise UserError(
+                f"{path}: cannot tell which folders make the pairs among {names}; keep two of them"
+            )
+        return _paired(path, rainy[0], clean[0])
+    if path.name == "DID-MDN-test":
+        clean_side = clean_side or "right"
+    return _flat(path, list_images(path, recursive=clean_side is None), clean_side)
+
+
+def find_training(paths, clean_sides=()):
+    """Scenes of one or several training folders, every one with its clean image.
+
+    paths: folders; one that holds `DID-MDN-training` stands for it. clean_sides: none, one for all, or one a
+    folder. Raises UserError, naming the file, for unpaired images and images that cannot be a pair.
+    """
+    sides = list(clean_sides) or [None]
+    if len(sides) not in (1, len(paths)):
+        raise UserError(
+            f"--clean_side: {len(sides)} given for {len(paths)} folders; give one, or one a folder"
+        )
+    scenes = []
+    for path, side in zip(paths, sides * (len(paths) // len(sides)), strict=True):
+        root = Path(path)
+        if (root / "DID-MDN-training").is_dir():
+            root = root / "DID-MDN-training"
+        found = find(root, side)
+        if found.unpaired:
+            raise UserError(
+                f"{found.unpaired[0]}: has no partner{_and_more(found.unpaired)} ({found.layout})"
+            )
+        if any(scene.clean is None for scene in found.scenes):
+            raise UserError(
+                f"{root}: holds single images; for side-by-side pairs give --clean_side left or right"
+            )
+        scenes += found.scenes
+    for scene in scenes:
+        check_sizes(scene)
+    return scenes
+
+
+def _folders(path):
+    return [child for child in path.iterdir() if child.is_dir()]
+
+
+def _did_mdn_folder(path, density):
+    folder = path / f"Rain_{density}"
+    return folder / "train2018new" if (folder / "train2018new").is_dir() else folder
+
+
+def _densities(path, folders, side):
+    files = {density: {f.name: f for f in list_images(folder)} for density, folder in folders.items()}
+    names = {name: None for by_name in files.values() for name in by_name}
+    whole = [name for name in names if all(name in by_name for by_name in files.values())]
+    if not names:
+        raise UserError(f"{path}: no images in {', '.join(f.name for f in _folders(path))}")
+    unpaired = [by_name[n] for n in names if n not in whole for by_name in files.values() if n in by_name]
+    other = "left" if side == "right" else "right"
+    scenes = [
+        Scene(
+            Path(name).stem,
+            tuple(Half(by_name[name], other) for by_name in files.values()),
+            Half(next(iter(files.values()))[name], side),
+            tuple(files),
+        )
+        for name in whole
+    ]
+    return Found(f"DID-MDN scenes, {len(files)} densities, clean half {side}", scenes, unpaired)
+
+
+def _paired(path, rainy_folder, clean_folder):
+    clean = {}
+    for file in list_images(clean_folder, recursive=True):
+        key = _pair_key(file, clean_folder)
+        if key in clean:
+            raise UserError(f"{file}: two clean images of one name ({clean[key].name}); rename one")
+        clean[key] = file
+    scenes, unpaired, used = [], [], set()
+    for file in list_images(rainy_folder, recursive=True):
+        key = _pair_key(file, rainy_folder)
+        # Several rainy versions of one clean image: 7_1.png, 7_2.png, ... of 7.png.
+        partner = key if key in clean else re.sub(r"_[a-z]*\d+$", "", key)
+        if partner in clean:
+            used.add(partner)
+            name = file.relative_to(rainy_folder).with_suffix("").as_posix()
+            scenes.append(Scene(name, (Half(file),), Half(clean[partner])))
+        else:
+            unpaired.append(file)
+    unpaired += [file for key, file in clean.items() if key not in used]
+    if not scenes and not unpaired:
+        raise UserError(f"{path}: no images in {rainy_folder.name} and {clean_folder.name}")
+    return Found(f"pairs in {rainy_folder.name}/ and {clean_folder.name}/", scenes, unpaired)
+
+
+def _pair_key(file, folder):
+    """What two files of a pair share: the relative name without suffix, rain-/norain- or _rain/_clean/_gt."""
+    key = file.relative_to(folder).with_suffix("").as_posix().lower()
+    key = re.sub(r"(^|/)(no)?rain[-_]", r"\1", key)
+    return re.sub(r"[-_](rain|rainy|norain|clean|gt)$", "", key)
+
+
+def _flat(root, files, side):
+    if not files:
+        raise UserError(f"{root}: no images (JPEG, PNG, BMP, TIFF or WebP) found")
+    names = [file.relative_to(root).with_suffix("").as_posix() for file in files]
+    if side is None:
+        scenes = [Scene(name, (Half(f),), None) for name, f in zip(names, files, strict=True)]
+        return Found("single images", scenes, [])
+    other = "left" if side == "right" else "right"
+    scenes = [Scene(n, (Half(f, other),), Half(f, side)) for n, f in zip(names, files, strict=True)]
+    return Found(f"side-by-side pairs, clean half {side}", scenes, [])
+
+
+def _and_more(files):
+    return f" (and {len(files) - 1} more have none)" if len(files) > 1 else ""
+
+
+# --- scenes to arrays ----------------------------------------------------------------------------------------
+
+
+def check_sizes(scene):
+    """Raise UserError, naming the file, unless all images of the scene have one size (headers are read only)."""
+    sizes = {half: half_size(half) for half in dict.fromkeys([*scene.rainy, *filter(None, [scene.clean])])}
+    reference, expected = next(iter(sizes.items()))
+    for half, size in sizes.items():
+        if size != expected:
+            raise UserError(
+                f"{half.path}: {size[1]}x{size[0]} pixels, but {reference.path} of the same scene is "
+                f"{expected[1]}x{expected[0]}; all images of a scene must have one size"
+            )
+
+
+def half_size(half):
+    """(height, width) of an image, from the file's header."""
+    height, width = image_size(half.path)
+    return (height, width) if half.side is None else (height, _half_width(width, half.path))
+
+
+def _half_width(width, path):
+    if width % 2:
+        raise UserError(
+            f"{path}: side by side, but its width of {width} is odd; both halves must be equally wide"
+        )
+    return width // 2
+
+
+def read_scene(scene):
+    """(rainy, clean): a list of HxWx3 uint8 RGB arrays, one a density, and one such array or None.
+
+    Each file is decoded once. Raises UserError for a file that cannot be read or sizes that differ.
+    """
+    halves = [*scene.rainy, scene.clean] if scene.clean else list(scene.rainy)
+    files = {path: read_image(path) for path in dict.fromkeys(half.path for half in halves)}
+    images = [_cut(files[half.path], half) for half in halves]
+    for half, image in zip(halves, images, strict=True):
+        if image.shape != images[0].shape:
+            raise UserError(
+                f"{half.path}: {image.shape[1]}x{image.shape[0]} pixels, but {halves[0].path} of the same scene is "
+                f"{images[0].shape[1]}x{images[0].shape[0]}; all images of a scene must have one size"
+            )
+    return (images[:-1], images[-1]) if scene.clean else (images, None)
+
+
+def _cut(image, half):
+    if half.side is None:
+        return image
+    middle = _half_width(image.shape[1], half.path)
+    return image[:, :middle] if half.side == "left" else image[:, middle:]
+
+
+# --- the parts -----------------------------------------------------------------------------------------------
+
+
+def split(scenes, seed=0):
+    """The scenes of each part: {"weights": 50 %, "architecture": 45 %, "validation": 5 %}, none shared.
+
+    It goes by background, so that no background is in two parts: distinct backgrounds are ordered by a hash of
+    their key and the seed, and cut in those proportions, each part getting at least one. It depends on nothing
+    else, the run's own seed and the order of the files included. Raises UserError for under 3 backgrounds.
+    """
+    keys = background_keys(scenes)
+    order = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    if len(order) < len(PARTS):
+        raise UserError(f"--data: {len(order)} different backgrounds found; the three parts need at least 3")
+    validation = max(1, round(PARTS["validation"] * len(order)))
+    architecture = max(1, round(PARTS["architecture"] * len(order)))
+    weights = len(order) - architecture - validation
+    part = dict(
+        zip(
+            order,
+            ["weights"] * weights + ["architecture"] * architecture + ["validation"] * validation,
+            strict=True,
+        )
+    )
+    return {name: [s for s, key in zip(scenes, keys, strict=True) if part[key] == name] for name in PARTS}
+
+
+def background_keys(scenes):
+    """A text per scene that is equal for scenes of one background.
+
+    In DID-MDN's layout, which has each background once, it is the scene's name. Otherwise (pairs, or several
+    folders at once) one background may stand in several files, and it is the smallest name among the files whose
+    clean images look the same.
+    """
+    if len({scene.clean.path.parent for scene in scenes}) == 1 and all(scene.densities for scene in scenes):
+        return [scene.name for scene in scenes]
+    first = same_pictures([thumbnail(read_half(scene.clean)) for scene in scenes])
+    names = {}
+    for index, scene in zip(first, scenes, strict=True):
+        names[index] = min(names.get(index, scene.name), scene.name)
+    return [names[index] for index in first]
+
+
+def read_half(half):
+    """HxWx3 uint8 RGB."""
+    return _cut(read_image(half.path), half)
+
+
+def thumbnail(image):
+    """256 values, mean 0 and norm 1, that barely change when HxWx3 uint8 RGB is scaled or compressed again."""
+    small = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (16, 16), interpolation=cv2.INTER_AREA)
+    vector = small.astype(np.float32).ravel() - small.mean()
+    return vector / max(np.linalg.norm(vector), 1e-6)
+
+
+def same_pictures(thumbnails, threshold=0.998):
+    """For each thumbnail the index of the first one that shows the same picture.
+
+    In Rain800 copies of a photograph correlate above 0.9996 and different ones below 0.994.
+    """
+    stack = np.stack(thumbnails)
+    first = []
+    for i, vector in enumerate(stack):
+        alike = stack[: i + 1] @ vector > threshold
+        alike[i] = True  # also where the picture is one flat colour, whose thumbnail is zero
+        first.append(int(np.argmax(alike)))
+    return first
+
+
+# --- the training batches ------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Whole scenes: rainy Nx3xPxP and clean Sx3xPxP, uint8 from the loader, float32 in [0, 1] after `to`.
+
+    scene: N indices into clean. names: the S scenes' names. padded: names of scenes smaller than the patch.
+    """
+
+    rainy: torch.Tensor
+    clean: torch.Tensor
+    scene: torch.Tensor
+    names: list[str]
+    padded: list[str]
+
+    def to(self, device):
+        rainy, clean, scene = (t.to(device, non_blocking=True) for t in self[:3])
+        return self._replace(rainy=rainy.float() / 255, clean=clean.float() / 255, scene=scene)
+
+
+class ScenePatches(Dataset):
+    """Draw number n -> a random crop of one scene, all densities cut, flipped and rotated alike.
+
+    Draws go through consecutive shuffles of the scenes. Everything random is a function of (seed, draw number),
+    so a run continues exactly from a number alone, whatever the workers. A scene smaller than the patch is
+    padded by mirroring its border. With `clean_inputs` > 0 that share of the draws has one rainy image replaced
+    by the clean one, which teaches the network to leave dry pictures alone.
+    """
+
+    def __init__(self, scenes, patch_size, seed, clean_inputs=0.0):
+        self.scenes = scenes
+        self.patch_size = patch_size
+        self.seed = seed
+        self.clean_inputs = clean_inputs
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def __getitem__(self, draw):
+        scene = self.scenes[
+            shuffled(self.seed, draw // len(self.scenes), len(self.scenes))[draw % len(self.scenes)]
+        ]
+        try:
+            rainy, clean = read_scene(scene)
+        except UserError as error:  # returned, since a loader's worker would wrap it in its own traceback
+            return error
+        random = np.random.default_rng((self.seed, draw))
+        images = np.stack([*rainy, clean])
+        padded = min(images.shape[1:3]) < self.patch_size
+        images = augment(crop(images, self.patch_size, random), random)
+        if random.random() < self.clean_inputs:
+            images[random.integers(len(rainy))] = images[-1]
+        tensor = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        return tensor[:-1], tensor[-1], scene.name, padded
+
+
+@lru_cache(maxsize=4)
+def shuffled(seed, shuffle, count):
+    """Permutation number `shuffle` of range(count)."""
+    return np.random.default_rng((seed, shuffle, count)).permutation(count)
+
+
+def crop(images, size, random):
+    """A size x size window of KxHxWx3 images at a random place, the same in all; padded first if they are smaller."""
+    missing = [max(0, size - side) for side in images.shape[1:3]]
+    if any(missing):
+        around = [(m // 2, m - m // 2) for m in missing]
+        images = np.pad(images, ((0, 0), *around, (0, 0)), mode="symmetric")
+    top, left = (random.integers(side - size + 1) for side in images.shape[1:3])
+    return images[:, top : top + size, left : left + size]
+
+
+def augment(images, random):
+    """One of the 8 flips and quarter turns of KxPxPx3 images, the same for all."""
+    images = np.rot90(images, random.integers(4), axes=(1, 2))
+    return images[:, ::-1] if random.integers(2) else images
+
+
+class Draws(Sampler):
+    """Lists of `batch_size` consecutive draw numbers from step `first` on, without end."""
+
+    def __init__(self, batch_size, first=0):
+        self.batch_size = batch_size
+        self.first = first
+
+    def __iter__(self):
+        start = self.first * self.batch_size
+        while True:
+            yield list(range(start, start + self.batch_size))
+            start += self.batch_size
+
+
+def collate(items):
+    """Scenes of any number of densities -> Batch; a UserError among them comes back in its place."""
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    rainy, clean, names, padded = zip(*items, strict=True)
+    counts = torch.tensor([len(images) for images in rainy])
+    return Batch(
+        torch.cat(rainy),
+        torch.stack(clean),
+        torch.arange(len(items)).repeat_interleave(counts),
+        list(names),
+        [name for name, small in zip(names, padded, strict=True) if small],
+    )
+
+
+def batches(scenes, patch_size, batch_size, seed, device, workers=0, first_step=0, clean_inputs=0.0):
+    """An endless iterator over Batches of `batch_size` scenes on `device`, beginning with step `first_step`.
+
+    Raises UserError, naming the file, when an image cannot be read.
+    """
+    loader = DataLoader(
+        ScenePatches(scenes, patch_size, seed, clean_inputs),
+        batch_sampler=Draws(batch_size, first_step),
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=_one_thread,
+        pin_memory=torch.device(device).type == "cuda",
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch.to(device)
+
+
+def _one_thread(worker):
+    cv2.setNumThreads(0)
+
+
+def full_images(scenes):
+    """Per scene, for validation: (Dx3xHxW rainy, 1x3xHxW clean), float32 in [0, 1], whole pictures."""
+    for scene in scenes:
+        rainy, clean = read_scene(scene)
+        yield to_tensor(np.stack(rainy)), to_tensor(clean[None])
+
+
+def to_tensor(images):
+    """NxHxWx3 uint8 -> Nx3xHxW float32 in [0, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous() / 255

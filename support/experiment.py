@@ -1,0 +1,461 @@
+"""A run of either training script: its options, folder, log, TensorBoard, device, clock, checkpoints and resume."""
+
+import argparse
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+import dataset
+from genotypes import GenotypeError
+from losses import external, ssim
+from model_train import CheckpointError, read
+from support.errors import UserError
+
+DEFAULT_DATA = "datasets/Rain1200"
+DEMO_DATA = "datasets/demo"
+FORMAT = "manas-run-1"
+BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
+# What may differ when a run is resumed: it changes where and when the run computes, not what.
+FREE_OPTIONS = {"resume", "save", "device", "workers", "save_every", "max_minutes"}
+
+log = logging.getLogger("manas")
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGINT, SIGTERM) and has saved all it needs to go on."""
+
+
+# --- the command line ----------------------------------------------------------------------------------------
+
+
+def positive(text):
+    return _number(text, int, lambda value: value >= 1, "a whole number from 1")
+
+
+def natural(text):
+    return _number(text, int, lambda value: value >= 0, "a whole number from 0")
+
+
+def above_zero(text):
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def not_negative(text):
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number from 0")
+
+
+def _number(text, kind, allowed, expected):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return value
+
+
+def add_arguments(parser):
+    """The flags that both training scripts share."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        nargs="+",
+        metavar="DIR",
+        help=f"training folders; several are mixed (default: {DEFAULT_DATA}, else the demo)",
+    )
+    data.add_argument(
+        "--clean_side",
+        nargs="+",
+        default=[],
+        choices=dataset.SIDES,
+        help="the clean half of side-by-side files: one for all folders, or one a folder",
+    )
+    data.add_argument("--demo", action="store_true", help="a small run on photographs at hand; no download")
+    data.add_argument("--split_seed", type=int, default=0, help="of the split into parts (default: 0)")
+    data.add_argument(
+        "--val_scenes", type=positive, help="score only so many validation scenes (default: all)"
+    )
+    cores = os.cpu_count() or 2
+    data.add_argument(
+        "--workers",
+        type=natural,
+        default=min(8, max(1, cores // 2)),
+        help="loader processes; 0: load in the main one (default: half the cores, at most 8)",
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--save", metavar="DIR", help="folder of the run (default: named by the time)")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="continue the run in DIR (default: --save, else the newest) with its own options",
+    )
+    run.add_argument("--seed", type=int, default=0, help="of the weights, crops and flips (default: 0)")
+    run.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
+    run.add_argument("--max_minutes", type=above_zero, help="fit the cosine schedule to this time")
+    run.add_argument(
+        "--save_every", type=above_zero, default=10, help="minutes between checkpoints (default: 10)"
+    )
+
+
+def command(main, parser):
+    """Run a script's `main` on the command line: a user's mistake is one line and exit status 2."""
+    try:
+        main(parser.parse_args())
+    except (UserError, GenotypeError, CheckpointError) as error:
+        sys.exit(_report(parser, f"error: {error}", 2))
+    except Interrupted as stop:
+        sys.exit(_report(parser, str(stop), 130))
+
+
+def _report(parser, text, status):
+    print(f"{parser.prog}: {text}", file=sys.stderr)
+    return status
+
+
+def pick_device(name=None):
+    """The torch.device called `name`, or the best there is; UserError if it is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def newest(kind, file, demo=None):
+    """The newest `file` in the working folder's runs of a kind ("search", "eval") that finished, or None.
+
+    demo: only demo runs (True), or any (None).
+    """
+    found = {}
+    for summary in Path().glob(f"{kind}-EXP-*/summary.json"):
+        options = json.loads((summary.parent / "options.json").read_text(encoding="utf-8"))
+        if (summary.parent / file).exists() and demo in (None, options["demo"]):
+            found[summary.stat().st_mtime] = summary.parent / file
+    return found[max(found)] if found else None
+
+
+def commit():
+    """The short hash of the checked-out commit, "+" where files differ from it, "unknown" outside git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# --- the run -------------------------------------------------------------------------------------------------
+
+
+class Experiment:
+    """One run of a training script.
+
+    kind: "search" or "eval", the beginning of the folder's name. demo: options that --demo changes. Until
+    `start`, options are only decided and nothing is written, so that a mistake in them costs nothing.
+    `args` are the options of the run: those given, or, resumed, those that it was begun with.
+    """
+
+    def __init__(self, kind, args, parser, demo):
+        self.kind = kind
+        self.step = 0
+        self.before = 0.0  # seconds of the sessions before this one
+        self.best = {"psnr": -math.inf, "ssim": -math.inf, "loss": math.inf}
+        self.totals = {}  # sums of the epoch's losses so far
+        self.state = None
+        self.stopping = None
+        self.padded_mentioned = False
+        self.parser = parser
+        if args.resume is None:
+            self.args = self._begin(args, demo)
+        else:
+            self.args = self._continue(args)
+        self.device = pick_device(self.args.device)
+        self.steps_in_all = self.args.epochs * self.args.steps_per_epoch
+        self.clock = time.monotonic()
+
+    def _begin(self, args, demo):
+        args = argparse.Namespace(**vars(args))
+        if args.data is None and not args.demo and not Path(DEFAULT_DATA).exists():
+            args.demo = True
+            print(
+                f"NO DATA SET AT {DEFAULT_DATA}, AND NO --data GIVEN: THIS IS A DEMO, on a tiny set, to show that"
+            )
+            print(
+                "everything runs. Its results mean nothing. See the README for how to get DID-MDN.\n",
+                flush=True,
+            )
+        if args.demo:
+            from support.rain import demo_set
+
+            for name, value in demo.items():
+                if getattr(args, name) == self.parser.get_default(name):
+                    setattr(args, name, value)
+            if args.data is None:
+                demo_set(DEMO_DATA)
+        if args.data is None:
+            args.data = [DEMO_DATA if args.demo else DEFAULT_DATA]
+        self.folder = Path(args.save or time.strftime(f"{self.kind}-EXP-%Y%m%d-%H%M%S"))
+        if (self.folder / "last.pt").exists():
+            raise UserError(
+                f"--save {self.folder}: holds a run; continue it with --resume {self.folder}, or choose another"
+            )
+        return args
+
+    def _continue(self, args):
+        runs = sorted(Path().glob(f"{self.kind}-EXP-*/last.pt"), key=lambda path: path.stat().st_mtime)
+        self.folder = Path(args.resume or args.save or (runs[-1].parent if runs else f"{self.kind}-EXP-*"))
+        path = self.folder / "last.pt"
+        self.state = read(path)
+        if self.state.get("format") != FORMAT or self.state.get("kind") != self.kind:
+            raise UserError(f"{path}: not the checkpoint of a {self.kind} run of this project")
+        begun = argparse.Namespace(**self.state["options"])
+        for name, value in vars(args).items():
+            given = value != self.parser.get_default(name)
+            if name in FREE_OPTIONS:
+                if given or name in ("workers", "device"):
+                    setattr(begun, name, value)
+            elif given and value != getattr(begun, name, None):
+                raise UserError(
+                    f"--{name} {_text(value)}: the run in {self.folder} was begun with {_text(getattr(begun, name))}; "
+                    f"leave the flag out, or begin a new run"
+                )
+        self.step = self.state["step"]
+        self.before = self.state["seconds"]
+        self.best = self.state["best"]
+        self.totals = self.state["totals"]
+        return begun
+
+    def start(self, **parts):
+        """Open the folder, log and TensorBoard, and track `parts`, whose state_dict is saved and loaded."""
+        self.parts = parts
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log.setLevel(logging.INFO)
+        log.handlers = [_TqdmHandler(), logging.FileHandler(self.folder / "log.txt", encoding="utf-8")]
+        for handler in log.handlers:
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.writer = SummaryWriter(self.folder, purge_step=self.step if self.state else None)
+        options = {k: v for k, v in vars(self.args).items() if k not in ("resume", "save")}
+        if self.state:
+            for name, part in parts.items():
+                part.load_state_dict(self.state["parts"][name])
+            self.state = None
+            log.info("continuing %s after step %d", self.folder, self.step)
+        else:
+            (self.folder / "options.json").write_text(json.dumps(options, indent=1) + "\n")
+            log.info("run folder %s on %s", self.folder, self.device)
+            log.info("options: %s", " ".join(f"--{k} {_text(v)}" for k, v in options.items()))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number, frame):
+        if self.stopping:  # asked twice: at once
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.stopping = signal.Signals(number).name
+
+    def describe(self, parts):
+        """Log how many scenes each part of the split has."""
+        log.info("scenes: %s", ", ".join(f"{len(scenes)} {name}" for name, scenes in parts.items()))
+
+    def mention_padded(self, batch):
+        """Say once that scenes smaller than the patch are padded."""
+        if batch.padded and not self.padded_mentioned:
+            self.padded_mentioned = True
+            log.warning(
+                "%s is smaller than --patch_size: such scenes are padded by mirroring", batch.padded[0]
+            )
+
+    # --- time ---
+
+    def seconds(self):
+        """Seconds spent on the run, sessions before this one included."""
+        return self.before + time.monotonic() - self.clock
+
+    def progress(self):
+        """How far the run is, 0 to 1: by steps, or by the clock where --max_minutes leaves less."""
+        by_steps = self.step / self.steps_in_all
+        budget = self.args.max_minutes
+        return min(1.0, max(by_steps, self.seconds() / (60 * budget) if budget else 0.0))
+
+    def cosine(self, highest, lowest=0.0):
+        """The learning rate now: from `highest` to `lowest` on half a cosine over the run."""
+        return lowest + (highest - lowest) * (1 + math.cos(math.pi * self.progress())) / 2
+
+    def epochs(self):
+        """Numbers of the epochs that remain, from 1."""
+        while self.progress() < 1:
+            yield self.step // self.args.steps_per_epoch + 1
+
+    def steps(self, epoch):
+        """The steps that remain of an epoch, with a progress bar; saves and stops between them."""
+        end = epoch * self.args.steps_per_epoch
+        bar = tqdm(
+            total=self.args.steps_per_epoch, desc=f"epoch {epoch}", unit="step", leave=False, disable=None
+        )
+        bar.update(self.step % self.args.steps_per_epoch)
+        saved = time.monotonic()
+        with bar:
+            while self.step < end and self.progress() < 1:
+                yield self.step
+                self.step += 1
+                bar.update()
+                if self.stopping:
+                    self.save()
+                    raise Interrupted(
+                        f"stopped by {self.stopping} after step {self.step}; "
+                        f"go on with: python {self.parser.prog} --resume {self.folder}"
+                    )
+                if time.monotonic() - saved > 60 * self.args.save_every:
+                    self.save()
+                    saved = time.monotonic()
+
+    # --- what is written ---
+
+    def count(self, **values):
+        """Add a step's losses (scalar tensors, kept on their device: reading them would wait for the GPU)."""
+        for name, value in values.items():
+            total, number = self.totals.get(name, (0.0, 0))
+            self.totals[name] = (total + value.detach(), number + 1)
+
+    def finish_epoch(self, epoch, scores, write_best, **scalars):
+        """Log the epoch, keep the checkpoints that score best so far, and save the state to continue from.
+
+        scores: validation's "psnr", "ssim" and "loss"; write_best(path) writes the network; scalars: for
+        TensorBoard, by tag.
+        """
+        means = {name: float(total) / number for name, (total, number) in self.totals.items()}
+        self.totals = {}
+        for name, value in {**means, **{f"val_{k}": v for k, v in scores.items()}, **scalars}.items():
+            self.writer.add_scalar(name, value, self.step)
+        left = self.seconds() * (1 - self.progress()) / max(self.progress(), 1e-9)
+        log.info(
+            "epoch %d step %d/%d  %s  validation psnr %.3f ssim %.4f loss %.4f  %s spent, about %s left",
+            epoch,
+            self.step,
+            self.steps_in_all,
+            " ".join(f"{name} {value:.4f}" for name, value in means.items()),
+            scores["psnr"],
+            scores["ssim"],
+            scores["loss"],
+            _duration(self.seconds()),
+            _duration(left),
+        )
+        for name, file in BEST.items():
+            better = scores[name] < self.best[name] if name == "loss" else scores[name] > self.best[name]
+            if better:
+                self.best[name] = scores[name]
+                write_best(self.folder / file)
+        self.save()
+
+    def panel(self, rainy, restored, clean):
+        """One picture for TensorBoard: rain | restored | clean, each 3xHxW in [0, 1]."""
+        self.writer.add_image(
+            "rain | restored | clean", make_grid([rainy, restored, clean], nrow=3), self.step
+        )
+
+    def save(self):
+        """Write last.pt: all that continuing needs, as plain tensors, numbers and text; the last one is kept."""
+        last = self.folder / "last.pt"
+        write_whole(
+            {
+                "format": FORMAT,
+                "kind": self.kind,
+                "options": vars(self.args),
+                "step": self.step,
+                "seconds": self.seconds(),
+                "best": self.best,
+                "totals": {name: (float(total), number) for name, (total, number) in self.totals.items()},
+                "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            },
+            last,
+            previous=self.folder / "last.prev.pt",
+        )
+        self.writer.flush()
+
+    def finish(self, **summary):
+        """Mark the run as finished: summary.json with the steps, the minutes and the best scores."""
+        summary = {"steps": self.step, "minutes": round(self.seconds() / 60, 1), "best": self.best, **summary}
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        self.writer.close()
+        best = ", ".join(f"{name} {value:.4f}" for name, value in self.best.items())
+        log.info(
+            "finished %d steps in %s; best on validation: %s", self.step, _duration(self.seconds()), best
+        )
+
+
+class _TqdmHandler(logging.Handler):
+    """Log lines that do not break a progress bar."""
+
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def write_whole(payload, path, previous=None):
+    """torch.save to a temporary file, synced and then renamed: what is at `path` is whole at every instant.
+
+    previous: where the file that was at `path` is kept.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _text(value):
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def _duration(seconds):
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
+
+
+# --- validation ----------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def validate(net, scenes, device):
+    """Mean RGB PSNR (dB) and SSIM over the images, as saved in 8 bits, and mean external loss over the scenes.
+
+    Whole pictures, one at a time. Returns ({"psnr", "ssim", "loss"}, (rainy, restored, clean) of the first).
+    """
+    was_training = net.training
+    net.eval()
+    psnr, similarity, loss, panel = [], [], [], None
+    for rainy, clean in dataset.full_images(scenes):
+        clean = clean.to(device)
+        outputs = torch.cat([net(image[None].to(device)).float() for image in rainy])
+        saved = (outputs.clamp(0, 1) * 255).round() / 255
+        target = clean.expand_as(saved)
+        psnr += [-10 * (saved - target).square().mean((1, 2, 3)).clamp(min=1e-10).log10()]
+        similarity += [ssim(saved, target)]
+        loss += [external(outputs, clean, torch.zeros(len(outputs), dtype=torch.long, device=device))]
+        panel = panel or (rainy[0], saved[0].cpu(), clean[0].cpu())
+    net.train(was_training)
+    scores = {"psnr": torch.cat(psnr), "ssim": torch.cat(similarity), "loss": torch.stack(loss)}
+    return {name: value.mean().item() for name, value in scores.items()}, panel

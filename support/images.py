@@ -1,0 +1,326 @@
+"""Any picture in and out: JPEG, PNG, BMP, TIFF and WebP; grey, colour and alpha; 8 and 16 bits a channel.
+
+OpenCV decodes and encodes. Before it does, Pillow reads the header and the file is checked to be whole: of a
+truncated JPEG, some versions of OpenCV return an array with a grey bottom, without a word.
+"""
+
+import io
+import logging
+import os
+import re
+import struct
+import uuid
+import warnings
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from support.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 2**28  # 16,384 x 16,384: above a 200-megapixel camera's, below what a forged header asks for
+
+_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # as Pillow names them
+_WIDTH, _HEIGHT, _BITS, _ORIENTATION = 256, 257, 258, 274  # numbers of the tags in TIFF and EXIF
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # those that carry no segment are left out
+_QUALITY = {
+    ".jpg": cv2.IMWRITE_JPEG_QUALITY,
+    ".jpeg": cv2.IMWRITE_JPEG_QUALITY,
+    ".webp": cv2.IMWRITE_WEBP_QUALITY,
+}
+
+log = logging.getLogger(__name__)
+
+
+class Picture(NamedTuple):
+    """A picture with what it takes to write it back as it was."""
+
+    rgb: np.ndarray  # HxWx3, uint8 or uint16, upright
+    alpha: np.ndarray | None = None  # HxW of the same type, or None where the file has none
+    grey: bool = False  # the file has one colour channel; it is repeated three times in rgb
+
+
+class _Header(NamedTuple):
+    format: str
+    mode: str  # Pillow's: RGB, RGBA, L, LA, CMYK, ...
+    bits: int | None  # a channel; of TIFF only
+    size: tuple[int, int]  # height, width, upright
+    orientation: int  # 1 to 8; 1 is upright
+
+
+def load(path: str | Path) -> Picture:
+    """Read a picture so that `save` can write it back: same channels, same bits, same alpha.
+
+    The EXIF (or TIFF) orientation is applied. The content tells the format, whatever the file's name.
+
+    Raises:
+        UserError: one line naming the file, if it is missing, empty, not an image, truncated, damaged, has
+            more than `MAX_PIXELS` pixels, or has other than 8 or 16 bits a channel.
+    """
+    data, header = _open(path)
+    pixels = _decode(path, data, header)
+    if pixels.shape[:2] != header.size:
+        raise UserError(f"{path}: is damaged: its header promises {header.size}, it holds {pixels.shape[:2]}")
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise UserError(f"{path}: has samples of {pixels.dtype}; convert it to 8 or 16 bits first")
+    if pixels.ndim == 2:
+        return Picture(cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB), grey=True)
+    if pixels.shape[2] == 3:
+        return Picture(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+    return Picture(cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB), pixels[..., 3].copy(), grey=header.mode == "LA")
+
+
+def save(path: str | Path, picture: Picture, quality: int = 95) -> None:
+    """Write `picture` with its own channels and bits, as far as the format of that name holds them.
+
+    The colours of a grey picture, which a network may have let drift apart, are joined by BT.601 luma. Grey
+    with alpha is written as RGBA, since OpenCV has no other. The rest is as in `write_image`.
+    """
+    image = picture.rgb
+    if picture.grey:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    if picture.alpha is not None:
+        colours = [image] * 3 if picture.grey else [image]
+        image = np.dstack([*colours, picture.alpha])
+    write_image(path, image, quality)
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read a picture for training or scoring: HxWx3 uint8 RGB, upright.
+
+    Grey is repeated, alpha is left out, 16 bits are rounded to 8. Raises UserError as `load` does.
+    """
+    return _to_8_bits(load(path).rgb)
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of the upright picture, in pixels, without decoding it.
+
+    Raises UserError as `load` does, for all that shows without decoding: a truncated JPEG, PNG or WebP does.
+    """
+    return _open(path)[1].size
+
+
+def write_image(path: str | Path, image: np.ndarray, quality: int = 95) -> None:
+    """Write an image; an interrupted run leaves the whole file or none. Folders are made as needed.
+
+    Args:
+        path: its extension, one of `EXTENSIONS` in any case, is the format.
+        image: HxWx3 RGB, HxWx4 RGBA or HxW grey, uint8 or uint16. What the format does not hold is given up
+            and the log says so: 16 bits in JPEG, BMP and WebP, alpha in JPEG.
+        quality: of JPEG and WebP, 1 to 100.
+
+    Raises:
+        UserError: one line naming the path, if the extension is unknown, the file cannot be written, or the
+            image is larger than the format allows.
+        ValueError: `image` is none of the above.
+    """
+    path = Path(path)
+    encoded = _encode(path, image, quality)
+    partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")  # not longer than names may get
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(encoded)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
+    """The image files of a folder, told by extension, in natural order of relative path: 2.png before 10.png.
+
+    Hidden files are left out: they are other systems' side files or an interrupted run's. May be empty.
+    Raises UserError if `folder` is not a folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    images = [p for p in found if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and p.is_file()]
+    return sorted(images, key=lambda p: _natural(p.relative_to(folder).as_posix()))
+
+
+def _natural(name: str) -> tuple:
+    pieces = re.split(r"([0-9]+)", name.casefold())
+    return [int(piece) if piece.isdecimal() else piece for piece in pieces], name
+
+
+def _open(path: str | Path) -> tuple[bytes, _Header]:
+    """The bytes and the header of an image file that is there, is whole and has a bearable size."""
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise UserError(f"{path}: is empty (0 bytes)")
+            header = _read_header(path, file)  # before the rest: it may not be an image at all
+            file.seek(0)
+            data = file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not _is_whole(data, header.format):
+        raise UserError(f"{path}: is truncated or damaged: no whole {header.format} in {len(data):,} bytes")
+    return data, header
+
+
+def _read_header(path: str | Path, file: io.BufferedIOBase) -> _Header:
+    with _pillow(path):
+        header = _parse_header(Image.open(file, formats=_FORMATS))
+    height, width = header.size
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{path}: has {width}x{height} pixels, over {MAX_PIXELS:,}; scale it down first")
+    return header
+
+
+def _parse_header(image: Image.Image) -> _Header:
+    tiff = image.format == "TIFF"
+    tags = image.tag_v2 if tiff else _exif(image)
+    width, height = (tags[_WIDTH], tags[_HEIGHT]) if tiff else image.size  # newer Pillow turns a TIFF's size
+    orientation = tags.get(_ORIENTATION)
+    if orientation not in range(1, 9):
+        orientation = 1
+    return _Header(
+        format="JPEG" if image.format == "MPO" else image.format,  # more JPEGs follow; the first is read
+        mode=image.mode,
+        bits=tags.get(_BITS, (1,))[0] if tiff else None,
+        size=(width, height) if orientation >= 5 else (height, width),
+        orientation=orientation,
+    )
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif", b""))
+    except Exception as error:  # as in _pillow; a picture with illegible EXIF data is still a picture
+        log.debug("illegible EXIF data: %s", error)
+    return exif
+
+
+def _is_whole(data: bytes, format: str) -> bool:
+    """False for what is cut short. Of BMP and TIFF, where nothing marks the end, the decoder finds out."""
+    if format == "JPEG":
+        return _is_whole_jpeg(data)
+    if format == "PNG":
+        return _is_whole_png(data)
+    if format == "WEBP":
+        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    return True
+
+
+def _is_whole_jpeg(data: bytes) -> bool:
+    position = 2
+    while match := _JPEG_MARKER.search(data, position):
+        if match.group() == b"\xff\xd9":
+            return True
+        # Segments are stepped over by their length: a thumbnail in one has an end-of-image marker of its own.
+        position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
+    return False
+
+
+def _is_whole_png(data: bytes) -> bool:
+    position = 8
+    while position + 12 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
+        end = position + 8 + length
+        critical = name[:1].isupper()  # libpng forgives a wrong checksum in the others
+        if critical and data[end : end + 4] != zlib.crc32(data[position + 4 : end]).to_bytes(4, "big"):
+            return False
+        if name == b"IEND":
+            return True
+        position = end + 4
+    return False
+
+
+def _decode(path: str | Path, data: bytes, header: _Header) -> np.ndarray:
+    """Upright pixels in OpenCV's order: HxW grey, HxWx3 BGR or HxWx4 BGRA."""
+    if header.format == "TIFF" and header.bits == 8 and header.mode in ("RGBA", "LA", "CMYK"):
+        # OpenCV multiplies such a file's colours by its alpha, drops grey's alpha, and makes up CMYK's.
+        return _decode_with_pillow(path, data)
+    try:
+        with _opencv_silent():
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise UserError(f"{path}: is truncated or damaged ({str(error).splitlines()[0]})") from error
+    if pixels is None:
+        raise UserError(f"{path}: is truncated or damaged, or a kind of {header.format} that OpenCV lacks")
+    # OpenCV turns a TIFF in any case, the others (by version) if asked, and not where alpha is to be kept.
+    return pixels if header.format == "TIFF" else _upright(pixels, header.orientation)
+
+
+def _decode_with_pillow(path: str | Path, data: bytes) -> np.ndarray:
+    with _pillow(path):
+        image = Image.open(io.BytesIO(data))  # which turns a TIFF by itself
+        pixels = np.asarray(image.convert("RGB" if image.mode == "CMYK" else "RGBA"))
+    return cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR if pixels.shape[2] == 3 else cv2.COLOR_RGBA2BGRA)
+
+
+@contextmanager
+def _pillow(path: str | Path):
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound is below large cameras' pictures; ours takes its place
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damage that matters, an error tells
+            yield
+    except Exception as error:  # Pillow's parsers raise whatever a damaged file leads them to
+        raise UserError(f"{path}: is no JPEG, PNG, BMP, TIFF or WebP image, or is damaged") from error
+
+
+@contextmanager
+def _opencv_silent():
+    logger = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # moved in OpenCV 5
+    level = logger.getLogLevel()
+    logger.setLogLevel(0)  # it prints about files that we report
+    try:
+        yield
+    finally:
+        logger.setLogLevel(level)
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo EXIF orientation 1 to 8 (Exif 2.3, 4.6.4): transpose, then mirror."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _encode(path: Path, image: np.ndarray, quality: int) -> bytes:
+    suffix = path.suffix.lower()
+    if suffix not in EXTENSIONS:
+        raise UserError(f"{path}: {suffix or 'no'} extension; give one of {' '.join(EXTENSIONS)}")
+    channels = image.shape[2] if image.ndim == 3 else 1
+    if image.ndim not in (2, 3) or channels not in (1, 3, 4) or image.dtype not in (np.uint8, np.uint16):
+        given = f"{image.dtype} of shape {image.shape}"
+        raise ValueError(f"image is {given}; HxW, HxWx3 or HxWx4 of uint8 or uint16 is allowed")
+    if image.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
+        log.warning("%s: %s holds 8 bits a channel, the picture's 16 are rounded", path, suffix)
+        image = _to_8_bits(image)
+    if channels == 4 and suffix in (".jpg", ".jpeg"):
+        log.warning("%s: %s holds no alpha, the picture's is left out", path, suffix)
+        image, channels = image[..., :3], 3
+    if channels > 1:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR if channels == 3 else cv2.COLOR_RGBA2BGRA)
+    flags = [_QUALITY[suffix], quality] if suffix in _QUALITY else []
+    try:
+        with _opencv_silent():
+            done, encoded = cv2.imencode(suffix, image, flags)
+    except cv2.error:
+        done = False
+    if not done:
+        height, width = image.shape[:2]
+        raise UserError(f"{path}: OpenCV cannot make a {suffix} of {width}x{height} pixels; try .png or .tif")
+    return encoded.tobytes()
+
+
+def _to_8_bits(image: np.ndarray) -> np.ndarray:
+    return cv2.convertScaleAbs(image, alpha=1 / 257) if image.dtype == np.uint16 else image

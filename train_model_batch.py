@@ -1,0 +1,156 @@
+"""Stage 2: retrain the fixed network of a genotype.
+
+    python train_model_batch.py                                    # the newest genotype, DID-MDN
+    python train_model_batch.py --demo                             # minutes on a laptop, no download
+    python train_model_batch.py --arch NAME --max_minutes 120
+    python train_model_batch.py --weights eval-EXP/derain.pt --data MY_PAIRS --clean_side left
+
+All training scenes but the validation part are trained on with the multi-to-one losses; checkpoints are chosen
+on the validation part. The test set is not opened.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import dataset
+import genotypes
+import model_train
+from losses import multi_to_one
+from model_train import DerainNetwork
+from support import experiment
+from support.errors import UserError
+from support.experiment import Experiment, natural, not_negative, positive
+
+# The demo: in under 5 minutes on two cores, the warm-up scaled with the schedule.
+DEMO = {
+    "epochs": 4,
+    "steps_per_epoch": 50,
+    "batch_size": 4,
+    "channels": [8, 16, 32, 64],
+    "internal_start": 2,
+    "val_scenes": 1,
+    "residual": True,
+}
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(
+        prog="train_model_batch.py", description="Retrain the fixed network of a genotype (stage 2)."
+    )
+    train = parser.add_argument_group("training")
+    train.add_argument(
+        "--arch", help="a name in genotypes.py or a run's genotype.json (default: the newest name)"
+    )
+    train.add_argument("--weights", metavar="CKPT", help="begin with a trained network: fine-tune it")
+    train.add_argument("--epochs", type=positive, default=200)
+    train.add_argument("--steps_per_epoch", type=positive, default=500)
+    train.add_argument("--batch_size", type=positive, default=32, help="scenes a step (default: 32)")
+    train.add_argument("--patch_size", type=positive, default=64, help="pixels a side (default: 64)")
+    train.add_argument("--channels", type=positive, nargs=4, default=[32, 64, 128, 256], metavar="C")
+    train.add_argument("--residual", action="store_true", help="learn the difference to the input")
+    train.add_argument(
+        "--clean_inputs", type=not_negative, default=0.0, help="share of draws with a dry input"
+    )
+    train.add_argument("--internal_start", type=positive, default=6, help="first epoch of the internal loss")
+    train.add_argument(
+        "--ema", type=not_negative, default=0.0, help="decay of averaged weights, as 0.999; 0: none"
+    )
+    adam = parser.add_argument_group("weights (Adam, cosine)")
+    adam.add_argument("--learning_rate", type=not_negative, default=1e-3)
+    adam.add_argument("--learning_rate_min", type=not_negative, default=0.0)
+    adam.add_argument(
+        "--warmup_steps", type=natural, default=0, help="steps of linear warm-up (default: none)"
+    )
+    adam.add_argument("--weight_decay", type=not_negative, default=0.0)
+    adam.add_argument(
+        "--grad_clip", type=not_negative, default=5.0, help="largest gradient norm; 0: no limit"
+    )
+    experiment.add_arguments(parser)
+    return parser
+
+
+def main(args):
+    run = Experiment("eval", args, get_args_parser(), DEMO)
+    args = run.args
+    net = build(args)
+    print(f"data: {' '.join(args.data)}", flush=True)
+    parts = dataset.split(dataset.find_training(args.data, args.clean_side), args.split_seed)
+
+    net.to(run.device)
+    optimizer = torch.optim.Adam(net.parameters(), args.learning_rate, weight_decay=args.weight_decay)
+    tracked = {"net": net, "optimizer": optimizer}
+    averaged = None
+    if args.ema:
+        averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+        tracked["ema"] = averaged
+    run.start(**tracked)
+    run.describe(parts)
+    genotypes.write_json(net.genotype, run.folder / "genotype.json")
+
+    shipped = averaged.module if averaged else net  # what is scored and kept
+    batches = dataset.batches(
+        parts["weights"] + parts["architecture"],
+        patch_size=args.patch_size,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        device=run.device,
+        workers=args.workers,
+        first_step=run.step,
+        clean_inputs=args.clean_inputs,
+    )
+    for epoch in run.epochs():
+        net.train()
+        for step in run.steps(epoch):
+            warm = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
+            optimizer.param_groups[0]["lr"] = warm * run.cosine(args.learning_rate, args.learning_rate_min)
+            batch = next(batches)
+            run.mention_padded(batch)
+            loss = multi_to_one(net(batch.rainy), batch.clean, batch.scene, epoch >= args.internal_start)
+            optimizer.zero_grad()
+            loss.backward()
+            if args.grad_clip:
+                nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
+            optimizer.step()
+            if averaged:
+                averaged.update_parameters(net)
+            run.count(loss=loss)
+
+        scores, panel = experiment.validate(shipped, parts["validation"][: args.val_scenes], run.device)
+        run.panel(*panel)
+        run.finish_epoch(
+            epoch, scores, partial(model_train.save, shipped), learning_rate=optimizer.param_groups[0]["lr"]
+        )
+
+    run.finish(parameters=sum(p.numel() for p in net.parameters()))
+    experiment.log.info("score it with: python test_view.py --ckt_path %s", run.folder / "best_psnr.pt")
+
+
+def build(args):
+    """The network to train: that of --weights, or a new one of --arch; prints which. Settles args.arch."""
+    if args.weights:
+        net = model_train.load(args.weights)
+        if args.arch and genotypes.find(args.arch)[1] != net.genotype:
+            raise UserError(
+                f"--arch {args.arch}: not the genotype of --weights {args.weights}; leave one out"
+            )
+        args.channels, args.residual = list(net.channels), net.residual
+        print(f"weights: {args.weights}")
+        return net
+    if args.arch is None and args.demo:
+        demo_search = experiment.newest("search", "genotype.json", demo=True)
+        args.arch = str(demo_search) if demo_search else None
+    name, genotype = genotypes.find(args.arch)
+    if args.resume is None:
+        args.arch = name
+    print(f"genotype: {name}")
+    torch.manual_seed(args.seed)
+    return DerainNetwork(genotype, args.channels, args.residual)
+
+
+if __name__ == "__main__":
+    experiment.command(main, get_args_parser())
