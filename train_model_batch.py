@@ -11,7 +11,6 @@ on the validation part. The test set is not opened.
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -81,7 +80,7 @@ def main(args):
     print(f"data: {' '.join(args.data)}", flush=True)
     parts = dataset.split(dataset.find_training(args.data, args.clean_side), args.split_seed)
 
-    net.to(run.device)
+    net.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), args.learning_rate, weight_decay=args.weight_decay)
     tracked = {"net": net, "optimizer": optimizer}
     averaged = None

@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from architect import Architect
 from losses import architecture_regulariser, choice_sizes, complexity, multi_to_one
 from model_search import SearchNetwork
 from support import experiment
-from support.experiment import Experiment, log, natural, not_negative, positive
+from support.experiment import Experiment, log, not_negative, positive
 
 # The demo: the whole method in under 5 minutes on two cores, the warm-ups scaled with the schedule.
 DEMO = {
@@ -96,7 +97,8 @@ def main(args):
     parts = dataset.split(scenes, args.split_seed)
 
     torch.manual_seed(args.seed)
-    net = SearchNetwork(args.channels, args.residual).to(run.device)
+    net = SearchNetwork(args.channels, args.residual)
+    net.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         net.weights(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
     )
@@ -189,6 +191,16 @@ def main(args):
         genotypes.append(args.name, genotype, f"{comment}, seed {args.seed}, commit {experiment.commit()}")
     log.info("derived architecture:\n%s = %s", args.name, genotypes.literal(genotype))
     log.info("retrain it with: python train_model_batch.py --arch %s", arch)
+
+
+def provenance(run):
+    """Where a genotype comes from, in one line: data, steps, width, seed, commit."""
+    args = run.args
+    data = " + ".join("/".join(Path(folder).absolute().parts[-2:]) for folder in args.data)
+    return (
+        f"{data}; {run.step} steps of {args.batch_size} scenes, channels {' '.join(map(str, args.channels))}, "
+        f"seed {args.seed}, commit {experiment.commit()}"
+    )
 
 
 def winners(genotype):

@@ -13,8 +13,8 @@ def score(output: np.ndarray, target: np.ndarray) -> dict[str, float]:
     """PSNR (dB) and SSIM of an image against its ground truth.
 
     PSNR is over all pixels and channels together, with peak 255. SSIM (Wang et al., TIP 2004, doi
-    10.1109/TIP.2003.819861) has an 11x11 Gaussian window of sigma 1.5, population covariance, range 255; of RGB
-    it is the mean over the channels. Y is `luma`, measured by the same 255 although it spans less.
+    10.1109/TIP.2003.819861) has an 11x11 Gaussian window of sigma 1.5, population covariance and range 255;
+    of RGB it is the mean over the channels. Y is `luma`, measured by the same 255 although it spans less.
 
     Args:
         output, target: HxWx3 uint8 RGB, of the same shape.

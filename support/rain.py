@@ -12,6 +12,7 @@ The densities of a scene share the direction, not the streaks, and differ in mea
 """
 
 import argparse
+import shutil
 import sys
 import zlib
 from collections.abc import Iterable
@@ -28,30 +29,30 @@ from support.images import list_images, read_image, write_image
 
 LEVELS = ("Heavy", "Medium", "Light")
 JPEG_QUALITY = 75  # of DID-MDN's files, by their quantisation tables
-MAX_ANGLE = 30  # degrees off vertical
-DEMO_VERSION = "demo set 1"
+DEMO_VERSION = "demo set 1\n"
 
 
 class Style(NamedTuple):
-    """What rain of one kind looks like on average. Means and contrasts are those of (heavy, medium, light)."""
+    """What rain of one kind looks like on average. Means and contrasts are those of heavy, medium, light."""
 
     length: float  # of a streak, pixels
     width: float  # of a streak, pixels
     density: float  # streaks a pixel: well above 1/(length*width) they merge, well below each stands alone
     mean: tuple[float, float, float]  # of the layer a
-    contrast: tuple[float, float, float]  # standard deviation of a over its mean
-    spread: float = 0.2  # from scene to scene: deviation of the logarithm of length, width, density, ...
+    contrast: tuple[float, float, float]  # standard deviation of a over its mean, before clipping at 0
+    spread: float = 0.2  # from scene to scene: deviation of the logarithms of all these, times a factor each
+    angle: float = 30  # largest, degrees off vertical
     near: float = 0.0  # share of the variance in nearer drops, twice as long and wide
-    veil: float = 0.0  # largest brightness of the mist behind heavy rain
+    veil: float = 0.0  # largest mean of the mist in heavy rain
 
 
 STYLES = {
-    "did-mdn": Style(15.5, 1.55, 1.35, mean=(0.25, 0.132, 0.045), contrast=(0.46, 0.54, 0.87)),
-    "sparse": Style(14, 1.6, 0.03, mean=(0.10, 0.06, 0.03), contrast=(1.1, 1.4, 1.8), spread=0.3, near=0.2),
-    "long": Style(40, 1.7, 0.2, mean=(0.15, 0.08, 0.04), contrast=(0.7, 0.9, 1.1), spread=0.3, near=0.3),
-    "wide": Style(18, 2.8, 0.1, mean=(0.20, 0.12, 0.05), contrast=(0.8, 0.9, 1.1), spread=0.3, near=0.2),
+    "did-mdn": Style(15.5, 1.55, 1.35, (0.25, 0.132, 0.045), (0.46, 0.54, 0.87)),
+    "sparse": Style(16, 1.5, 0.012, (0.07, 0.045, 0.025), (1.5, 1.7, 1.9), spread=0.35, angle=45, near=0.2),
+    "long": Style(38, 1.7, 0.06, (0.14, 0.08, 0.04), (0.9, 1.0, 1.2), spread=0.3, angle=45, near=0.3),
+    "wide": Style(18, 2.6, 0.08, (0.18, 0.11, 0.05), (0.9, 1.0, 1.2), spread=0.3, angle=45, near=0.2),
     "veiled": Style(
-        22, 1.7, 0.3, mean=(0.12, 0.08, 0.04), contrast=(0.6, 0.7, 0.9), spread=0.3, near=0.3, veil=0.3
+        22, 1.7, 0.2, (0.12, 0.08, 0.04), (0.7, 0.8, 1.0), spread=0.3, angle=45, near=0.3, veil=0.3
     ),
 }
 MIXED = {
@@ -84,20 +85,24 @@ def draw_rain(rng: np.random.Generator, style: str = "did-mdn") -> Rain:
         raise ValueError(f"no style {style!r}; choose one of {', '.join([*STYLES, 'mixed'])}")
     mid = STYLES[style]
 
-    def vary(scale: float = 1.0) -> float:  # bounded, so that no scene falls out of its style
-        return float(np.exp(scale * mid.spread * np.clip(rng.normal(), -2, 2)))
+    def vary(deviation: float) -> float:  # bounded, so that no scene falls out of its style
+        return float(np.exp(deviation * np.clip(rng.normal(), -2, 2)))
+
+    def by_level(values: tuple, common: float, own: tuple) -> dict[str, float]:
+        return {level: v * common * vary(d) for level, v, d in zip(LEVELS, values, own, strict=True)}
 
     # Nearer drops are longer, wider and fewer, and where it rains more it does so in all three densities.
-    near, strength, contrast = vary(0.7), vary(0.5), vary(0.6)
+    near, strength, contrast = vary(0.7 * mid.spread), vary(0.5 * mid.spread), vary(0.6 * mid.spread)
+    veil = mid.veil * rng.random()
     return Rain(
-        angle=rng.uniform(-MAX_ANGLE, MAX_ANGLE),
-        length=mid.length * near * vary(),
-        width=mid.width * near**0.5 * vary(0.6),
-        density=mid.density / near * vary(2.5),
-        mean={level: mean * strength * vary(0.4) for level, mean in zip(LEVELS, mid.mean, strict=True)},
-        contrast={level: c * contrast * vary(0.3) for level, c in zip(LEVELS, mid.contrast, strict=True)},
+        angle=rng.uniform(-mid.angle, mid.angle),
+        length=mid.length * near * vary(mid.spread),
+        width=mid.width * near**0.5 * vary(0.6 * mid.spread),
+        density=mid.density / near * vary(2.5 * mid.spread),
+        mean=by_level(mid.mean, strength, own=(0.08, 0.08, 0.18)),  # never so far that levels change places
+        contrast=by_level(mid.contrast, contrast, own=(0.06, 0.06, 0.06)),
         near=mid.near,
-        veil=dict(zip(LEVELS, mid.veil * rng.random() * np.array([1.0, 0.6, 0.3]), strict=True)),
+        veil={"Heavy": veil, "Medium": 0.6 * veil, "Light": 0.3 * veil},
     )
 
 
@@ -204,14 +209,15 @@ def write_scenes(
     named = _name(clean)
     if len(named) <= test:
         raise UserError(
-            f"{len(named)} photographs, of which {test} for the test part; none is left for training"
+            f"{len(named)} photographs, {test} of them for the test part: none is left for training"
         )
     order = [list(named)[i] for i in np.random.default_rng(seed).permutation(len(named))]
     jobs = [(name, name, True) for name in order[:test]]
+    taken = {name.casefold() for name in order}
     for i in range(scenes or len(order) - test):
         turn, k = divmod(i, len(order) - test)
         name = order[test + k]
-        jobs.append((name, name if turn == 0 else f"{name}_{turn + 1}", False))
+        jobs.append((name, _unique(f"{name}_{turn + 1}", taken) if turn else name, False))
 
     failures = {}
     for photograph, name, is_test in tqdm(jobs, unit="scene", disable=None):
@@ -223,13 +229,13 @@ def write_scenes(
         except UserError as error:
             failures[path] = str(error)
             tqdm.write(str(error), file=sys.stderr)
-            continue
-        _write_scene(image, out, name, seed, style, is_test, quality)
+        else:
+            _write_scene(image, out, name, seed, style, is_test, quality)
     return list(failures.values())
 
 
-def _write_scene(image, out, name, seed, style, is_test, quality=JPEG_QUALITY):
-    # From the name, not from a stream of numbers: a scene stays what it is whatever else is in the folder.
+def _write_scene(image, out, name, seed, style="did-mdn", is_test=False, quality=JPEG_QUALITY) -> None:
+    # Seeded by the name, not drawn from one stream: a scene is the same whatever else is in the folder.
     for level, rainy in make_scene(image, [seed, zlib.crc32(name.encode())], style).items():
         if is_test:
             path = out / "DID-MDN-test" / f"{level.lower()}_{name}.jpg"
@@ -239,17 +245,22 @@ def _write_scene(image, out, name, seed, style, is_test, quality=JPEG_QUALITY):
 
 
 def _name(paths: Iterable[Path]) -> dict[str, Path]:
-    named = {}
-    for path in paths:
-        name = path.stem if path.stem not in named else f"{path.parent.name}_{path.stem}"
-        base, k = name, 2
-        while name in named:
-            name, k = f"{base}-{k}", k + 1
-        named[name] = path
+    named, taken = {}, set()
+    for path in map(Path, paths):
+        known = path.stem.casefold() in taken
+        named[_unique(f"{path.parent.name}_{path.stem}" if known else path.stem, taken)] = path
     return named
 
 
-def _prepare(image, path, size, clean_side) -> np.ndarray:
+def _unique(name: str, taken: set[str]) -> str:
+    base, k = name, 2
+    while name.casefold() in taken:  # to some file systems, A.jpg and a.jpg are one file
+        name, k = f"{base}_{k}", k + 1
+    taken.add(name.casefold())
+    return name
+
+
+def _prepare(image, path, size=None, clean_side=None) -> np.ndarray:
     if clean_side:
         half = image.shape[1] // 2
         image = image[:, :half] if clean_side == "left" else image[:, -half:]
@@ -266,29 +277,62 @@ def _prepare(image, path, size, clean_side) -> np.ndarray:
     return image[:, : image.shape[1] // 16 * 16]
 
 
-# Photographs in scikit-image's wheel and how many crops of each. Seven backgrounds to train on, two others to test on.
-DEMO_TRAINING = {"astronaut.png": 2, "motorcycle_left.png": 3, "rocket.jpg": 2, "camera.png": 2, "grass.png": 1,
-                 "gravel.png": 1, "brick.png": 1}  # fmt: skip
-DEMO_TEST = ("chelsea.png", "coffee.png")
+# The photographs in scikit-image's wheel: name, file, number of crops. Nine backgrounds, two of them to test on.
+_DEMO_TRAINING = (
+    ("astronaut", "astronaut.png", 2),
+    ("motorcycle", "motorcycle_left.png", 3),
+    ("rocket", "rocket.jpg", 2),
+    ("camera", "camera.png", 2),
+    ("brick", "brick.png", 1),
+    ("grass", "grass.png", 1),
+    ("gravel", "gravel.png", 1),
+)
+_DEMO_TEST = (("chelsea", "chelsea.png"), ("coffee", "coffee.png"))
 
 
 def demo_set(folder: str | Path) -> Path:
     """Make a small set in DID-MDN's layout from the photographs that scikit-image carries; nothing is downloaded.
 
-    Twelve training scenes of 384x256 pixels and six test pairs, LEVEL_PHOTO.jpg, over other photographs. Training
-    scenes are named PHOTO_k: the crops k of a photograph are one background, and a split by background keeps them
-    together. Takes a second; a set that an earlier call finished is used again. Returns `folder` as a Path.
+    Twelve training scenes of 384x256 pixels, and six test pairs over other photographs, LEVEL_PHOTO.jpg. Training
+    scenes are named PHOTO_k: the crops k = 1, 2, .. of one photograph are one background to a split. Takes a
+    second; a set that an earlier call finished is used again, and an unfinished one is made anew.
+
+    Returns:
+        `folder` as a Path.
 
     Raises:
-        UserError: the folder holds another set, or cannot be written, or scikit-image lacks its photographs.
+        UserError: the folder holds a set of other making, or cannot be written.
     """
     folder = Path(folder)
     marker = folder / "demo-set.txt"
-    data = Path(skimage.__file__).parent / "data"
-    if marker.is_file() and marker.read_text() == DEMO_VERSION:
-        return folder
-    ...
+    parts = [folder / "DID-MDN-training", folder / "DID-MDN-test"]
+    try:
+        if marker.is_file():
+            if marker.read_text() == DEMO_VERSION and all(part.is_dir() for part in parts):
+                return folder
+            for part in parts:
+                shutil.rmtree(part, ignore_errors=True)
+        elif any(part.exists() for part in parts):
+            raise UserError(f"{folder}: holds a data set that is not the demo set; give another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.write_text("unfinished\n")
+        data = Path(skimage.__file__).parent / "data"
+        for name, file, crops in _DEMO_TRAINING:
+            photograph = read_image(data / file)
+            for k in range(crops):
+                _write_scene(_crop(photograph, k / max(1, crops - 1)), folder, f"{name}_{k + 1}", seed=0)
+        for name, file in _DEMO_TEST:
+            image = _prepare(read_image(data / file), file)
+            _write_scene(image, folder, name, seed=0, is_test=True)
+        marker.write_text(DEMO_VERSION)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return folder
+
+
+def _crop(image: np.ndarray, position: float, height: int = 256, width: int = 384) -> np.ndarray:
+    top, left = (round(position * (a - b)) for a, b in zip(image.shape[:2], (height, width), strict=True))
+    return image[top : top + height, left : left + width]
 
 
 def find_photographs(folders: Iterable[str | Path]) -> list[Path]:

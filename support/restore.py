@@ -1,0 +1,145 @@
+"""From a picture to the restored picture with any network: tiles, self-ensemble, precision."""
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from support.errors import UserError
+
+WHOLE_PIXELS = 2**20  # a picture of more goes through in tiles, whatever the device, so that results agree
+TILE = 512
+OVERLAP = 64
+SMALLEST_TILE = 64
+
+log = logging.getLogger(__name__)
+
+
+def restore(
+    net: nn.Module,
+    image: np.ndarray,
+    device: str | torch.device = "cpu",
+    tile: int | None = None,
+    overlap: int = OVERLAP,
+    self_ensemble: bool = False,
+    amp: bool = False,
+) -> np.ndarray:
+    """Restore one picture.
+
+    Tiles are not exact for a network with global pooling: it then sees the statistics of one tile at a time.
+    Out of CUDA memory, the picture is begun again with tiles of half the size, and a warning says so.
+
+    Args:
+        net: Nx3xHxW in [0, 1] to Nx3xHxW, for any H and W; on `device`, in evaluation mode.
+        image: HxWx3 RGB, uint8 or uint16.
+        tile: side of the tiles in pixels, a multiple of 8; 0 never tiles; None takes a picture of up to
+            `WHOLE_PIXELS` whole and a larger one in tiles of `TILE`.
+        overlap: of neighbouring tiles in pixels, a multiple of 8; at most half a tile is used. The quarter of it
+            nearest to a tile's cut edge is thrown away; seams are blended linearly over the middle half.
+        self_ensemble: average over the 8 flips and rotations (Timofte et al., CVPR 2016), in 8 times the time.
+        amp: automatic mixed precision: float16 on CUDA, bfloat16 on a CPU.
+
+    Returns:
+        the output, clamped to [0, 1] and rounded to the bits of `image`: same shape and type.
+
+    Raises:
+        UserError: a tile or overlap that is not allowed; a network whose output is not finite.
+        ValueError: `image` is anything else, or `net` is in training mode.
+        torch.cuda.OutOfMemoryError: not even tiles of `SMALLEST_TILE` fit.
+    """
+    if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ValueError(f"image is {image.dtype} of shape {image.shape}; HxWx3 uint8 or uint16 is allowed")
+    if net.training:
+        raise ValueError("net is in training mode, where it depends on the batch; call net.eval() first")
+    if tile and (tile % 8 or tile < SMALLEST_TILE):
+        raise UserError(f"tile is {tile}; 0 (never) or a multiple of 8 from {SMALLEST_TILE} on is allowed")
+    if overlap % 8 or overlap < 0:
+        raise UserError(f"overlap is {overlap}; 0 or a positive multiple of 8 is allowed")
+
+    def run(patch: np.ndarray) -> np.ndarray:
+        return _forward(net, patch, torch.device(device), self_ensemble, amp)
+
+    height, width = image.shape[:2]
+    if tile is None:
+        tile = TILE if height * width > WHOLE_PIXELS else 0
+    whole = _multiple_of_8(max(height, width))
+    tile = min(tile or whole, whole)
+    while True:
+        try:
+            return _restore_in_tiles(run, image, tile, overlap)
+        except torch.cuda.OutOfMemoryError:
+            if tile <= SMALLEST_TILE:
+                raise
+        # Out here, the exception and the tensors that its traceback holds are gone.
+        torch.cuda.empty_cache()
+        tile = max(_multiple_of_8(tile // 2), SMALLEST_TILE)
+        log.warning("out of GPU memory: trying again with tiles of %d x %d pixels", tile, tile)
+
+
+def _restore_in_tiles(run: Callable, image: np.ndarray, tile: int, overlap: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    if max(height, width) > tile:
+        # Padded as the networks pad a whole picture, every tile can lie on the grid of their coarsest scale.
+        image = np.pad(image, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge")
+    rows = _windows(image.shape[0], tile, overlap)
+    columns = _windows(image.shape[1], tile, overlap)
+    result = np.empty_like(image)
+    # One row of tiles is summed at a time: the rest of the picture takes no more than its own bits.
+    band = np.zeros((len(rows[0][1]), image.shape[1], 3), np.float32)
+    ends = [top for top, _ in rows[1:]] + [image.shape[0]]
+    for (top, row_weights), end in zip(rows, ends, strict=True):
+        for left, column_weights in columns:
+            inside = np.s_[left : left + len(column_weights)]
+            weights = row_weights[:, None, None] * column_weights[:, None]
+            band[:, inside] += weights * run(image[top : top + len(row_weights), inside])
+        result[top:end] = np.rint(band[: end - top] * np.iinfo(image.dtype).max)
+        band = np.concatenate([band[end - top :], np.zeros_like(band[: end - top])])
+    return np.ascontiguousarray(result[:height, :width])
+
+
+def _windows(length: int, tile: int, overlap: int) -> list[tuple[int, np.ndarray]]:
+    """Evenly spread windows over 0..length, each (start, weights); at every pixel the weights sum to 1."""
+    if length <= tile:
+        return [(0, np.ones(length, np.float32))]
+    overlap = min(overlap, tile // 16 * 8)
+    gaps = -(-(length - tile) // (tile - overlap))
+    starts = [(length - tile) // 8 * i // gaps * 8 for i in range(gaps + 1)]
+    # From a cut edge inwards: a quarter of the overlap nothing, then half of it rising, then all.
+    ramp = np.clip((np.arange(tile) + 0.5) / max(overlap / 2, 1e-9) - 0.5, 0, 1)
+    weights = np.ones((len(starts), tile))
+    weights[1:] *= ramp
+    weights[:-1] *= ramp[::-1]
+    total = np.zeros(length)
+    for start, weight in zip(starts, weights, strict=True):
+        total[start : start + tile] += weight
+    return [
+        (start, (weight / total[start : start + tile]).astype(np.float32))
+        for start, weight in zip(starts, weights, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def _forward(net: nn.Module, patch: np.ndarray, device: torch.device, self_ensemble: bool, amp: bool):
+    """HxWx3 uint8 or uint16 to HxWx3 float32 in [0, 1]."""
+    x = torch.from_numpy(patch.astype(np.float32) / np.iinfo(patch.dtype).max)
+    x = x.to(device).permute(2, 0, 1)[None].contiguous()
+    with torch.autocast(device.type, enabled=amp):
+        y = _mean_of_8(net, x) if self_ensemble else net(x).float()
+    if not torch.isfinite(y).all():
+        raise UserError("the network's output is not finite; run it without --amp, or check its checkpoint")
+    return y.clamp(0, 1)[0].permute(1, 2, 0).cpu().numpy()
+
+
+def _mean_of_8(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros_like(x)
+    for turns in range(4):
+        turned = x.rot90(turns, (2, 3))
+        total += net(turned).float().rot90(-turns, (2, 3))
+        total += net(turned.flip(3)).float().flip(3).rot90(-turns, (2, 3))
+    return total / 8
+
+
+def _multiple_of_8(size: int) -> int:
+    return -(-size // 8) * 8

@@ -1,0 +1,226 @@
+"""Restoring one picture: tiles and seams, memory, bits, self-ensemble, precision."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from support import restore as module
+from support.errors import UserError
+from support.restore import restore
+
+
+class Darken(nn.Module):
+    """Pixelwise, so that tiles must equal the whole."""
+
+    def forward(self, x):
+        return 0.5 * x + 0.1 * x**2
+
+
+class Shift(nn.Module):
+    """Out of range, both ways."""
+
+    def forward(self, x):
+        return 4 * x - 1.5
+
+
+class TooBig(Darken):
+    """Runs out of memory above so many pixels, and remembers what it was given."""
+
+    def __init__(self, pixels):
+        super().__init__()
+        self.pixels, self.shapes = pixels, []
+
+    def forward(self, x):
+        self.shapes.append(tuple(x.shape[2:]))
+        if x.shape[2] * x.shape[3] > self.pixels:
+            raise torch.cuda.OutOfMemoryError("simulated")
+        return super().forward(x)
+
+
+class MeanOfAll(nn.Module):
+    """Global, as squeeze-and-excitation is: each tile gives a flat patch of its own."""
+
+    def forward(self, x):
+        return x.mean((1, 2, 3), keepdim=True).expand_as(x)
+
+
+def blur(radius: int) -> nn.Module:
+    conv = nn.Conv2d(3, 3, 2 * radius + 1, padding=radius, padding_mode="replicate", bias=False)
+    nn.init.uniform_(conv.weight, 0, 1 / conv.weight[0].numel())
+    return conv.eval()
+
+
+def picture(height: int, width: int, dtype=np.uint8) -> np.ndarray:
+    rng = np.random.default_rng(height * width)
+    return rng.integers(0, np.iinfo(dtype).max + 1, (height, width, 3), dtype=dtype)
+
+
+def apart(x: np.ndarray, y: np.ndarray) -> int:
+    return int(np.abs(x.astype(int) - y.astype(int)).max())
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_bits_and_shape_are_kept_and_the_identity_changes_nothing(dtype):
+    for size in ((1, 1), (7, 13), (40, 65)):
+        image = picture(*size, dtype)
+        given = image.copy()
+        restored = restore(nn.Identity().eval(), image)
+        assert restored.dtype == dtype and np.array_equal(restored, image)
+        assert np.array_equal(image, given) and restored is not image
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_output_is_clamped_and_rounded(dtype):
+    image, top = picture(20, 30, dtype), np.iinfo(dtype).max
+    expected = np.rint(np.clip(4 * (image / top) - 1.5, 0, 1) * top)
+    assert apart(restore(Shift().eval(), image), expected) <= (0 if dtype == np.uint8 else 1)
+
+
+@pytest.mark.parametrize("size", [(200, 300), (203, 64), (64, 301), (65, 65), (130, 250)])
+@pytest.mark.parametrize("overlap", [0, 16, 32])
+def test_tiles_of_a_pixelwise_network_equal_the_whole(size, overlap):
+    image = picture(*size)
+    whole = restore(Darken().eval(), image, tile=0)
+    assert apart(restore(Darken().eval(), image, tile=64, overlap=overlap), whole) <= 1
+    deep = picture(*size, np.uint16)
+    tiled = restore(Darken().eval(), deep, tile=64, overlap=overlap)
+    assert apart(tiled, restore(Darken().eval(), deep, tile=0)) <= 1
+
+
+def test_tiles_equal_the_whole_where_the_overlap_covers_the_receptive_field():
+    torch.manual_seed(0)
+    image = picture(180, 260)
+    net = blur(radius=8)
+    whole = restore(net, image, tile=0)
+    assert apart(restore(net, image, tile=96, overlap=32), whole) <= 1  # a quarter of 32 is thrown away: 8
+    assert apart(restore(net, image, tile=96, overlap=0), whole) > 1
+
+
+def test_all_tiles_have_one_size_and_lie_on_the_grid_of_8():
+    net = TooBig(pixels=10**9).eval()
+    restore(net, picture(203, 301), tile=64, overlap=16)
+    assert set(net.shapes) == {(64, 64)}
+    for length in (72, 128, 208, 1000):
+        windows = module._windows(length, 64, 16)
+        assert windows[0][0] == 0 and windows[-1][0] == length - 64
+        assert all(start % 8 == 0 for start, _ in windows)
+        total = np.zeros(length)
+        for start, weights in windows:
+            total[start : start + 64] += weights
+        assert total == pytest.approx(np.ones(length), abs=1e-6)
+
+
+def test_seams_are_ramps_and_not_steps():
+    ramp = np.linspace(0, 255, 512)[None, :, None]
+    image = np.broadcast_to(ramp, (64, 512, 3)).astype(np.uint8)
+    net = MeanOfAll().eval()
+
+    def steepest(overlap: int) -> int:
+        row = restore(net, image, tile=128, overlap=overlap)[32, :, 0].astype(int)
+        return int(np.abs(np.diff(row)).max())
+
+    assert steepest(overlap=0) > 40  # from one tile's mean straight to the next one's
+    assert steepest(overlap=64) <= 2
+
+
+def test_a_small_picture_goes_through_whole_and_a_large_one_in_tiles(monkeypatch):
+    monkeypatch.setattr(module, "WHOLE_PIXELS", 100 * 100)
+    monkeypatch.setattr(module, "TILE", 64)
+    for size, tile, seen in (
+        ((100, 100), None, {(100, 100)}),
+        ((101, 100), None, {(64, 64)}),
+        ((300, 40), None, {(64, 40)}),
+        ((101, 100), 0, {(101, 100)}),
+        ((40, 40), 64, {(40, 40)}),
+    ):
+        net = TooBig(pixels=10**9).eval()
+        restore(net, picture(*size), tile=tile)
+        assert set(net.shapes) == seen
+
+
+def test_out_of_memory_halves_the_tile_and_says_so(caplog):
+    image = picture(250, 400)
+    net = TooBig(pixels=110 * 110).eval()
+    with caplog.at_level(logging.WARNING):
+        restored = restore(net, image, tile=0, overlap=32)
+    assert apart(restored, restore(Darken().eval(), image, tile=0)) <= 1
+    assert [shape for i, shape in enumerate(net.shapes) if shape not in net.shapes[:i]] == [
+        (250, 400),
+        (200, 200),
+        (104, 104),
+    ]
+    assert [record.getMessage().split(" tiles of ")[1] for record in caplog.records] == [
+        "200 x 200 pixels",
+        "104 x 104 pixels",
+    ]
+
+
+def test_out_of_memory_for_the_smallest_tile_is_an_error():
+    net = TooBig(pixels=0).eval()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        restore(net, picture(100, 100))
+    assert net.shapes[-1] == (64, 64)
+
+
+def test_self_ensemble_turns_and_flips_with_the_picture():
+    torch.manual_seed(0)
+    net, image = blur(radius=2), picture(30, 44)
+    transforms = [lambda x, k=k: np.rot90(x, k) for k in range(4)]
+    transforms += [lambda x, t=t: t(x)[:, ::-1] for t in transforms]
+    plain, ensemble = restore(net, image), restore(net, image, self_ensemble=True)
+    for transform in transforms:
+        turned = np.ascontiguousarray(transform(image))
+        assert apart(restore(net, turned, self_ensemble=True), transform(ensemble)) <= 1
+    assert max(apart(restore(net, np.ascontiguousarray(t(image))), t(plain)) for t in transforms) > 1
+    # It is the mean of the eight, each turned back.
+    results = [restore(net, np.ascontiguousarray(t(image))).astype(float) for t in transforms]
+    back = [np.rot90(r if i < 4 else r[:, ::-1], -(i % 4)) for i, r in enumerate(results)]
+    assert np.abs(np.mean(back, 0) - ensemble).max() <= 1
+
+
+def test_amp_computes_in_half_precision():
+    seen = []
+    net = blur(radius=1)
+    net.register_forward_hook(lambda _, __, y: seen.append(y.dtype))
+    image = picture(32, 32)
+    full, half = restore(net, image), restore(net, image, amp=True)
+    assert seen == [torch.float32, torch.bfloat16]
+    assert half.dtype == np.uint8 and apart(full, half) <= 4
+
+
+def test_no_gradients_and_no_change_of_the_network():
+    net = blur(radius=1)
+    before = net.weight.clone()
+    restore(net, picture(16, 16))
+    assert net.weight.grad is None and torch.equal(net.weight, before)
+
+
+def test_the_networks_mistakes_do_not_become_pictures():
+    class NotANumber(nn.Module):
+        def forward(self, x):
+            return x / 0
+
+    with pytest.raises(UserError, match="not finite"):
+        restore(NotANumber().eval(), picture(16, 16))
+    with pytest.raises(ValueError, match="training mode"):
+        restore(Darken(), picture(16, 16))
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8)]
+)
+def test_anything_but_8_or_16_bit_rgb_is_refused(image):
+    with pytest.raises(ValueError, match=r"image is .*; HxWx3 uint8 or uint16 is allowed"):
+        restore(Darken().eval(), image)
+
+
+@pytest.mark.parametrize(
+    "flags", [{"tile": 100}, {"tile": 8}, {"tile": -8}, {"overlap": 12}, {"overlap": -8}]
+)
+def test_tiles_off_the_grid_are_refused_with_what_is_allowed(flags):
+    (name, value), *_ = flags.items()
+    with pytest.raises(UserError, match=rf"{name} is {value}; .*multiple of 8.* allowed"):
+        restore(Darken().eval(), picture(16, 16), **flags)
