@@ -8,9 +8,9 @@ Unrolled:      grad_a L_val(w - xi * d(w, a), a), with d the step that SGD would
     grad_a L_val(w', a) - xi * [grad_a L_train(w+, a) - grad_a L_train(w-, a)] / (2 * epsilon),
     w+- = w +- epsilon * grad_w' L_val(w', a),                epsilon = 0.01 / |grad_w' L_val(w', a)|
 
-The difference stands for the product of a Hessian and a vector. Differentiating through the virtual step exactly
-(a double backward) is as short to write, but keeps the graph of the gradient and so about twice the memory; a
-test holds this step to it.
+The difference stands for the product of a Hessian and a vector. Differentiating through the virtual step
+exactly (a double backward) is as short to write, but keeps the graph of the gradient and so about twice the
+memory; a test holds this step to it.
 """
 
 import torch
@@ -25,7 +25,8 @@ class Architect:
     net: the supernet, with `architecture()` and `weights()`.
     optimizer: Adam over `net.architecture()`.
     loss: loss(forward, batch) -> scalar, where forward(x) is the network's output.
-    penalty: penalty() -> scalar on alpha and beta alone, added to the validation loss (regulariser, complexity).
+    penalty: penalty() -> scalar on alpha and beta alone, added to the validation loss (regulariser,
+        complexity).
     weight_optimizer: the SGD of the weights, for the unrolled step; None means first order.
     batch_statistics: BatchNorm normalises by the batch in this step; else by its running statistics, as the
         released code does. Neither changes the running statistics.

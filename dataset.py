@@ -3,14 +3,15 @@
 A scene is one clean background and its rainy versions: three densities in DID-MDN, one in a plain pair. The
 layouts that `find` knows, by the names of the folders alone:
 
-    Rain_Heavy/train2018new/*.jpg, Rain_Medium/..., Rain_Light/...   rain|clean side by side, same name = same scene
-    input/*  target/*  (or rain norain, rainy gt, ...)               a pair is two files of one name
+    Rain_Heavy/train2018new/*.jpg  Rain_Medium/...  Rain_Light/...   rain|clean; one name is one scene
+    input/*  target/*  (or rain norain, rainy gt, ...)               pairs of two files of one name
     *.jpg with --clean_side left or right                            clean|rain or rain|clean side by side
     *.jpg                                                            single images, no ground truth
 """
 
 import hashlib
 import re
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from losses import SSIM_WINDOW
 from support.errors import UserError
 from support.images import image_size, list_images, read_image
 
@@ -64,15 +66,15 @@ class Found(NamedTuple):
     unpaired: list[Path]
 
 
-# --- files to scenes -----------------------------------------------------------------------------------------
+# --- files to scenes ----------------------------------------------------------------------------------------
 
 
 def find(path, clean_side=None):
     """The scenes under `path`, a folder in one of the layouts above or a single image file.
 
-    clean_side: which half of a side-by-side file is clean, "left" or "right"; None where `path` is no folder of
-    such files. DID-MDN's own folders are rain|clean as published. Raises UserError for a path that is missing,
-    empty, or paired ambiguously.
+    clean_side: which half of a side-by-side file is clean, "left" or "right"; None where `path` is no folder
+    of such files. DID-MDN's own folders are rain|clean as published. Raises UserError for a path that is
+    missing, empty, or paired ambiguously.
     """
     path = Path(path)
     if not path.exists():
@@ -190,7 +192,7 @@ def _pair_key(file, folder):
 def _flat(root, files, side):
     if not files:
         raise UserError(f"{root}: no images (JPEG, PNG, BMP, TIFF or WebP) found")
-    names = [file.relative_to(root).with_suffix("").as_posix() for file in files]
+    names = _names(root, files)
     if side is None:
         scenes = [Scene(name, (Half(f),), None) for name, f in zip(names, files, strict=True)]
         return Found("single images", scenes, [])
@@ -199,16 +201,36 @@ def _flat(root, files, side):
     return Found(f"side-by-side pairs, clean half {side}", scenes, [])
 
 
+def _names(root, files):
+    """Relative names without suffix, but for files that only the suffix tells apart."""
+    short = [file.relative_to(root).with_suffix("").as_posix() for file in files]
+    count = Counter(short)
+    return [
+        name if count[name] == 1 else file.relative_to(root).as_posix()
+        for name, file in zip(short, files, strict=True)
+    ]
+
+
 def _and_more(files):
     return f" (and {len(files) - 1} more have none)" if len(files) > 1 else ""
 
 
-# --- scenes to arrays ----------------------------------------------------------------------------------------
+# --- scenes to arrays ---------------------------------------------------------------------------------------
 
 
 def check_sizes(scene):
-    """Raise UserError, naming the file, unless all images of the scene have one size (headers are read only)."""
+    """Raise UserError, naming the file, unless all images of the scene have one size and can carry SSIM.
+
+    Pixels are not decoded; a file that is cut short is found all the same.
+    """
     sizes = {half: half_size(half) for half in dict.fromkeys([*scene.rainy, *filter(None, [scene.clean])])}
+    _check_equal(sizes)
+    half, size = next(iter(sizes.items()))
+    if min(size) < SSIM_WINDOW:
+        raise UserError(f"{half.path}: {size[1]}x{size[0]} pixels; training images need at least 11x11")
+
+
+def _check_equal(sizes):
     reference, expected = next(iter(sizes.items()))
     for half, size in sizes.items():
         if size != expected:
@@ -240,12 +262,7 @@ def read_scene(scene):
     halves = [*scene.rainy, scene.clean] if scene.clean else list(scene.rainy)
     files = {path: read_image(path) for path in dict.fromkeys(half.path for half in halves)}
     images = [_cut(files[half.path], half) for half in halves]
-    for half, image in zip(halves, images, strict=True):
-        if image.shape != images[0].shape:
-            raise UserError(
-                f"{half.path}: {image.shape[1]}x{image.shape[0]} pixels, but {halves[0].path} of the same scene is "
-                f"{images[0].shape[1]}x{images[0].shape[0]}; all images of a scene must have one size"
-            )
+    _check_equal({half: image.shape[:2] for half, image in zip(halves, images, strict=True)})
     return (images[:-1], images[-1]) if scene.clean else (images, None)
 
 
@@ -256,15 +273,16 @@ def _cut(image, half):
     return image[:, :middle] if half.side == "left" else image[:, middle:]
 
 
-# --- the parts -----------------------------------------------------------------------------------------------
+# --- the parts ----------------------------------------------------------------------------------------------
 
 
 def split(scenes, seed=0):
     """The scenes of each part: {"weights": 50 %, "architecture": 45 %, "validation": 5 %}, none shared.
 
-    It goes by background, so that no background is in two parts: distinct backgrounds are ordered by a hash of
-    their key and the seed, and cut in those proportions, each part getting at least one. It depends on nothing
-    else, the run's own seed and the order of the files included. Raises UserError for under 3 backgrounds.
+    It goes by background, so that no background is in two parts: distinct backgrounds are ordered by a hash
+    of their key and the seed, and cut in those proportions, each part getting at least one. It depends on
+    nothing else, the run's own seed and the order of the files included. Raises UserError for under 3
+    backgrounds.
     """
     keys = background_keys(scenes)
     order = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
@@ -287,8 +305,8 @@ def background_keys(scenes):
     """A text per scene that is equal for scenes of one background.
 
     In DID-MDN's layout, which has each background once, it is the scene's name. Otherwise (pairs, or several
-    folders at once) one background may stand in several files, and it is the smallest name among the files whose
-    clean images look the same.
+    folders at once) one background may stand in several files, and it is the smallest name among the files
+    whose clean images look the same.
     """
     if len({scene.clean.path.parent for scene in scenes}) == 1 and all(scene.densities for scene in scenes):
         return [scene.name for scene in scenes]
@@ -305,7 +323,7 @@ def read_half(half):
 
 
 def thumbnail(image):
-    """256 values, mean 0 and norm 1, that barely change when HxWx3 uint8 RGB is scaled or compressed again."""
+    """256 values, mean 0 and norm 1, that hardly change when HxWx3 uint8 RGB is scaled or coded anew."""
     small = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (16, 16), interpolation=cv2.INTER_AREA)
     vector = small.astype(np.float32).ravel() - small.mean()
     return vector / max(np.linalg.norm(vector), 1e-6)
@@ -325,7 +343,7 @@ def same_pictures(thumbnails, threshold=0.998):
     return first
 
 
-# --- the training batches ------------------------------------------------------------------------------------
+# --- the training batches -----------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -349,10 +367,10 @@ class Batch(NamedTuple):
 class ScenePatches(Dataset):
     """Draw number n -> a random crop of one scene, all densities cut, flipped and rotated alike.
 
-    Draws go through consecutive shuffles of the scenes. Everything random is a function of (seed, draw number),
-    so a run continues exactly from a number alone, whatever the workers. A scene smaller than the patch is
-    padded by mirroring its border. With `clean_inputs` > 0 that share of the draws has one rainy image replaced
-    by the clean one, which teaches the network to leave dry pictures alone.
+    Draws go through consecutive shuffles of the scenes. Everything random is a function of (seed, draw
+    number), so a run continues exactly from a number alone, whatever the workers. A scene smaller than the
+    patch is padded by mirroring its border. With `clean_inputs` > 0 that share of the draws has one rainy
+    image replaced by the clean one, which teaches the network to leave dry pictures alone.
     """
 
     def __init__(self, scenes, patch_size, seed, clean_inputs=0.0):
@@ -389,7 +407,7 @@ def shuffled(seed, shuffle, count):
 
 
 def crop(images, size, random):
-    """A size x size window of KxHxWx3 images at a random place, the same in all; padded first if they are smaller."""
+    """A size x size window of KxHxWx3 images at a random place, the same in all; smaller ones are padded."""
     missing = [max(0, size - side) for side in images.shape[1:3]]
     if any(missing):
         around = [(m // 2, m - m // 2) for m in missing]

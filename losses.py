@@ -1,7 +1,7 @@
 """The losses: external, internal, total variation, SSIM; architecture regularisation; model complexity.
 
-A batch holds whole scenes: `outputs` O and the rainy images are NxCxHxW, `clean` B is SxCxHxW, and `scene` is a
-LongTensor of N indices into B that says which scene each output belongs to. A scene may have any number of
+A batch holds whole scenes: `outputs` O and the rainy images are NxCxHxW, `clean` B is SxCxHxW, and `scene` is
+a LongTensor of N indices into B that says which scene each output belongs to. A scene may have any number of
 densities; the terms are vectorised over all of them. Images are in [0, 1]. Source: Cai et al., TCSVT 2023.
 """
 
@@ -73,7 +73,7 @@ def multi_to_one(outputs, clean, scene, use_internal=True, tv_weight=1e-4):
     return loss
 
 
-# --- the search only -----------------------------------------------------------------------------------------
+# --- the search only ----------------------------------------------------------------------------------------
 
 
 def architecture_regulariser(*distributions):
@@ -95,7 +95,8 @@ def _binary_entropy(a):
 def complexity(distributions, sizes):
     """Expected relative size: for each module and edge expected size / largest choice's, averaged over all.
 
-    distributions: softmaxed alpha and beta, each RxK; sizes: the size of each choice (`choice_sizes`), same shapes.
+    distributions: softmaxed alpha and beta, each RxK; sizes: the size of each choice (`choice_sizes`), same
+        shapes.
     """
     relative = [(a * size).sum(-1) / size.amax(-1) for a, size in zip(distributions, sizes, strict=True)]
     return torch.cat(relative).mean()

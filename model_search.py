@@ -29,7 +29,7 @@ from operations import (
 
 
 class MixedModule(nn.Module):
-    """sum over kinds m of alpha_m * m(xs), with xs a list of one map a branch; every kind reads the same xs."""
+    """sum over kinds m of alpha_m * m(xs), xs one map a branch; every kind reads the same xs."""
 
     def __init__(self, channels):
         super().__init__()
@@ -41,7 +41,7 @@ class MixedModule(nn.Module):
 
 
 class MixedOperation(nn.Module):
-    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW. `none` adds nothing, so it is not computed."""
+    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW; `none` adds nothing and is not computed."""
 
     def __init__(self, channels):
         super().__init__()
@@ -82,8 +82,8 @@ class SearchNetwork(nn.Module):
 
     channels: widths of the branches at scales 1, 1/2, 1/4, 1/8, four even numbers.
     residual: learn the difference to the input instead of the output (not in the paper).
-    alpha (12x2) weighs the kinds of each module, beta (27x9) the operations of each edge, cell by cell, branch
-    by branch, edge by edge; both are raw and go through a softmax in the forward pass.
+    alpha (12x2) weighs the kinds of each module, beta (27x9) the operations of each edge, cell by cell,
+    branch by branch, edge by edge; both are raw and go through a softmax in the forward pass.
     """
 
     def __init__(self, channels=(32, 64, 128, 256), residual=False):
@@ -128,8 +128,8 @@ class SearchNetwork(nn.Module):
         return [list(edge.operations.values()) for edge in edges]
 
     def genotype(self):
-        """The architecture that alpha and beta say now: the strongest kind of each module and operation of each
-        edge. An edge whose strongest operation is `none` is dropped, but a node keeps its best edge.
+        """The architecture that alpha and beta say now: the strongest kind of each module and operation of
+        each edge. An edge whose strongest operation is `none` is dropped, but a node keeps its best edge.
         """
         alpha = self.alpha.detach().softmax(-1).cpu()
         beta = self.beta.detach().softmax(-1).cpu()

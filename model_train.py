@@ -31,7 +31,8 @@ class CheckpointError(ValueError):
 class Cell(nn.Module):
     """Four multi-scale modules in sequence, then one attention module a branch.
 
-    channels: of the branches, finest first; kinds: four names of modules; edges: three operation names a branch.
+    channels: of the branches, finest first; kinds: four names of modules; edges: three operation names a
+        branch.
     """
 
     def __init__(self, channels, kinds, edges):
@@ -121,11 +122,24 @@ def checkpoint(net):
 
 
 def save(net, path):
-    """Write the network to `path`: to a temporary file first, so that what is at `path` is always whole."""
+    """Write the network to `path`, to be read by `load`."""
+    write_whole(checkpoint(net), path)
+
+
+def write_whole(payload, path, previous=None):
+    """torch.save to a temporary file, synced and then renamed: what is at `path` is whole at every instant.
+
+    previous: where to keep the file that was at `path`. Raises OSError where the file cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        torch.save(checkpoint(net), temporary)
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -134,14 +148,14 @@ def save(net, path):
 def load(path, device="cpu"):
     """The network saved at `path`, in evaluation mode on `device`, ready to run.
 
-    Nothing in the file is executed (`weights_only=True`). Raises CheckpointError, one line naming the file, on
-    anything that is not such a checkpoint.
+    Nothing in the file is executed (`weights_only=True`). Raises CheckpointError, one line naming the file,
+    on anything that is not such a checkpoint.
     """
     return restore(read(path), path).to(device).eval()
 
 
 def read(path):
-    """The dictionary in a file written by torch.save, tensors on the CPU; CheckpointError if it holds none."""
+    """The dictionary in a file of torch.save, tensors on the CPU; CheckpointError if there is none."""
     if not os.path.exists(path):
         raise CheckpointError(f"{path}: no such checkpoint")
     if not os.path.isfile(path):
@@ -161,7 +175,9 @@ def read(path):
 
 
 def restore(payload, path="checkpoint"):
-    """The DerainNetwork described by a dictionary of `checkpoint`; CheckpointError, naming `path`, if it is none."""
+    """The DerainNetwork described by a dictionary of `checkpoint`; CheckpointError, naming `path`, if it is
+    none.
+    """
     if payload.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: not a checkpoint of a derain network (format {payload.get('format')!r})"
@@ -193,9 +209,7 @@ def _check_weights(expected, weights, path):
     problems += [f"{name} is not part of it" for name in weights.keys() - expected.keys()]
     for name in expected.keys() & weights.keys():
         if weights[name].shape != expected[name].shape:
-            problems.append(
-                f"{name} is {'x'.join(map(str, weights[name].shape))}, not {'x'.join(map(str, expected[name].shape))}"
-            )
+            problems.append(f"{name} is {list(weights[name].shape)}, not {list(expected[name].shape)}")
         elif not torch.isfinite(weights[name]).all():
             problems.append(f"{name} has values that are not finite")
     if problems:

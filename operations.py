@@ -33,7 +33,7 @@ def pad_to_multiple(x):
     return F.pad(x, (0, -width % MULTIPLE, 0, -height % MULTIPLE), mode="replicate")
 
 
-# --- the nine operations of an attention edge: NxcxHxW -> NxcxHxW --------------------------------------------
+# --- the nine operations of an attention edge: NxcxHxW -> NxcxHxW -------------------------------------------
 
 
 class Zero(nn.Module):
@@ -138,7 +138,7 @@ OPERATIONS = {
 assert tuple(OPERATIONS) == PRIMITIVES
 
 
-# --- the attention module ------------------------------------------------------------------------------------
+# --- the attention module -----------------------------------------------------------------------------------
 
 
 class AttentionModule(nn.Module):
@@ -174,7 +174,7 @@ class AttentionModule(nn.Module):
         return self.excite(x + self.project(torch.cat([*nodes, self.skip(sum(groups))], 1)))
 
 
-# --- the multi-scale modules ---------------------------------------------------------------------------------
+# --- the multi-scale modules --------------------------------------------------------------------------------
 
 
 class Bottleneck(nn.Module):

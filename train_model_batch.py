@@ -5,8 +5,8 @@
     python train_model_batch.py --arch NAME --max_minutes 120
     python train_model_batch.py --weights eval-EXP/derain.pt --data MY_PAIRS --clean_side left
 
-All training scenes but the validation part are trained on with the multi-to-one losses; checkpoints are chosen
-on the validation part. The test set is not opened.
+All training scenes but the validation part are trained on with the multi-to-one losses; checkpoints are
+chosen on the validation part. The test set is not opened.
 """
 
 import argparse

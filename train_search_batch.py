@@ -5,9 +5,9 @@
     python train_search_batch.py --data MY_PAIRS --clean_side left --name my_search
     python train_search_batch.py --resume search-EXP-20260101-1200
 
-The weights of the supernet are trained on one half of the training scenes; from --arch_start on, every step is
-preceded by one step on alpha and beta on the other half; checkpoints are chosen on a third part. At the end the
-strongest choices are written to genotypes.py under --name.
+The weights of the supernet are trained on one half of the training scenes; from --arch_start on, every step
+is preceded by one step on alpha and beta on the other half; checkpoints are chosen on a third part. At the
+end the strongest choices are written to genotypes.py under --name.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import genotypes
 from architect import Architect
 from losses import architecture_regulariser, choice_sizes, complexity, multi_to_one
 from model_search import SearchNetwork
+from model_train import write_whole
 from support import experiment
 from support.experiment import Experiment, log, not_negative, positive
 
@@ -196,11 +197,10 @@ def main(args):
 def provenance(run):
     """Where a genotype comes from, in one line: data, steps, width, seed, commit."""
     args = run.args
-    data = " + ".join("/".join(Path(folder).absolute().parts[-2:]) for folder in args.data)
-    return (
-        f"{data}; {run.step} steps of {args.batch_size} scenes, channels {' '.join(map(str, args.channels))}, "
-        f"seed {args.seed}, commit {experiment.commit()}"
-    )
+    data = " + ".join("/".join(Path(d).absolute().parts[-2:]) for d in args.data)
+    channels = " ".join(map(str, args.channels))
+    schedule = f"{run.step} steps of {args.batch_size} scenes, channels {channels}"
+    return f"{data}; {schedule}, seed {args.seed}, commit {experiment.commit()}"
 
 
 def winners(genotype):
@@ -217,7 +217,7 @@ def entropy(distribution):
 
 
 def save_supernet(net, path):
-    experiment.write_whole(
+    write_whole(
         {
             "format": "manas-supernet-1",
             "genotype": json.loads(json.dumps(net.genotype()._asdict())),

@@ -1,4 +1,6 @@
-"""A run of either training script: its options, folder, log, TensorBoard, device, clock, checkpoints and resume."""
+"""A run of either training script: its options, folder, log, TensorBoard, device, clock, checkpoints and
+resume.
+"""
 
 import argparse
 import json
@@ -19,8 +21,9 @@ from tqdm import tqdm
 import dataset
 from genotypes import GenotypeError
 from losses import external, ssim
-from model_train import CheckpointError, read
+from model_train import CheckpointError, read, write_whole
 from support.errors import UserError
+from support.rain import demo_set
 
 DEFAULT_DATA = "datasets/Rain1200"
 DEMO_DATA = "datasets/demo"
@@ -36,7 +39,7 @@ class Interrupted(Exception):
     """The run was asked to stop (SIGINT, SIGTERM) and has saved all it needs to go on."""
 
 
-# --- the command line ----------------------------------------------------------------------------------------
+# --- the command line ---------------------------------------------------------------------------------------
 
 
 def positive(text):
@@ -111,9 +114,9 @@ def add_arguments(parser):
 
 
 def command(main, parser):
-    """Run a script's `main` on the command line: a user's mistake is one line and exit status 2."""
+    """Run a script's `main`, which returns the exit status; a user's mistake is one line and status 2."""
     try:
-        main(parser.parse_args())
+        sys.exit(main(parser.parse_args()))
     except (UserError, GenotypeError, CheckpointError) as error:
         sys.exit(_report(parser, f"error: {error}", 2))
     except Interrupted as stop:
@@ -123,6 +126,15 @@ def command(main, parser):
 def _report(parser, text, status):
     print(f"{parser.prog}: {text}", file=sys.stderr)
     return status
+
+
+def announce_demo(missing, flag):
+    """Say loudly that there is no data set and that a demo takes its place."""
+    line = "*" * 100
+    print(f"{line}\nTHIS IS A DEMO: there is no {missing}, and no {flag} was given. It runs on photographs")
+    print(
+        f"at hand, with synthetic rain: its figures mean nothing. The README says how to get DID-MDN.\n{line}"
+    )
 
 
 def pick_device(name=None):
@@ -159,7 +171,7 @@ def commit():
         return "unknown"
 
 
-# --- the run -------------------------------------------------------------------------------------------------
+# --- the run ------------------------------------------------------------------------------------------------
 
 
 class Experiment:
@@ -192,16 +204,8 @@ class Experiment:
         args = argparse.Namespace(**vars(args))
         if args.data is None and not args.demo and not Path(DEFAULT_DATA).exists():
             args.demo = True
-            print(
-                f"NO DATA SET AT {DEFAULT_DATA}, AND NO --data GIVEN: THIS IS A DEMO, on a tiny set, to show that"
-            )
-            print(
-                "everything runs. Its results mean nothing. See the README for how to get DID-MDN.\n",
-                flush=True,
-            )
+            announce_demo(DEFAULT_DATA, "--data")
         if args.demo:
-            from support.rain import demo_set
-
             for name, value in demo.items():
                 if getattr(args, name) == self.parser.get_default(name):
                     setattr(args, name, value)
@@ -212,7 +216,7 @@ class Experiment:
         self.folder = Path(args.save or time.strftime(f"{self.kind}-EXP-%Y%m%d-%H%M%S"))
         if (self.folder / "last.pt").exists():
             raise UserError(
-                f"--save {self.folder}: holds a run; continue it with --resume {self.folder}, or choose another"
+                f"--save {self.folder}: holds a run; go on with --resume, or choose another folder"
             )
         return args
 
@@ -231,8 +235,8 @@ class Experiment:
                     setattr(begun, name, value)
             elif given and value != getattr(begun, name, None):
                 raise UserError(
-                    f"--{name} {_text(value)}: the run in {self.folder} was begun with {_text(getattr(begun, name))}; "
-                    f"leave the flag out, or begin a new run"
+                    f"--{name} {_text(value)}: the run in {self.folder} was begun with "
+                    f"{_text(getattr(begun, name))}; leave the flag out, or begin a new run"
                 )
         self.step = self.state["step"]
         self.before = self.state["seconds"]
@@ -327,7 +331,7 @@ class Experiment:
     # --- what is written ---
 
     def count(self, **values):
-        """Add a step's losses (scalar tensors, kept on their device: reading them would wait for the GPU)."""
+        """Add a step's losses: scalar tensors, kept on their device, since reading them waits for the GPU."""
         for name, value in values.items():
             total, number = self.totals.get(name, (0.0, 0))
             self.totals[name] = (total + value.detach(), number + 1)
@@ -369,7 +373,7 @@ class Experiment:
         )
 
     def save(self):
-        """Write last.pt: all that continuing needs, as plain tensors, numbers and text; the last one is kept."""
+        """Write last.pt: all that continuing needs, in plain tensors, numbers and text."""
         last = self.folder / "last.pt"
         write_whole(
             {
@@ -406,24 +410,6 @@ class _TqdmHandler(logging.Handler):
         sys.stdout.flush()
 
 
-def write_whole(payload, path, previous=None):
-    """torch.save to a temporary file, synced and then renamed: what is at `path` is whole at every instant.
-
-    previous: where the file that was at `path` is kept.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _text(value):
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value))
@@ -435,12 +421,13 @@ def _duration(seconds):
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
-# --- validation ----------------------------------------------------------------------------------------------
+# --- validation ---------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def validate(net, scenes, device):
-    """Mean RGB PSNR (dB) and SSIM over the images, as saved in 8 bits, and mean external loss over the scenes.
+    """Mean RGB PSNR (dB) and SSIM over the images, as saved in 8 bits, and mean external loss over the
+    scenes.
 
     Whole pictures, one at a time. Returns ({"psnr", "ssim", "loss"}, (rainy, restored, clean) of the first).
     """

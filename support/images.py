@@ -121,12 +121,17 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = 95) -> None:
         ValueError: `image` is none of the above.
     """
     path = Path(path)
-    encoded = _encode(path, image, quality)
+    write_bytes(path, _encode(path, image, quality))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file so that `path` is whole or untouched, making folders; or UserError."""
+    path = Path(path)
     partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")  # not longer than names may get
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_bytes(encoded)
+            partial.write_bytes(data)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

@@ -1,14 +1,17 @@
-"""Synthetic rain like DID-MDN's: scenes of one clean background in three densities, in that data set's layout.
+"""Synthetic rain like DID-MDN's: one clean background in three densities a scene, in that set's own layout.
 
-    python -m support.rain photos/ datasets/synthetic                       one scene a photograph
-    python -m support.rain photos/ more/ datasets/synthetic --style mixed --scenes 4000 --test 100
+    python -m support.rain photos/ datasets/synthetic                     one scene a photograph
+    python -m support.rain photos/ more/ datasets/synthetic --style mixed --size 512 --test 100
     python -m support.rain rain800/training datasets/synthetic --clean_side left
 
-Rain brightens: O = B + a (1 - B), a screen blend of the clean image B with a grey layer a in [0, 1]. DID-MDN's
-layers turn out to be noise smeared along one direction, then scaled: on its samples the autocorrelation of a falls
-linearly to zero at 15 to 16 pixels along the streaks, and across them it is that of a cubic kernel 1.55 pixels wide.
-The densities of a scene share the direction, not the streaks, and differ in mean and contrast of a. The numbers in
-`STYLES["did-mdn"]` are fitted to the nine samples through the same JPEG coding; each scene draws its own around them.
+Rain brightens: O = B + a (1 - B), a screen blend of the clean image B with a grey layer a in [0, 1].
+
+DID-MDN's layers look like noise smeared along one direction, then scaled. On its nine samples the
+autocorrelation of a falls linearly to zero at 15 to 16 pixels along the streaks; across them it is that of a
+cubic kernel 1.55 pixels wide. The densities of a scene share the direction, not the streaks, and differ in
+mean and contrast of a. The numbers of the style "did-mdn" were fitted to those samples, to percentiles and
+autocorrelation together, through the same JPEG coding; every scene draws its own around them. The other styles follow
+Rain800 and photographs of real rain, by eye.
 """
 
 import argparse
@@ -28,8 +31,7 @@ from support.errors import UserError
 from support.images import list_images, read_image, write_image
 
 LEVELS = ("Heavy", "Medium", "Light")
-JPEG_QUALITY = 75  # of DID-MDN's files, by their quantisation tables
-DEMO_VERSION = "demo set 1\n"
+JPEG_QUALITY = 75  # DID-MDN's, by the quantisation tables of its files
 
 
 class Style(NamedTuple):
@@ -40,7 +42,7 @@ class Style(NamedTuple):
     density: float  # streaks a pixel: well above 1/(length*width) they merge, well below each stands alone
     mean: tuple[float, float, float]  # of the layer a
     contrast: tuple[float, float, float]  # standard deviation of a over its mean, before clipping at 0
-    spread: float = 0.2  # from scene to scene: deviation of the logarithms of all these, times a factor each
+    spread: float = 0.2  # from scene to scene: how far the logarithms of all these vary, each in its measure
     angle: float = 30  # largest, degrees off vertical
     near: float = 0.0  # share of the variance in nearer drops, twice as long and wide
     veil: float = 0.0  # largest mean of the mist in heavy rain
@@ -48,30 +50,22 @@ class Style(NamedTuple):
 
 STYLES = {
     "did-mdn": Style(15.5, 1.55, 1.35, (0.25, 0.132, 0.045), (0.46, 0.54, 0.87)),
-    "sparse": Style(16, 1.5, 0.012, (0.07, 0.045, 0.025), (1.5, 1.7, 1.9), spread=0.35, angle=45, near=0.2),
-    "long": Style(38, 1.7, 0.06, (0.14, 0.08, 0.04), (0.9, 1.0, 1.2), spread=0.3, angle=45, near=0.3),
-    "wide": Style(18, 2.6, 0.08, (0.18, 0.11, 0.05), (0.9, 1.0, 1.2), spread=0.3, angle=45, near=0.2),
-    "veiled": Style(
-        22, 1.7, 0.2, (0.12, 0.08, 0.04), (0.7, 0.8, 1.0), spread=0.3, angle=45, near=0.3, veil=0.3
-    ),
+    "sparse": Style(16, 1.5, 0.012, (0.07, 0.045, 0.025), (1.5, 1.7, 1.9), 0.35, angle=45, near=0.2),
+    "long": Style(38, 1.7, 0.06, (0.14, 0.08, 0.04), (0.9, 1.0, 1.2), 0.3, angle=45, near=0.3),
+    "wide": Style(18, 2.6, 0.08, (0.18, 0.11, 0.05), (0.9, 1.0, 1.2), 0.3, angle=45, near=0.2),
+    "veiled": Style(22, 1.7, 0.2, (0.12, 0.08, 0.04), (0.7, 0.8, 1.0), 0.3, angle=45, near=0.3, veil=0.3),
 }
-MIXED = {
-    "did-mdn": 0.5,
-    "sparse": 0.15,
-    "long": 0.15,
-    "wide": 0.1,
-    "veiled": 0.1,
-}  # shares of the style "mixed"
+MIXED = {"did-mdn": 0.5, "sparse": 0.15, "long": 0.15, "wide": 0.1, "veiled": 0.1}  # shares of "mixed"
 
 
 class Rain(NamedTuple):
-    """The rain of one scene, drawn from a style: what its three densities share, and the levels' own numbers."""
+    """The rain of one scene, drawn from a style: what its densities share, and by level what they do not."""
 
     angle: float  # degrees off vertical; positive leans like a backslash
     length: float
     width: float
     density: float
-    mean: dict[str, float]  # by level
+    mean: dict[str, float]
     contrast: dict[str, float]
     near: float
     veil: dict[str, float]
@@ -99,7 +93,7 @@ def draw_rain(rng: np.random.Generator, style: str = "did-mdn") -> Rain:
         length=mid.length * near * vary(mid.spread),
         width=mid.width * near**0.5 * vary(0.6 * mid.spread),
         density=mid.density / near * vary(2.5 * mid.spread),
-        mean=by_level(mid.mean, strength, own=(0.08, 0.08, 0.18)),  # never so far that levels change places
+        mean=by_level(mid.mean, strength, own=(0.08, 0.08, 0.18)),  # too little for levels to change places
         contrast=by_level(mid.contrast, contrast, own=(0.06, 0.06, 0.06)),
         near=mid.near,
         veil={"Heavy": veil, "Medium": 0.6 * veil, "Light": 0.3 * veil},
@@ -129,19 +123,17 @@ def rain_layer(
 
 
 def _streaks(height, width, length, thickness, density, angle, rng) -> np.ndarray:
-    """Smeared noise of mean 0 and deviation 1, HxW float32.
-
-    Gamma noise of shape `density` goes from separate drops of all brightnesses (small) to a Gaussian field (large).
-    """
+    """Smeared noise of mean 0 and deviation 1, HxW float32."""
     kernel = _kernel(length, thickness, angle)
     margin = len(kernel) // 2
+    # Of small shape, gamma noise is separate drops of all brightnesses; of large shape, nearly Gaussian.
     drops = rng.standard_gamma(density, (height + 2 * margin, width + 2 * margin), np.float32)
     field = cv2.filter2D(drops, -1, kernel)[margin : margin + height, margin : margin + width]
     return (field - density) / np.float32(np.sqrt(density * np.sum(kernel**2)))
 
 
 def _kernel(length, thickness, angle) -> np.ndarray:
-    """One streak, of sum 1: a line with soft ends, and across it the cubic kernel found in DID-MDN (a = -0.68)."""
+    """One streak, of sum 1: a line with soft ends, and across it the cubic kernel found in DID-MDN."""
     margin = int(np.ceil(length / 2 + 2 * thickness)) + 1
     y, x = np.mgrid[-margin : margin + 1, -margin : margin + 1]
     sin, cos = np.sin(np.deg2rad(angle)), np.cos(np.deg2rad(angle))
@@ -173,28 +165,29 @@ def make_scene(
 
 
 def write_scenes(
-    clean: Iterable[Path],
+    photographs: Iterable[str | Path],
     out: str | Path,
     seed: int = 0,
     style: str = "did-mdn",
     scenes: int | None = None,
+    test: int = 0,
     size: int | None = None,
     clean_side: str | None = None,
-    test: int = 0,
-    quality: int = JPEG_QUALITY,
 ) -> list[str]:
-    """Write scenes over the photographs `clean` in DID-MDN's layout, rain left and clean right in each file:
+    """Write scenes over clean photographs in DID-MDN's layout, in each file rain left and clean right:
 
         OUT/DID-MDN-training/Rain_{Heavy,Medium,Light}/train2018new/NAME.jpg, OUT/DID-MDN-test/LEVEL_NAME.jpg
 
-    NAME is the photograph's stem (with its folder's name where two share one); the scene depends on it and on the
-    seed alone. Photographs keep their size, less up to 15 columns (see `_prepare`).
+    NAME is the photograph's stem, after its folder's name where another has that stem; the rain depends on
+    NAME and the seed alone. A photograph makes one scene, since in this layout a split by background goes by
+    name: for more rain over the same photographs, write another folder with another seed.
 
     Args:
-        scenes: training scenes: fewer are picked at random; more go over the photographs again as NAME_2, NAME_3.
-        size: scale and crop the photographs to squares of this side, in pixels; 512 in DID-MDN.
-        clean_side: "left" or "right": the photographs are side by side files, and this half is the clean one.
-        test: so many photographs, picked at random, make the test part instead, in all densities.
+        scenes: so many training scenes, over photographs picked at random; default: over all.
+        test: so many photographs, picked at random, go to the test part instead, in all densities.
+        size: crop the middle square and scale it to this side, in pixels (512 in DID-MDN); default: keep the
+            photographs' own size. Either way, widths are cut to multiples of 16.
+        clean_side: "left" or "right": the photographs are side by side files and this is the clean half.
 
     Returns:
         one line for each photograph that could not be read; the others are done.
@@ -206,58 +199,43 @@ def write_scenes(
     for part in ("DID-MDN-training", "DID-MDN-test"):
         if (out / part).exists():
             raise UserError(f"{out}: already holds {part}; give another folder, or remove that one")
-    named = _name(clean)
-    if len(named) <= test:
-        raise UserError(
-            f"{len(named)} photographs, {test} of them for the test part: none is left for training"
-        )
+    named = _name(photographs)
+    wanted = test + (scenes or 1)
+    if len(named) < wanted:
+        raise UserError(f"{len(named)} photographs found; {wanted} are needed, {test} of them to test on")
     order = [list(named)[i] for i in np.random.default_rng(seed).permutation(len(named))]
-    jobs = [(name, name, True) for name in order[:test]]
-    taken = {name.casefold() for name in order}
-    for i in range(scenes or len(order) - test):
-        turn, k = divmod(i, len(order) - test)
-        name = order[test + k]
-        jobs.append((name, _unique(f"{name}_{turn + 1}", taken) if turn else name, False))
-
-    failures = {}
-    for photograph, name, is_test in tqdm(jobs, unit="scene", disable=None):
-        path = named[photograph]
-        if path in failures:
-            continue
+    failures = []
+    for i, name in enumerate(tqdm(order[: test + scenes if scenes else None], unit="scene", disable=None)):
         try:
-            image = _prepare(read_image(path), path, size, clean_side)
+            image = _prepare(read_image(named[name]), named[name], size, clean_side)
         except UserError as error:
-            failures[path] = str(error)
+            failures.append(str(error))
             tqdm.write(str(error), file=sys.stderr)
         else:
-            _write_scene(image, out, name, seed, style, is_test, quality)
-    return list(failures.values())
+            _write_scene(image, out, name, seed, style, is_test=i < test)
+    return failures
 
 
-def _write_scene(image, out, name, seed, style="did-mdn", is_test=False, quality=JPEG_QUALITY) -> None:
+def _write_scene(clean, out, name, seed, style="did-mdn", is_test=False) -> None:
     # Seeded by the name, not drawn from one stream: a scene is the same whatever else is in the folder.
-    for level, rainy in make_scene(image, [seed, zlib.crc32(name.encode())], style).items():
+    for level, rainy in make_scene(clean, [seed, zlib.crc32(name.encode())], style).items():
         if is_test:
             path = out / "DID-MDN-test" / f"{level.lower()}_{name}.jpg"
         else:
             path = out / "DID-MDN-training" / f"Rain_{level}" / "train2018new" / f"{name}.jpg"
-        write_image(path, np.hstack([rainy, image]), quality)
+        write_image(path, np.hstack([rainy, clean]), JPEG_QUALITY)
 
 
-def _name(paths: Iterable[Path]) -> dict[str, Path]:
+def _name(paths: Iterable[str | Path]) -> dict[str, Path]:
     named, taken = {}, set()
     for path in map(Path, paths):
-        known = path.stem.casefold() in taken
-        named[_unique(f"{path.parent.name}_{path.stem}" if known else path.stem, taken)] = path
+        name, k = path.stem, 1
+        while name.casefold() in taken:  # to some file systems, A.jpg and a.jpg are one file
+            name = f"{path.parent.name}_{path.stem}" + (f"_{k}" if k > 1 else "")
+            k += 1
+        taken.add(name.casefold())
+        named[name] = path
     return named
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    base, k = name, 2
-    while name.casefold() in taken:  # to some file systems, A.jpg and a.jpg are one file
-        name, k = f"{base}_{k}", k + 1
-    taken.add(name.casefold())
-    return name
 
 
 def _prepare(image, path, size=None, clean_side=None) -> np.ndarray:
@@ -267,35 +245,29 @@ def _prepare(image, path, size=None, clean_side=None) -> np.ndarray:
     if min(image.shape[:2]) < 16:
         raise UserError(f"{path}: is {image.shape[1]}x{image.shape[0]} pixels; at least 16x16 are needed")
     if size:
-        height, width = image.shape[:2]
-        scale = size / min(height, width)
-        shape = max(size, round(width * scale)), max(size, round(height * scale))
-        image = cv2.resize(image, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-        top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
-        return image[top : top + size, left : left + size]
+        side = min(image.shape[:2])
+        top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+        square = image[top : top + side, left : left + side]
+        image = cv2.resize(
+            square, (size, size), interpolation=cv2.INTER_AREA if size < side else cv2.INTER_CUBIC
+        )
     # JPEG codes blocks of 16 columns: were one shared by both halves, rain would leak into the clean one.
     return image[:, : image.shape[1] // 16 * 16]
 
 
-# The photographs in scikit-image's wheel: name, file, number of crops. Nine backgrounds, two of them to test on.
-_DEMO_TRAINING = (
-    ("astronaut", "astronaut.png", 2),
-    ("motorcycle", "motorcycle_left.png", 3),
-    ("rocket", "rocket.jpg", 2),
-    ("camera", "camera.png", 2),
-    ("brick", "brick.png", 1),
-    ("grass", "grass.png", 1),
-    ("gravel", "gravel.png", 1),
-)
-_DEMO_TEST = (("chelsea", "chelsea.png"), ("coffee", "coffee.png"))
+# In scikit-image's wheel.
+_DEMO_TRAINING = ("astronaut.png", "motorcycle_left.png", "rocket.jpg", "camera.png")
+_DEMO_TRAINING += ("brick.png", "grass.png", "gravel.png")
+_DEMO_TEST = ("chelsea.png", "coffee.png")
+_DEMO_VERSION = "demo set 1\n"  # to be counted up with any change of what demo_set writes
 
 
 def demo_set(folder: str | Path) -> Path:
-    """Make a small set in DID-MDN's layout from the photographs that scikit-image carries; nothing is downloaded.
+    """Make a small set in DID-MDN's layout from photographs that scikit-image carries: no download, a second.
 
-    Twelve training scenes of 384x256 pixels, and six test pairs over other photographs, LEVEL_PHOTO.jpg. Training
-    scenes are named PHOTO_k: the crops k = 1, 2, .. of one photograph are one background to a split. Takes a
-    second; a set that an earlier call finished is used again, and an unfinished one is made anew.
+    14 training scenes of 320x240 pixels: PHOTO_1 and PHOTO_2 are crops of one photograph that share no pixel,
+    so each can pass for a background of its own. 6 test pairs, LEVEL_PHOTO.jpg, over two other photographs. A
+    set that an earlier call finished is used again, an unfinished one is made anew.
 
     Returns:
         `folder` as a Path.
@@ -306,33 +278,29 @@ def demo_set(folder: str | Path) -> Path:
     folder = Path(folder)
     marker = folder / "demo-set.txt"
     parts = [folder / "DID-MDN-training", folder / "DID-MDN-test"]
+    data = Path(skimage.__file__).parent / "data"
     try:
         if marker.is_file():
-            if marker.read_text() == DEMO_VERSION and all(part.is_dir() for part in parts):
+            if marker.read_text() == _DEMO_VERSION and all(part.is_dir() for part in parts):
                 return folder
             for part in parts:
                 shutil.rmtree(part, ignore_errors=True)
         elif any(part.exists() for part in parts):
-            raise UserError(f"{folder}: holds a data set that is not the demo set; give another folder")
+            raise UserError(f"{folder}: holds a data set other than the demo set; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         marker.write_text("unfinished\n")
-        data = Path(skimage.__file__).parent / "data"
-        for name, file, crops in _DEMO_TRAINING:
+        for file in _DEMO_TRAINING:
             photograph = read_image(data / file)
-            for k in range(crops):
-                _write_scene(_crop(photograph, k / max(1, crops - 1)), folder, f"{name}_{k + 1}", seed=0)
-        for name, file in _DEMO_TEST:
-            image = _prepare(read_image(data / file), file)
-            _write_scene(image, folder, name, seed=0, is_test=True)
-        marker.write_text(DEMO_VERSION)
+            for k, crop in enumerate((photograph[:240, :320], photograph[-240:, -320:]), 1):
+                _write_scene(crop, folder, f"{Path(file).stem.removesuffix('_left')}_{k}", seed=0)
+        for file in _DEMO_TEST:
+            _write_scene(
+                _prepare(read_image(data / file), file), folder, Path(file).stem, seed=0, is_test=True
+            )
+        marker.write_text(_DEMO_VERSION)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return folder
-
-
-def _crop(image: np.ndarray, position: float, height: int = 256, width: int = 384) -> np.ndarray:
-    top, left = (round(position * (a - b)) for a, b in zip(image.shape[:2], (height, width), strict=True))
-    return image[top : top + height, left : left + width]
 
 
 def find_photographs(folders: Iterable[str | Path]) -> list[Path]:
@@ -346,51 +314,32 @@ def find_photographs(folders: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def _at_least(least):
-    def number(text):
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"is {value}; at least {least} is expected")
-        return value
-
-    return number
-
-
 def get_args_parser():
-    parser = argparse.ArgumentParser(
-        "support.rain", description="Make rainy scenes in DID-MDN's manner and layout."
-    )
+    parser = argparse.ArgumentParser("support.rain", description="Make rainy scenes in DID-MDN's layout.")
     parser.add_argument("clean_dirs", nargs="+", help="folders of clean photographs")
-    parser.add_argument("out_dir", help="folder to make DID-MDN-training (and DID-MDN-test) in")
+    parser.add_argument("out_dir", help="folder to make DID-MDN-training and DID-MDN-test in")
     parser.add_argument("--seed", type=_at_least(0), default=0)
     parser.add_argument("--style", choices=[*STYLES, "mixed"], default="did-mdn")
     parser.add_argument("--scenes", type=_at_least(1), help="training scenes; default: one a photograph")
-    parser.add_argument(
-        "--size", type=_at_least(16), help="scale and crop to squares; default: keep the size"
-    )
-    parser.add_argument(
-        "--clean_side", choices=["left", "right"], help="take this half of side by side files"
-    )
-    parser.add_argument("--test", type=_at_least(0), default=0, help="photographs kept for DID-MDN-test")
-    parser.add_argument("--quality", type=_at_least(1), default=JPEG_QUALITY, help="of the JPEG files")
+    parser.add_argument("--test", type=_at_least(0), default=0, help="photographs to keep for the test part")
+    parser.add_argument("--size", type=_at_least(16), help="crop to squares; default: the photographs' size")
+    parser.add_argument("--clean_side", choices=["left", "right"], help="this half of side by side files")
     return parser
 
 
+def _at_least(least):
+    def integer(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} given, {least} or more expected")
+        return int(text)
+
+    return integer
+
+
 def main(args) -> int:
-    """Exit status: 0, or 1 where some photographs could not be read."""
-    failures = write_scenes(
-        find_photographs(args.clean_dirs),
-        args.out_dir,
-        seed=args.seed,
-        style=args.style,
-        scenes=args.scenes,
-        size=args.size,
-        clean_side=args.clean_side,
-        test=args.test,
-        quality=args.quality,
-    )
-    if failures:
-        print(f"{len(failures)} photographs could not be read", file=sys.stderr)
+    """Returns the exit status: 0, or 1 if some photographs could not be read. Raises UserError."""
+    options = {k: v for k, v in vars(args).items() if k not in ("clean_dirs", "out_dir")}
+    failures = write_scenes(find_photographs(args.clean_dirs), args.out_dir, **options)
     return 1 if failures else 0
 
 

@@ -1,0 +1,155 @@
+"""Scores and pictures: PSNR and SSIM on a test set, and the restored images.
+
+    python test_view.py                                            # DID-MDN-test in datasets/Rain1200
+    python test_view.py --demo                                     # photographs at hand; no download
+    python test_view.py --path rain800/test_syn --clean_side left  # another set of side-by-side pairs
+    python test_view.py --path photo.jpg --result_path out         # a file or folder without ground truth
+
+Scores are of the pictures as they are saved, in 8 bits. RGB and Y conventions differ by 1 dB or more: both
+are given, beside those of the untouched input.
+"""
+
+import argparse
+import csv
+import io
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+import dataset
+import model_train
+from support import experiment, images
+from support.errors import UserError
+from support.metrics import METRICS, mean_scores, score
+from support.rain import demo_set
+from support.restore import restore
+
+DEFAULT_PATH = "datasets/Rain1200/DID-MDN-test"
+SHIPPED = Path(__file__).parent / "eval-EXP" / "derain.pt"
+COLUMNS = ("name", "density", "height", "width", "seconds", *METRICS, *(f"input_{m}" for m in METRICS))
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(
+        prog="test_view.py", description="Restore pictures, and score them where there is ground truth."
+    )
+    add = parser.add_argument
+    add("--path", help=f"folder or file (default: {DEFAULT_PATH}, else the demo)")
+    add("--result_path", default="results", help="where the results go (default: results)")
+    add(
+        "--ckt_path",
+        help="checkpoint (default: the newest finished eval-EXP-* run's, else eval-EXP/derain.pt)",
+    )
+    add("--clean_side", choices=dataset.SIDES, help="files are side by side, and this half of them is clean")
+    add("--demo", action="store_true", help="restore and score photographs at hand")
+    add("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
+    add(
+        "--tile",
+        type=experiment.natural,
+        help="side of the tiles in pixels, a multiple of 8; 0: never tile (default: only large pictures)",
+    )
+    add("--self_ensemble", action="store_true", help="mean over 8 flips and turns; 8 times slower")
+    return parser
+
+
+def main(args):
+    """Restore and score; returns the exit status: 0, or 1 where some file could not be used."""
+    checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
+    print(f"checkpoint: {checkpoint}", flush=True)
+    device = experiment.pick_device(args.device)
+    net = model_train.load(checkpoint, device)
+    path = choose_path(args)
+    found = dataset.find(path, args.clean_side)
+    print(f"data: {path}: {len(found.scenes)} {found.layout}", flush=True)
+
+    out = Path(args.result_path)
+    rows, failures = [], [f"{file}: has no partner, so it is left out" for file in found.unpaired]
+    with tqdm(total=sum(len(s.rainy) for s in found.scenes), unit="image", disable=None) as bar:
+        for scene in found.scenes:
+            try:
+                for row in view(net, scene, out, device, args):
+                    rows.append(row)
+                    bar.update()
+            except UserError as error:
+                failures.append(str(error))
+    scored = [row for row in rows if METRICS[0] in row]
+    if scored:
+        report(scored, out, checkpoint, args)
+    print(f"{len(rows)} restored pictures in {out}")
+    if failures:
+        print(f"{len(failures)} could not be used:", *failures, sep="\n  ", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def choose_path(args):
+    """The folder or file to restore: --path, else DID-MDN-test, else the demo's test pictures."""
+    if args.path:
+        return Path(args.path)
+    if Path(DEFAULT_PATH).exists() and not args.demo:
+        return Path(DEFAULT_PATH)
+    if not args.demo:
+        experiment.announce_demo(DEFAULT_PATH, "--path")
+    return demo_set(experiment.DEMO_DATA) / "DID-MDN-test"
+
+
+def view(net, scene, out, device, args):
+    """Restore and save each rainy image of a scene; yields a row of `COLUMNS` for each."""
+    if scene.clean is None:
+        pictures, clean = [images.load(scene.rainy[0].path)], None
+    else:
+        rainy, clean = dataset.read_scene(scene)
+        pictures = [images.Picture(image) for image in rainy]
+    densities = scene.densities or [""] * len(pictures)
+    for picture, half, density in zip(pictures, scene.rainy, densities, strict=True):
+        start = time.perf_counter()
+        restored = restore(net, picture.rgb, device, tile=args.tile, self_ensemble=args.self_ensemble)
+        seconds = time.perf_counter() - start
+        # Scored pictures are saved without loss; others as they came.
+        name = f"{density}/{scene.name}" if density else scene.name
+        images.save(
+            out / f"{name}{half.path.suffix if clean is None else '.png'}", picture._replace(rgb=restored)
+        )
+        height, width = restored.shape[:2]
+        row = {"name": name, "density": density, "height": height, "width": width, "seconds": seconds}
+        if clean is not None:
+            row |= score(restored, clean)
+            row |= {f"input_{metric}": value for metric, value in score(picture.rgb, clean).items()}
+        yield row
+
+
+def report(rows, out, checkpoint, args):
+    """Write results.csv and result_full.txt, and print the means, by density where there are several."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        values = [row[column] for column in COLUMNS]
+        writer.writerow(f"{value:.4f}" if isinstance(value, float) else value for value in values)
+    images.write_bytes(out / "results.csv", table.getvalue().encode())
+
+    lines = [f"{'':8} {'images':>6}  {'PSNR RGB':>9} {'SSIM RGB':>9}  {'PSNR Y':>9} {'SSIM Y':>9}"]
+    densities = list(dict.fromkeys(row["density"] for row in rows))
+    for density in [*(densities if len(densities) > 1 else []), "all"]:
+        group = [row for row in rows if density in (row["density"], "all")]
+        output = mean_scores(group)
+        untouched = mean_scores([{m: row[f"input_{m}"] for m in METRICS} for row in group])
+        lines += [f"{density:8} {len(group):6}  {_four(output)}", f"{'  input':15}  {_four(untouched)}"]
+        left_out = {metric: count for metric, count in output["left_out"].items() if count}
+        if left_out:
+            lines.append(f"  not in the means (equal images, or under 11 pixels): {left_out}")
+    ensemble = ", self-ensemble" if args.self_ensemble else ""
+    lines.insert(0, f"scores of {checkpoint}{ensemble}, on the 8-bit pictures; PSNR in dB")
+    print("\n".join(lines))
+    full = [f"{row['name']}  " + "  ".join(f"{m} {row[m]:.4f}" for m in METRICS) for row in rows]
+    images.write_bytes(out / "result_full.txt", "\n".join([*full, "", *lines, ""]).encode())
+
+
+def _four(means):
+    psnr_rgb, ssim_rgb, psnr_y, ssim_y = (means[metric] for metric in METRICS)
+    return f"{psnr_rgb:9.2f} {ssim_rgb:9.4f}  {psnr_y:9.2f} {ssim_y:9.4f}"
+
+
+if __name__ == "__main__":
+    experiment.command(main, get_args_parser())

@@ -1,0 +1,443 @@
+"""Pictures in and out: what comes in goes back, what is not whole is refused, nothing is left half done."""
+
+import io
+import logging
+import os
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from support import images
+from support.errors import UserError
+from support.images import Picture, image_size, list_images, load, read_image, save, write_image
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def smooth(height: int = 48, width: int = 64, dtype=np.uint8) -> np.ndarray:
+    """An RGB picture that lossy formats keep well and whose corners all differ."""
+    rows, columns = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    rgb = np.stack([0.1 + 0.8 * rows, 0.9 - 0.7 * columns, 0.2 + 0.5 * rows * columns], -1)
+    return np.rint(rgb * np.iinfo(dtype).max).astype(dtype)
+
+
+def noise(shape: tuple[int, ...], dtype=np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape, dtype=dtype)
+
+
+def apart(x: np.ndarray, y: np.ndarray) -> float:
+    assert x.shape == y.shape
+    return float(np.abs(x.astype(float) - y.astype(float)).max())
+
+
+def turned(rgb: np.ndarray, orientation: int) -> np.ndarray:
+    """`rgb` as a camera stores it, for a reader that undoes the EXIF orientation. (Exif 2.3, 4.6.4)"""
+    undo = [
+        lambda x: x,
+        lambda x: x[:, ::-1],
+        lambda x: np.rot90(x, 2),
+        lambda x: x[::-1],
+        lambda x: x.swapaxes(0, 1),
+        lambda x: np.rot90(x, 1),
+        lambda x: np.rot90(x, 2).swapaxes(0, 1),
+        lambda x: np.rot90(x, -1),
+    ]
+    return np.ascontiguousarray(undo[orientation - 1](rgb))
+
+
+def encoded(array: np.ndarray, format: str, orientation: int = 1, **options) -> bytes:
+    exif = Image.Exif()
+    exif[274] = orientation
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, format, exif=exif, **options)
+    return file.getvalue()
+
+
+def tiff16(rgb: np.ndarray, orientation: int) -> bytes:
+    """A plain 16-bit RGB TIFF, written out by hand: no writer at hand gives one an orientation."""
+    entries = [
+        (256, 4, 1, rgb.shape[1]),
+        (257, 4, 1, rgb.shape[0]),
+        (258, 3, 3, 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, 1, 14),
+        (274, 3, 1, orientation),
+        (277, 3, 1, 3),
+        (278, 4, 1, rgb.shape[0]),
+        (279, 4, 1, rgb.nbytes),
+    ]
+    directory = (
+        struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *e) for e in entries) + bytes(4)
+    )
+    return struct.pack("<2sHIHHH", b"II", 42, 14 + rgb.nbytes, 16, 16, 16) + rgb.tobytes() + directory
+
+
+# --- there and back -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".TIFF"])
+@pytest.mark.parametrize("channels", ["grey", "rgb", "rgba"])
+def test_channels_bits_and_alpha_come_back_exactly(tmp_path, suffix, channels, dtype):
+    rgb, alpha = noise((21, 34, 3), dtype), noise((21, 34), dtype)
+    image = {"grey": rgb[..., 0], "rgb": rgb, "rgba": np.dstack([rgb, alpha])}[channels]
+    write_image(tmp_path / f"first{suffix}", image)
+    picture = load(tmp_path / f"first{suffix}")
+    assert picture.grey == (channels == "grey") and (picture.alpha is not None) == (channels == "rgba")
+    assert picture.rgb.dtype == dtype and picture.rgb.shape == (21, 34, 3)
+    assert np.array_equal(picture.rgb, np.dstack([image] * 3) if picture.grey else rgb)
+    save(tmp_path / f"second{suffix}", picture)
+    again = load(tmp_path / f"second{suffix}")
+    assert np.array_equal(again.rgb, picture.rgb) and again.grey == picture.grey
+    assert np.array_equal(again.alpha, alpha) if channels == "rgba" else again.alpha is None
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".JPG", ".bmp", ".webp"])
+def test_8_bit_formats(tmp_path, suffix):
+    write_image(tmp_path / f"x{suffix}", smooth())
+    picture = load(tmp_path / f"x{suffix}")
+    assert picture.alpha is None and not picture.grey
+    assert apart(picture.rgb, smooth()) <= (0 if suffix == ".bmp" else 12)
+
+
+def test_grey_jpeg_stays_grey_and_webp_keeps_alpha(tmp_path):
+    write_image(tmp_path / "grey.jpg", smooth()[..., 0])
+    picture = load(tmp_path / "grey.jpg")
+    assert picture.grey and apart(picture.rgb[..., 0], smooth()[..., 0]) <= 6
+    save(tmp_path / "out.jpg", picture)
+    assert Image.open(tmp_path / "out.jpg").mode == "L"
+    alpha = smooth()[..., 2]
+    write_image(tmp_path / "alpha.webp", np.dstack([smooth(), alpha]))
+    assert np.array_equal(load(tmp_path / "alpha.webp").alpha, alpha)
+
+
+def test_grey_with_alpha_comes_back_as_grey_colours_with_alpha(tmp_path):
+    grey_alpha = noise((12, 15, 2))
+    for name in ("x.png", "x.tif"):
+        Image.fromarray(grey_alpha).save(tmp_path / name)
+        picture = load(tmp_path / name)
+        assert picture.grey and np.array_equal(picture.alpha, grey_alpha[..., 1])
+        assert np.array_equal(picture.rgb, np.dstack([grey_alpha[..., 0]] * 3))
+        save(tmp_path / f"out{name}", picture)
+        assert np.array_equal(load(tmp_path / f"out{name}").rgb, picture.rgb)
+
+
+def test_a_grey_picture_whose_colours_drifted_apart_is_written_grey(tmp_path):
+    drifted = np.dstack([smooth()[..., 0], smooth()[..., 0] + 10, smooth()[..., 0]])
+    save(tmp_path / "x.png", Picture(drifted, grey=True))
+    assert load(tmp_path / "x.png").grey
+    assert (
+        apart(load(tmp_path / "x.png").rgb, np.rint(drifted @ [0.299, 0.587, 0.114])[..., None].repeat(3, 2))
+        <= 1
+    )
+
+
+def test_quality_makes_a_difference(tmp_path):
+    for name in ("x.jpg", "x.webp"):
+        write_image(tmp_path / name, smooth(), quality=30)
+        small = (tmp_path / name).stat().st_size
+        write_image(tmp_path / name, smooth(), quality=98)
+        assert (tmp_path / name).stat().st_size > small
+
+
+def test_what_a_format_cannot_hold_is_given_up_and_said(tmp_path, caplog):
+    image = np.dstack([smooth(dtype=np.uint16), np.full((48, 64), 30000, np.uint16)])
+    with caplog.at_level(logging.WARNING):
+        write_image(tmp_path / "x.jpg", image)
+    assert "8 bits" in caplog.text and "alpha" in caplog.text and "x.jpg" in caplog.text
+    assert apart(read_image(tmp_path / "x.jpg"), smooth()) <= 12
+
+
+def test_alpha_of_an_8_bit_tiff_leaves_its_colours_alone(tmp_path):
+    rgba = noise((20, 30, 4))
+    (tmp_path / "x.tif").write_bytes(encoded(rgba, "TIFF"))
+    picture = load(tmp_path / "x.tif")
+    assert np.array_equal(picture.rgb, rgba[..., :3]) and np.array_equal(picture.alpha, rgba[..., 3])
+
+
+@pytest.mark.parametrize(
+    "format, options", [("JPEG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})]
+)
+def test_cmyk_becomes_rgb_without_alpha(tmp_path, format, options):
+    Image.fromarray(smooth()).convert("CMYK").save(tmp_path / "x", format, **options)
+    picture = load(tmp_path / "x")
+    assert picture.alpha is None and apart(picture.rgb, smooth()) <= 12
+
+
+@pytest.mark.parametrize(
+    "mode, format", [("P", "PNG"), ("P", "BMP"), ("P", "TIFF"), ("1", "PNG"), ("1", "TIFF")]
+)
+def test_palettes_and_single_bits_are_expanded(tmp_path, mode, format):
+    image = Image.fromarray(smooth()).convert(mode)
+    image.save(tmp_path / "x", format)
+    assert np.array_equal(read_image(tmp_path / "x"), np.asarray(image.convert("RGB")))
+
+
+# --- reading for training and scoring -----------------------------------------------------------------------
+
+
+def test_read_image_gives_8_bit_rgb_of_anything(tmp_path):
+    write_image(tmp_path / "grey.png", smooth()[..., 0])
+    write_image(tmp_path / "alpha.png", np.dstack([smooth(), noise((48, 64))]))
+    write_image(tmp_path / "deep.png", smooth(dtype=np.uint16))
+    assert np.array_equal(read_image(tmp_path / "grey.png"), np.dstack([smooth()[..., 0]] * 3))
+    assert np.array_equal(read_image(tmp_path / "alpha.png"), smooth())
+    deep = read_image(tmp_path / "deep.png")
+    assert deep.dtype == np.uint8
+    assert np.array_equal(deep, np.rint(smooth(dtype=np.uint16) / 257).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    "format, alpha", [("JPEG", False), *((f, a) for f in ("PNG", "TIFF", "WEBP") for a in (False, True))]
+)
+def test_exif_orientation_is_applied_also_with_alpha(tmp_path, format, alpha, orientation):
+    upright = np.dstack([smooth(), smooth()[..., 1]]) if alpha else smooth()
+    options = {"lossless": True} if format == "WEBP" else {}
+    path = tmp_path / "x"
+    path.write_bytes(encoded(turned(upright, orientation), format, orientation, **options))
+    picture = load(path)
+    assert apart(picture.rgb, smooth()) <= (12 if format == "JPEG" else 0)
+    if alpha:
+        assert np.array_equal(picture.alpha, smooth()[..., 1])
+    assert apart(read_image(path), picture.rgb) == 0
+    assert image_size(path) == (48, 64)
+    save(tmp_path / "out.png", picture)
+    assert apart(load(tmp_path / "out.png").rgb, picture.rgb) == 0  # not turned twice
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_a_16_bit_tiff(tmp_path, orientation):
+    upright = noise((10, 14, 3), np.uint16)
+    (tmp_path / "x.tif").write_bytes(tiff16(turned(upright, orientation), orientation))
+    assert np.array_equal(load(tmp_path / "x.tif").rgb, upright)
+    assert image_size(tmp_path / "x.tif") == (10, 14)
+
+
+def test_illegible_exif_does_not_spoil_the_picture(tmp_path):
+    Image.fromarray(smooth()).save(
+        tmp_path / "x.jpg", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff no EXIF at all"
+    )
+    assert apart(read_image(tmp_path / "x.jpg"), smooth()) <= 12
+
+
+def test_the_content_tells_the_format_and_not_the_name(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(encoded(smooth(), "PNG"))
+    assert np.array_equal(read_image(tmp_path / "x.jpg"), smooth())
+
+
+def test_names_with_spaces_and_non_ascii_letters(tmp_path):
+    path = tmp_path / "Régen im März" / "雨 01 ☂.png"
+    write_image(path, smooth())
+    assert np.array_equal(read_image(str(path)), smooth())
+    assert list_images(path.parent) == [path]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "TIFF", "WEBP"])
+def test_image_size_agrees_with_the_picture(tmp_path, format):
+    (tmp_path / "x").write_bytes(encoded(smooth(31, 17), format))
+    assert image_size(tmp_path / "x") == read_image(tmp_path / "x").shape[:2] == (31, 17)
+
+
+# --- what is not a whole picture ----------------------------------------------------------------------------
+
+
+def refused(path: Path, found: str, readers=(load, read_image, image_size)) -> None:
+    for reader in readers:
+        with pytest.raises(UserError, match=found) as error:
+            reader(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_empty_and_foreign_files_are_refused(tmp_path):
+    refused(tmp_path / "missing.png", "No such file")
+    refused(tmp_path, "directory")
+    (tmp_path / "empty.png").touch()
+    refused(tmp_path / "empty.png", "0 bytes")
+    (tmp_path / "text.jpg").write_text("This is no picture.")
+    refused(tmp_path / "text.jpg", "no JPEG, PNG, BMP, TIFF or WebP")
+    (tmp_path / "film.gif").write_bytes(b"GIF89a" + bytes(100))
+    refused(tmp_path / "film.gif", "no JPEG, PNG, BMP, TIFF or WebP")
+
+
+TRUNCATABLE = [
+    ("JPEG", {}),
+    ("JPEG", {"progressive": True}),
+    ("PNG", {}),
+    ("BMP", {}),
+    ("TIFF", {}),
+    ("TIFF", {"compression": "tiff_lzw"}),
+    ("WEBP", {}),
+    ("WEBP", {"lossless": True}),
+]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.7, 0.99])
+@pytest.mark.parametrize("format, options", TRUNCATABLE)
+def test_truncated_files_are_refused(tmp_path, capfd, format, options, share):
+    whole = encoded(noise((60, 80, 3)) // 4, format, **options)
+    (tmp_path / "x").write_bytes(whole[: int(len(whole) * share)])
+    cheap = () if format in ("BMP", "TIFF") else (image_size,)  # nothing but decoding shows it in those
+    refused(
+        tmp_path / "x", "truncated or damaged|header is damaged|or is damaged", (load, read_image, *cheap)
+    )
+    assert "OpenCV" not in capfd.readouterr().err
+
+
+def test_a_truncated_jpeg_with_a_whole_thumbnail_is_refused(tmp_path):
+    thumbnail = encoded(smooth(24, 32), "JPEG")
+    assert thumbnail.endswith(b"\xff\xd9")
+    segment = b"Exif\0\0" + thumbnail
+    whole = encoded(noise((200, 200, 3)), "JPEG")
+    whole = whole[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + whole[2:]
+    path = tmp_path / "x.jpg"
+    path.write_bytes(whole)
+    assert read_image(path).shape == (200, 200, 3)
+    for share in (0.3, 0.6):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        refused(path, "truncated")
+
+
+def test_bytes_after_the_end_do_no_harm(tmp_path):
+    for format in ("JPEG", "PNG"):
+        (tmp_path / "x").write_bytes(encoded(smooth(), format) + b"appended by a phone" * 10)
+        assert apart(read_image(tmp_path / "x"), smooth()) <= 12
+
+
+def test_a_png_with_a_flipped_bit_is_refused(tmp_path):
+    data = bytearray(encoded(noise((60, 80, 3)), "PNG"))
+    data[len(data) // 2] ^= 1
+    (tmp_path / "x.png").write_bytes(data)
+    refused(tmp_path / "x.png", "damaged")
+
+
+def test_absurd_sizes_are_refused_from_the_header(tmp_path):
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    chunks = b""
+    for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
+        chunks += (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    refused(tmp_path / "bomb.png", "100000x100000 pixels")
+
+
+def test_the_bound_on_pixels_is_exact(tmp_path, monkeypatch):
+    write_image(tmp_path / "x.png", smooth(40, 50))
+    monkeypatch.setattr(images, "MAX_PIXELS", 2000)
+    assert read_image(tmp_path / "x.png").shape == (40, 50, 3)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1999)
+    refused(tmp_path / "x.png", "50x40 pixels")
+
+
+def test_floating_point_samples_are_refused(tmp_path):
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "x.tif")
+    refused(tmp_path / "x.tif", "float32", readers=(load, read_image))
+
+
+def test_the_log_level_of_opencv_is_left_as_it_was(tmp_path):
+    logger = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging
+    before = logger.getLogLevel()
+    (tmp_path / "x.tif").write_bytes(encoded(smooth(), "TIFF")[:2000])
+    refused(tmp_path / "x.tif", "truncated", readers=(load,))
+    assert logger.getLogLevel() == before
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_leaves_no_half_file(tmp_path, monkeypatch):
+    write_image(tmp_path / "x.png", smooth())
+    before = (tmp_path / "x.png").read_bytes()
+
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"x\.png: cannot be written: No space left"):
+        write_image(tmp_path / "x.png", noise((48, 64, 3)))
+    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
+    assert (tmp_path / "x.png").read_bytes() == before
+
+
+def test_folders_are_made_and_nothing_else_is_left_in_them(tmp_path):
+    write_image(tmp_path / "a" / "b" / "x.png", smooth())
+    assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["x.png"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file modes are POSIX's")
+def test_results_are_as_readable_as_other_new_files(tmp_path):
+    (tmp_path / "other").touch()
+    write_image(tmp_path / "x.png", smooth())
+    assert (tmp_path / "x.png").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_what_cannot_be_written_is_refused_with_the_path(tmp_path):
+    (tmp_path / "file").touch()
+    for name, found in (
+        ("x.gif", r"x\.gif: \.gif extension; give one of \.jpg"),
+        ("x", "x: no extension"),
+        ("file/x.png", "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=found):
+            write_image(tmp_path / name, smooth())
+    with pytest.raises(UserError, match=r"x\.webp: .*20000x8 pixels; try \.png"):
+        write_image(tmp_path / "x.webp", np.zeros((8, 20000, 3), np.uint8))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match=r"x\.png: cannot be written: Permission denied"):
+        write_image(tmp_path / "x.png", smooth())
+
+
+@pytest.mark.parametrize("image", [np.zeros((8, 8, 3)), np.zeros((8, 8, 2), np.uint8), np.zeros(8, np.uint8)])
+def test_arrays_that_are_no_image_are_refused(tmp_path, image):
+    with pytest.raises(ValueError, match=r"image is .*; HxW, HxWx3 or HxWx4 of uint8 or uint16 is allowed"):
+        write_image(tmp_path / "x.png", image)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- listing ------------------------------------------------------------------------------------------------
+
+
+def test_list_images_sorts_naturally_and_takes_any_case(tmp_path):
+    names = ["10.png", "2.PNG", "1.jpeg", "img12.webp", "img2.TIFF", "img2b.bmp", "z/3.Jpg", "z/20.tif"]
+    for name in [*names, "notes.txt", ".hidden.png", "._2.png", "z/.x.jpg"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    top = ["1.jpeg", "2.PNG", "10.png", "img2.TIFF", "img2b.bmp", "img12.webp"]
+    assert list_images(tmp_path) == [tmp_path / name for name in top]
+    everything = [p.relative_to(tmp_path).as_posix() for p in list_images(str(tmp_path), recursive=True)]
+    assert everything == [*top, "z/3.Jpg", "z/20.tif"]
+
+
+def test_list_images_of_nothing(tmp_path):
+    assert list_images(tmp_path) == []
+    with pytest.raises(UserError, match="no such folder"):
+        list_images(tmp_path / "missing")
+    (tmp_path / "file.png").touch()
+    with pytest.raises(UserError, match=r"file\.png: is not a folder"):
+        list_images(tmp_path / "file.png")
+
+
+# --- real files ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="shared/data is not here")
+def test_real_photographs_are_read_as_opencv_reads_them():
+    for path in list_images(DATA / "real-rain")[:20]:
+        expected = cv2.cvtColor(cv2.imread(str(path), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        assert np.array_equal(read_image(path), expected), path
+        assert image_size(path) == expected.shape[:2]

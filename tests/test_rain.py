@@ -1,0 +1,318 @@
+"""Synthetic rain: its statistics are DID-MDN's, its files are laid out like DID-MDN's, and a seed repeats it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+
+from support.errors import UserError
+from support.images import read_image, write_image
+from support.rain import (
+    LEVELS,
+    STYLES,
+    blend,
+    demo_set,
+    draw_rain,
+    find_photographs,
+    get_args_parser,
+    main,
+    make_scene,
+    rain_layer,
+    write_scenes,
+)
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+SAMPLE = SHARED / "did-mdn-sample" / "DID-MDN-training"
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    return skimage.data.coffee()
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder of three clean photographs, 100x64 pixels, with names that are not plain ASCII."""
+    folder = tmp_path / "clean"
+    for name, image in (("a b", skimage.data.coffee()), ("été", skimage.data.chelsea())):
+        write_image(folder / f"{name}.png", image[100:164, 100:200])
+    write_image(folder / "third.jpg", skimage.data.astronaut()[:64, :100])
+    return folder
+
+
+def run(*args):
+    command = [sys.executable, "-m", "support.rain", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def files(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def layers(level, count=20, style="did-mdn"):
+    return [rain_layer(160, 240, level, np.random.default_rng(seed), style) for seed in range(count)]
+
+
+def layer_of(rainy, clean):
+    """The layer a behind a rainy image, and where the clean one is dark enough to tell."""
+    a = (rainy / 255.0 - clean / 255.0) / np.maximum(1 - clean / 255.0, 0.1)
+    return a.mean(-1), clean.max(-1) < 190
+
+
+def correlation(a, known, rows, columns):
+    """Of a with itself `rows` further down and `columns` to the right, over the known pixels."""
+    a = np.where(known, a - a[known].mean(), 0)
+    shifted = (-rows, -columns)
+    both = known & np.roll(known, shifted, (0, 1))
+    return (a * np.roll(a, shifted, (0, 1)))[both].mean() / a[known].var()
+
+
+# --- the rain ------------------------------------------------------------------------------------------------
+
+
+def test_blend_is_a_screen_blend():
+    clean = np.array([[[0, 100, 255], [200, 51, 7]]], np.uint8)
+    layer = np.array([[0.5, 0.1]], np.float32)
+    # By hand, B + a (255 - B): 127.5 -> 128 (to even), 177.5 -> 178 (to even), 255; 205.5 -> 206, 71.4, 31.8
+    assert blend(clean, layer).tolist() == [[[128, 178, 255], [206, 71, 32]]]
+    assert np.array_equal(blend(clean, np.zeros((1, 2), np.float32)), clean)
+
+
+@pytest.mark.parametrize("style", [*STYLES, "mixed"])
+def test_layer_is_grey_bounded_and_repeatable(style):
+    for level in LEVELS:
+        layer = rain_layer(50, 70, level, np.random.default_rng(1), style)
+        assert layer.shape == (50, 70) and layer.dtype == np.float32
+        assert 0 <= layer.min() and layer.max() <= 1 and layer.std() > 0.005
+        assert np.array_equal(layer, rain_layer(50, 70, level, np.random.default_rng(1), style))
+
+
+@pytest.mark.parametrize(
+    ("level", "mean", "tenth", "ninetieth"),
+    [
+        ("Heavy", (0.21, 0.27), (0.07, 0.13), (0.36, 0.46)),
+        ("Medium", (0.12, 0.15), (0.01, 0.06), (0.20, 0.27)),
+        ("Light", (0.03, 0.06), (0.00, 0.02), (0.07, 0.13)),
+    ],
+)
+def test_layer_statistics_are_those_of_did_mdn(level, mean, tenth, ninetieth):
+    many = np.stack(layers(level))
+    assert mean[0] < many.mean() < mean[1]
+    assert tenth[0] <= np.median(np.percentile(many, 10, axis=(1, 2))) < tenth[1]
+    assert ninetieth[0] < np.median(np.percentile(many, 90, axis=(1, 2))) < ninetieth[1]
+    # Scenes differ, and no less than the samples of DID-MDN do.
+    assert many.mean((1, 2)).std() > 0.07 * many.mean()
+
+
+def test_psnr_ranges_over_a_photograph(photograph):
+    psnr = {level: [] for level in LEVELS}
+    for seed in range(15):
+        for level, rainy in make_scene(photograph, seed).items():
+            psnr[level].append(cv2.PSNR(photograph, rainy))
+    medians = [np.median(psnr[level]) for level in LEVELS]
+    for median, (low, high) in zip(medians, [(13, 18), (18, 23), (26, 32)], strict=True):
+        assert low < median < high
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_levels_are_ordered_in_every_scene(style):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        rain = draw_rain(rng, style)
+        heavy, medium, light = (rain_layer(120, 120, level, rng, rain).mean() for level in LEVELS)
+        assert heavy > medium > light > 0
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_direction_is_bounded(style):
+    angles = [draw_rain(np.random.default_rng(seed), style).angle for seed in range(200)]
+    limit = STYLES[style].angle
+    assert -limit <= min(angles) < -0.9 * limit and 0.9 * limit < max(angles) <= limit
+    assert STYLES["did-mdn"].angle == 30
+
+
+def test_streaks_lie_along_the_angle():
+    rain = draw_rain(np.random.default_rng(0))._replace(angle=20.0, length=15.5)
+    layer = rain_layer(300, 300, "Heavy", np.random.default_rng(0), rain)
+    known = np.ones(layer.shape, bool)
+    columns = round(8 * np.tan(np.deg2rad(20)))
+    assert correlation(layer, known, 8, columns) > 0.3
+    assert abs(correlation(layer, known, 8, -columns)) < 0.1
+    assert abs(correlation(layer, known, 0, 4)) < 0.15  # fine: nothing is left four pixels aside
+
+
+def test_densities_of_a_scene_have_their_own_streaks(photograph):
+    scene = make_scene(photograph, 3)
+    (heavy, known), (medium, _) = (layer_of(scene[level], photograph) for level in ("Heavy", "Medium"))
+    assert abs(np.corrcoef(heavy[known], medium[known])[0, 1]) < 0.2
+
+
+def test_scene_is_repeatable_and_seeds_differ(photograph):
+    one, same, other = (make_scene(photograph, seed) for seed in (5, 5, 6))
+    assert list(one) == list(LEVELS)
+    for level in LEVELS:
+        assert one[level].shape == photograph.shape and one[level].dtype == np.uint8
+        assert (one[level] >= photograph).all()
+        assert np.array_equal(one[level], same[level]) and not np.array_equal(one[level], other[level])
+
+
+def test_unknown_style_and_level_are_refused():
+    with pytest.raises(ValueError, match="did-mdn, sparse"):
+        draw_rain(np.random.default_rng(0), "snow")
+    with pytest.raises(ValueError, match="Heavy, Medium, Light"):
+        rain_layer(8, 8, "heavy", np.random.default_rng(0))
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs ../shared/data/did-mdn-sample")
+@pytest.mark.parametrize("level", LEVELS)
+def test_real_samples_lie_inside_what_is_drawn(level):
+    """Mean, percentiles and autocorrelation of each real layer lie between those of synthetic ones."""
+
+    def describe(rainy, clean):
+        a, known = layer_of(rainy, clean)
+        lags = [max(correlation(a, known, r, c) for c in range(-r, r + 1)) for r in (3, 8)]
+        return [a[known].mean(), a[known].std(), *np.percentile(a[known], [10, 50, 90, 99]), *lags]
+
+    for file in sorted((SAMPLE / f"Rain_{level}" / "train2018new").iterdir()):
+        pair = read_image(file)
+        real, clean = pair[:, :512], pair[:, 512:]
+        drawn = []
+        for seed in range(12):
+            _, code = cv2.imencode(".jpg", make_scene(clean, seed)[level], [cv2.IMWRITE_JPEG_QUALITY, 75])
+            drawn.append(describe(cv2.imdecode(code, cv2.IMREAD_UNCHANGED), clean))
+        assert (np.min(drawn, 0) <= np.add(describe(real, clean), 0.01)).all(), file
+        assert (np.subtract(describe(real, clean), 0.01) <= np.max(drawn, 0)).all(), file
+
+
+# --- the files -----------------------------------------------------------------------------------------------
+
+
+def test_layout_is_did_mdns(photographs, tmp_path):
+    out = tmp_path / "out"
+    assert write_scenes(find_photographs([photographs]), out, test=1) == []
+    names = sorted(p.stem for p in (out / "DID-MDN-training" / "Rain_Heavy" / "train2018new").iterdir())
+    (tested,) = {"a b", "été", "third"} - set(names)
+    training = [f"DID-MDN-training/Rain_{level}/train2018new/{n}.jpg" for level in LEVELS for n in names]
+    test = [f"DID-MDN-test/{level}_{tested}.jpg" for level in ("heavy", "medium", "light")]
+    assert files(out) == sorted(training + test)
+
+
+def test_pairs_are_rain_left_and_the_same_clean_image_right(photographs, tmp_path):
+    write_scenes(find_photographs([photographs]), tmp_path / "out")
+    pairs = [
+        read_image(tmp_path / "out" / "DID-MDN-training" / f"Rain_{level}" / "train2018new" / "third.jpg")
+        for level in LEVELS
+    ]
+    clean = read_image(photographs / "third.jpg")[:, :96]  # whole JPEG blocks
+    for pair in pairs:
+        assert pair.shape == (64, 192, 3)
+        assert cv2.PSNR(np.ascontiguousarray(pair[:, 96:]), clean) > 30
+        # One column of colour is shared by the decoder's smooth upsampling, as in DID-MDN's own files.
+        assert np.array_equal(pair[:, 97:], pairs[0][:, 97:])
+    means = [pair[:, :96].mean() for pair in pairs]
+    assert means[0] > means[1] > means[2] > clean.mean()
+
+
+def test_a_scene_depends_on_its_name_and_the_seed_alone(photographs, tmp_path):
+    everything = find_photographs([photographs])
+    write_scenes(everything, tmp_path / "all", seed=1)
+    write_scenes(everything[-1:], tmp_path / "one", seed=1)
+    write_scenes(everything[-1:], tmp_path / "other", seed=2)
+    name = Path("DID-MDN-training", "Rain_Heavy", "train2018new", "third.jpg")
+    assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert (tmp_path / "other" / name).read_bytes() != (tmp_path / "one" / name).read_bytes()
+
+
+def test_photographs_of_one_name_in_two_folders_are_both_kept(photographs, tmp_path):
+    write_image(tmp_path / "more" / "THIRD.jpg", skimage.data.rocket()[:64, :64])
+    assert write_scenes(find_photographs([photographs, tmp_path / "more"]), tmp_path / "out") == []
+    names = {p.stem for p in (tmp_path / "out" / "DID-MDN-training/Rain_Light/train2018new").iterdir()}
+    assert names == {"a b", "été", "third", "more_THIRD"}
+
+
+def test_size_scenes_and_clean_side(photographs, tmp_path):
+    write_scenes(find_photographs([photographs]), tmp_path / "square", scenes=2, size=48)
+    pairs = list((tmp_path / "square").rglob("*.jpg"))
+    assert len(pairs) == 6 and {read_image(p).shape for p in pairs} == {(48, 96, 3)}
+
+    dark, bright = np.full((32, 64, 3), 20, np.uint8), np.full((32, 64, 3), 230, np.uint8)
+    write_image(tmp_path / "pairs" / "p.png", np.hstack([dark, bright]))
+    for side, value in (("left", 20), ("right", 230)):
+        write_scenes([tmp_path / "pairs" / "p.png"], tmp_path / side, clean_side=side)
+        pair = read_image(tmp_path / side / "DID-MDN-training/Rain_Light/train2018new/p.jpg")
+        assert pair.shape == (32, 128, 3) and abs(pair[:, 66:].mean() - value) < 2
+
+
+def test_a_set_is_not_overwritten(photographs, tmp_path):
+    (tmp_path / "out" / "DID-MDN-training").mkdir(parents=True)
+    with pytest.raises(UserError, match="already holds DID-MDN-training"):
+        write_scenes(find_photographs([photographs]), tmp_path / "out")
+    with pytest.raises(UserError, match="4 are needed"):
+        write_scenes(find_photographs([photographs]), tmp_path / "new", test=3)
+
+
+# --- the command ---------------------------------------------------------------------------------------------
+
+
+def test_command(photographs, tmp_path):
+    done = run(photographs, tmp_path / "out", "--style", "mixed", "--size", 32)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(files(tmp_path / "out")) == 9
+
+
+def test_mistakes_end_with_one_line_and_status_2(photographs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in ("missing", "empty"):
+        done = run(photographs, tmp_path / folder, tmp_path / "out")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert str(tmp_path / folder) in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_photograph_is_named_and_the_rest_goes_on(photographs, tmp_path, capsys):
+    (photographs / "broken.jpg").write_bytes(b"not an image")
+    write_image(photographs / "small.png", np.zeros((8, 40, 3), np.uint8))
+    assert main(get_args_parser().parse_args([str(photographs), str(tmp_path / "out")])) == 1
+    reported = capsys.readouterr().err.splitlines()
+    assert len(reported) == 2 and any("broken.jpg" in line for line in reported)
+    assert any("small.png" in line and "40x8" in line for line in reported)
+    assert len(files(tmp_path / "out")) == 9
+
+
+# --- the demo set --------------------------------------------------------------------------------------------
+
+
+def test_demo_set(tmp_path):
+    folder = demo_set(tmp_path / "demo")
+    written = files(folder)
+    training = {level: {Path(f).stem for f in written if f"Rain_{level}/" in f} for level in LEVELS}
+    test = {Path(f).stem for f in written if f.startswith("DID-MDN-test/")}
+    assert len(training["Heavy"]) >= 10 and training["Heavy"] == training["Medium"] == training["Light"]
+    assert len(test) >= 6 and "heavy_coffee" in test
+    assert not {t.split("_")[0] for t in training["Heavy"]} & {t.split("_")[1] for t in test}
+    assert {read_image(f).shape for f in (folder / "DID-MDN-training").rglob("*.jpg")} == {(240, 640, 3)}
+
+
+def test_demo_set_is_made_once_and_again_if_unfinished(tmp_path):
+    folder = demo_set(tmp_path)
+    before = {f: (folder / f).stat().st_mtime_ns for f in files(folder)}
+    demo_set(tmp_path)
+    assert {f: (folder / f).stat().st_mtime_ns for f in files(folder)} == before
+    (folder / "demo-set.txt").write_text("unfinished")
+    (folder / "DID-MDN-test" / "heavy_coffee.jpg").unlink()
+    demo_set(tmp_path)
+    assert files(folder) == sorted(before)
+
+
+def test_demo_set_leaves_other_data_alone(tmp_path):
+    theirs = tmp_path / "DID-MDN-test" / "1.jpg"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"theirs")
+    with pytest.raises(UserError, match="other than the demo set"):
+        demo_set(tmp_path)
+    assert files(tmp_path) == ["DID-MDN-test/1.jpg"]
