@@ -10,6 +10,7 @@ layouts that `find` knows, by the names of the folders alone:
 """
 
 import hashlib
+import os
 import re
 from collections import Counter
 from functools import lru_cache
@@ -146,14 +147,16 @@ def _densities(path, folders, side):
         raise UserError(f"{path}: no images in {', '.join(f.name for f in _folders(path))}")
     unpaired = [by_name[n] for n in names if n not in whole for by_name in files.values() if n in by_name]
     other = "left" if side == "right" else "right"
+    first = next(iter(files))
+    clean = [files[first][name] for name in whole]
     scenes = [
         Scene(
-            Path(name).stem,
-            tuple(Half(by_name[name], other) for by_name in files.values()),
-            Half(next(iter(files.values()))[name], side),
+            name,
+            tuple(Half(by_name[file.name], other) for by_name in files.values()),
+            Half(file, side),
             tuple(files),
         )
-        for name in whole
+        for name, file in zip(_names(folders[first], clean), clean, strict=True)
     ]
     return Found(f"DID-MDN scenes, {len(files)} densities, clean half {side}", scenes, unpaired)
 
@@ -166,13 +169,13 @@ def _paired(path, rainy_folder, clean_folder):
             raise UserError(f"{file}: two clean images of one name ({clean[key].name}); rename one")
         clean[key] = file
     scenes, unpaired, used = [], [], set()
-    for file in list_images(rainy_folder, recursive=True):
+    rainy = list_images(rainy_folder, recursive=True)
+    for name, file in zip(_names(rainy_folder, rainy), rainy, strict=True):
         key = _pair_key(file, rainy_folder)
         # Several rainy versions of one clean image: 7_1.png, 7_2.png, ... of 7.png.
         partner = key if key in clean else re.sub(r"_[a-z]*\d+$", "", key)
         if partner in clean:
             used.add(partner)
-            name = file.relative_to(rainy_folder).with_suffix("").as_posix()
             scenes.append(Scene(name, (Half(file),), Half(clean[partner])))
         else:
             unpaired.append(file)
@@ -330,16 +333,18 @@ def thumbnail(image):
 
 
 def same_pictures(thumbnails, threshold=0.998):
-    """For each thumbnail the index of the first one that shows the same picture.
+    """For each thumbnail the index of the first one that shows the same picture, if by way of others.
 
     In Rain800 copies of a photograph correlate above 0.9996 and different ones below 0.994.
     """
     stack = np.stack(thumbnails)
     first = []
     for i, vector in enumerate(stack):
-        alike = stack[: i + 1] @ vector > threshold
-        alike[i] = True  # also where the picture is one flat colour, whose thumbnail is zero
-        first.append(int(np.argmax(alike)))
+        alike = {first[j] for j in np.flatnonzero(stack[:i] @ vector > threshold)}
+        one = min(alike, default=i)
+        if len(alike) > 1:
+            first = [one if j in alike else j for j in first]
+        first.append(one)
     return first
 
 
@@ -462,7 +467,7 @@ def batches(scenes, patch_size, batch_size, seed, device, workers=0, first_step=
         batch_sampler=Draws(batch_size, first_step),
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         pin_memory=torch.device(device).type == "cuda",
     )
     for batch in loader:
@@ -471,8 +476,10 @@ def batches(scenes, patch_size, batch_size, seed, device, workers=0, first_step=
         yield batch.to(device)
 
 
-def _one_thread(worker):
+def _start_worker(number):
     cv2.setNumThreads(0)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Ctrl-C and `timeout` signal the whole group: the run needs its workers to end its step
 
 
 def full_images(scenes):

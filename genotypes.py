@@ -38,6 +38,8 @@ BRANCHES = (2, 3, 4)
 EDGES = 3
 NODE_EDGES = ((0,), (1, 2))
 
+FILE = Path(__file__)  # to which the search appends
+
 
 class GenotypeError(ValueError):
     """A genotype that is malformed, unknown, or already there: a mistake that one line explains."""
@@ -135,6 +137,8 @@ def find(arch=None):
     """
     known = named()
     if arch is None:
+        if not known:
+            raise GenotypeError(f"{__file__}: holds no genotype yet; search one, or give --arch")
         arch = list(known)[-1]
     if arch in known:
         return arch, check(known[arch])
@@ -161,24 +165,25 @@ def write_json(genotype, path):
     _replace(Path(path), json.dumps(check(genotype)._asdict(), indent=1) + "\n")
 
 
-def check_new_name(name, path=__file__):
-    """Raise GenotypeError unless `name` can be added to the file of genotypes at `path`."""
+def check_new_name(name, path=None):
+    """Raise GenotypeError unless `name` can be added to the file of genotypes at `path` (default: `FILE`)."""
+    path = Path(path or FILE)
     if not name.isidentifier() or keyword.iskeyword(name):
         raise GenotypeError(f"--name {name}: not a Python identifier (letters, digits and _, no digit first)")
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     taken = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     taken |= {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     if name in taken or name in globals() or hasattr(builtins, name):
-        raise GenotypeError(f"--name {name}: already taken in {Path(path).name}; choose another name")
+        raise GenotypeError(f"--name {name}: already taken in {path.name}; choose another name")
 
 
-def append(name, genotype, comment, path=__file__):
-    """Add a named genotype at the end of the file at `path`, with a comment of one line above it.
+def append(name, genotype, comment, path=None):
+    """Add a named genotype at the end of the file at `path` (default: `FILE`), a one-line comment above it.
 
     The file is valid Python at every instant, and a lock makes two searches that end together take turns.
     Raises GenotypeError where the name is taken or no identifier.
     """
-    path = Path(path)
+    path = Path(path or FILE)
     with _locked(path):
         check_new_name(name, path)
         text = path.read_text(encoding="utf-8").rstrip("\n")

@@ -9,7 +9,6 @@ Scores are of the pictures as they are saved, in 8 bits. RGB and Y conventions d
 are given, beside those of the untouched input.
 """
 
-import argparse
 import csv
 import io
 import sys
@@ -32,7 +31,7 @@ COLUMNS = ("name", "density", "height", "width", "seconds", *METRICS, *(f"input_
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
+    parser = experiment.Parser(
         prog="test_view.py", description="Restore pictures, and score them where there is ground truth."
     )
     add = parser.add_argument
@@ -65,6 +64,8 @@ def main(args):
     print(f"data: {path}: {len(found.scenes)} {found.layout}", flush=True)
 
     out = Path(args.result_path)
+    if out.exists() and out.samefile(path if path.is_dir() else path.parent):
+        raise UserError(f"--result_path {out}: holds the pictures to restore; give another folder")
     rows, failures = [], [f"{file}: has no partner, so it is left out" for file in found.unpaired]
     with tqdm(total=sum(len(s.rainy) for s in found.scenes), unit="image", disable=None) as bar:
         for scene in found.scenes:

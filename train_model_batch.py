@@ -9,7 +9,6 @@ All training scenes but the validation part are trained on with the multi-to-one
 chosen on the validation part. The test set is not opened.
 """
 
-import argparse
 from functools import partial
 
 import torch
@@ -23,7 +22,7 @@ from losses import multi_to_one
 from model_train import DerainNetwork
 from support import experiment
 from support.errors import UserError
-from support.experiment import Experiment, natural, not_negative, positive
+from support.experiment import Experiment, even, natural, not_negative, patch, positive, share
 
 # The demo: in under 5 minutes on two cores, the warm-up scaled with the schedule.
 DEMO = {
@@ -38,7 +37,7 @@ DEMO = {
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
+    parser = experiment.Parser(
         prog="train_model_batch.py", description="Retrain the fixed network of a genotype (stage 2)."
     )
     train = parser.add_argument_group("training")
@@ -49,16 +48,12 @@ def get_args_parser():
     train.add_argument("--epochs", type=positive, default=200)
     train.add_argument("--steps_per_epoch", type=positive, default=500)
     train.add_argument("--batch_size", type=positive, default=32, help="scenes a step (default: 32)")
-    train.add_argument("--patch_size", type=positive, default=64, help="pixels a side (default: 64)")
-    train.add_argument("--channels", type=positive, nargs=4, default=[32, 64, 128, 256], metavar="C")
+    train.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: 64)")
+    train.add_argument("--channels", type=even, nargs=4, default=[32, 64, 128, 256], metavar="C")
     train.add_argument("--residual", action="store_true", help="learn the difference to the input")
-    train.add_argument(
-        "--clean_inputs", type=not_negative, default=0.0, help="share of draws with a dry input"
-    )
+    train.add_argument("--clean_inputs", type=share, default=0.0, help="share of draws with a dry input")
     train.add_argument("--internal_start", type=positive, default=6, help="first epoch of the internal loss")
-    train.add_argument(
-        "--ema", type=not_negative, default=0.0, help="decay of averaged weights, as 0.999; 0: none"
-    )
+    train.add_argument("--ema", type=share, default=0.0, help="decay of averaged weights, as 0.999; 0: none")
     adam = parser.add_argument_group("weights (Adam, cosine)")
     adam.add_argument("--learning_rate", type=not_negative, default=1e-3)
     adam.add_argument("--learning_rate_min", type=not_negative, default=0.0)
@@ -76,7 +71,7 @@ def get_args_parser():
 def main(args):
     run = Experiment("eval", args, get_args_parser(), DEMO)
     args = run.args
-    net = build(args)
+    net = build(run)
     print(f"data: {' '.join(args.data)}", flush=True)
     parts = dataset.split(dataset.find_training(args.data, args.clean_side), args.split_seed)
 
@@ -129,8 +124,13 @@ def main(args):
     experiment.log.info("score it with: python test_view.py --ckt_path %s", run.folder / "best_psnr.pt")
 
 
-def build(args):
+def build(run):
     """The network to train: that of --weights, or a new one of --arch; prints which. Settles args.arch."""
+    args = run.args
+    if args.resume is not None:  # its weights come with the state, whatever became of --weights and --arch
+        name, genotype = genotypes.find(str(run.folder / "genotype.json"))
+        print(f"genotype: {name}")
+        return DerainNetwork(genotype, args.channels, args.residual)
     if args.weights:
         net = model_train.load(args.weights)
         if args.arch and genotypes.find(args.arch)[1] != net.genotype:
@@ -143,10 +143,8 @@ def build(args):
     if args.arch is None and args.demo:
         demo_search = experiment.newest("search", "genotype.json", demo=True)
         args.arch = str(demo_search) if demo_search else None
-    name, genotype = genotypes.find(args.arch)
-    if args.resume is None:
-        args.arch = name
-    print(f"genotype: {name}")
+    args.arch, genotype = genotypes.find(args.arch)
+    print(f"genotype: {args.arch}")
     torch.manual_seed(args.seed)
     return DerainNetwork(genotype, args.channels, args.residual)
 

@@ -26,7 +26,7 @@ from losses import architecture_regulariser, choice_sizes, complexity, multi_to_
 from model_search import SearchNetwork
 from model_train import write_whole
 from support import experiment
-from support.experiment import Experiment, log, not_negative, positive
+from support.experiment import Experiment, even, log, not_negative, patch, positive, share
 
 # The demo: the whole method in under 5 minutes on two cores, the warm-ups scaled with the schedule.
 DEMO = {
@@ -41,7 +41,7 @@ DEMO = {
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
+    parser = experiment.Parser(
         prog="train_search_batch.py",
         description="Search a derain architecture with a supernet (stage 1).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -51,12 +51,10 @@ def get_args_parser():
     search.add_argument("--epochs", type=positive, default=200)
     search.add_argument("--steps_per_epoch", type=positive, default=1000)
     search.add_argument("--batch_size", type=positive, default=16, help="scenes a step (default: 16)")
-    search.add_argument("--patch_size", type=positive, default=64, help="pixels a side (default: 64)")
-    search.add_argument("--channels", type=positive, nargs=4, default=[32, 64, 128, 256], metavar="C")
+    search.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: 64)")
+    search.add_argument("--channels", type=even, nargs=4, default=[32, 64, 128, 256], metavar="C")
     search.add_argument("--residual", action="store_true", help="learn the difference to the input")
-    search.add_argument(
-        "--clean_inputs", type=not_negative, default=0.0, help="share of draws with a dry input"
-    )
+    search.add_argument("--clean_inputs", type=share, default=0.0, help="share of draws with a dry input")
     search.add_argument("--internal_start", type=positive, default=6, help="first epoch of the internal loss")
     weights = parser.add_argument_group("weights (SGD, cosine)")
     weights.add_argument("--learning_rate", type=not_negative, default=0.002)
@@ -186,10 +184,7 @@ def main(args):
     if args.demo:
         arch = run.folder / "genotype.json"
     else:
-        comment = (
-            f"{' '.join(args.data)}; {run.step} steps of {args.batch_size} scenes, channels {args.channels}"
-        )
-        genotypes.append(args.name, genotype, f"{comment}, seed {args.seed}, commit {experiment.commit()}")
+        genotypes.append(args.name, genotype, provenance(run))
     log.info("derived architecture:\n%s = %s", args.name, genotypes.literal(genotype))
     log.info("retrain it with: python train_model_batch.py --arch %s", arch)
 

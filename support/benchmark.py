@@ -1,17 +1,20 @@
-"""Speed and memory of what the scripts do, as ratios against the plainest form of the same networks.
+"""Speed and memory of what the scripts run, as ratios to the plainest form of the same networks.
 
     python -m support.benchmark                                    # every row; minutes on two CPU cores
     python -m support.benchmark --rows weight_step training_step --device cuda
     python -m support.benchmark --rows training_step loader --data datasets/Rain1200 --workers 8
     python -m support.benchmark --json > rows.json
 
-Plain is: eager, contiguous, float32, each candidate of a mixed edge evaluated by itself, `none` as zeros. Offered
-is what the scripts run. Both start from the same weights; before anything is timed, one step of each is compared
-in its outputs and its gradients. Then plain and offered take turns, so that a busy machine slows both alike, and
-each gets the median of its turns. The time of a step includes the optimizer's, but not the batch's way to the
-device. The loader is timed by itself, on pictures that the system has in memory.
+Plain is: eager, contiguous, float32, each candidate of a mixed edge evaluated by itself, `none` as zeros.
+Offered is what the scripts run. Both have the same weights. Before they are timed, their outputs and
+gradients are compared twice, see `ALLOWED`; the exit status is 1 where they differ by more. Then they take
+turns, so that a busy machine slows both alike, and the medians count.
 
-The exit status is 1 where outputs or gradients differ by more than the tolerance.
+The columns: milliseconds of a step, optimizer included, or of a picture; their ratio; rainy images a second,
+of one batch a step (`weight_and_arch_step` takes a second one, for alpha and beta, from a loader of its own);
+peak memory above what the networks and optimizers hold between steps: allocated tensors on CUDA, the resident
+set on Linux; the errors. The loader is timed alone, `ms` being that of a batch, on files that the system
+keeps in memory.
 """
 
 import argparse
@@ -39,59 +42,127 @@ import train_model_batch
 import train_search_batch
 from architect import Architect
 from genotypes import BRANCHES, CELLS, EDGES, MODULES, MODULES_PER_CELL, PRIMITIVES, Genotype
-from losses import architecture_regulariser, choice_sizes, complexity, multi_to_one
+from losses import SSIM_WINDOW, architecture_regulariser, choice_sizes, complexity, multi_to_one
 from model_search import MixedOperation, SearchNetwork
 from model_train import DerainNetwork
 from support import experiment
+from support.errors import UserError
 from support.experiment import natural, positive
 from support.rain import write_scenes
 
-DENSITIES = 3  # rainy images a scene
-TOLERANCE = 1e-3  # see relative_error; float32 against float32 measures 1e-6 to 2e-4
-SEARCH_ROWS = {
+SEARCH_STEPS = {
     "weight_step": {"weights": True},
     "arch_step": {"architecture": True},
     "arch_step_unrolled": {"architecture": True, "unrolled": True},
     "weight_and_arch_step": {"weights": True, "architecture": True},
 }
 PICTURES = {"inference_256": (256, 256), "inference_512": (512, 512), "inference_1080p": (1080, 1920)}
-ROWS = (*SEARCH_ROWS, "training_step", *PICTURES, "loader")
+ROWS = (*SEARCH_STEPS, "training_step", *PICTURES, "loader")
+DENSITIES = 3  # rainy images a scene
 LOADER_SECONDS = 4
-# Photographs in scikit-image's wheel; with rain at 512x512 they make files as large as DID-MDN's.
-PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg")
+PATIENCE = 30  # seconds of a row's turns, where --repeats does not say how many
+# In scikit-image's wheel. At 512x512 and with rain, their files are as large as DID-MDN's.
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
+
+# The largest relative errors allowed. "float64", on a small batch, tensor by tensor, tells whether the forms
+# are the same function. "error", as it is timed, of all gradients as one, tells whether a kernel goes wrong:
+# in float32 ReLUs that rounding switches make gradients differ (the more as PyTorch's BatchNorm on a CPU sums
+# naively where channels are last), and the unrolled step divides such differences by its small epsilon.
+ALLOWED = {"float64": 1e-6, "error": 0.2}
+ALLOWED_ERROR = {"arch_step_unrolled": 2.0, **dict.fromkeys(PICTURES, 1e-4)}
+
+# Field of a row: title and format in the table.
+COLUMNS = {
+    "name": ("row", "<20s"),
+    "device": ("device", "<6s"),
+    "plain_ms": ("plain ms", ">9.1f"),
+    "ms": ("ms", ">9.1f"),
+    "ratio": ("ratio", ">5.2f"),
+    "images_per_second": ("images/s", ">8.2f"),
+    "plain_mb": ("plain MB", ">8.0f"),
+    "mb": ("MB", ">8.0f"),
+    "error": ("error", ">7.0e"),
+    "float64": ("float64", ">7.0e"),
+}
 
 
 def get_args_parser():
     parser = argparse.ArgumentParser(
         prog="python -m support.benchmark", description="Speed and memory against the plainest form."
     )
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=", ".join(ROWS))
+    names = ", ".join(ROWS)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=f"of {names}")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     parser.add_argument(
-        "--channels", type=positive, nargs=4, metavar="C", help="(default: the scripts'; on a CPU half of it)"
+        "--channels", type=positive, nargs=4, metavar="C", help="(default: the scripts'; on a CPU half)"
     )
+    parser.add_argument("--batch_size", type=positive, help="scenes (default: the scripts'; on a CPU 4)")
+    parser.add_argument("--patch_size", type=positive, help="pixels a side (default: the scripts')")
     parser.add_argument(
-        "--batch_size", type=positive, help="scenes of 3 images (default: the scripts'; on a CPU 4)"
+        "--repeats",
+        type=positive,
+        help=f"turns of each form (default: 20, on a CPU 3; fewer where they take over {PATIENCE} s)",
     )
-    parser.add_argument("--patch_size", type=positive, default=64, help="pixels a side (default: 64)")
-    parser.add_argument("--repeats", type=positive, help="turns of each form (default: 20; on a CPU 3)")
     parser.add_argument("--threads", type=positive, help="of the CPU (default: PyTorch's choice)")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON, and nothing else")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else")
     loader = parser.add_argument_group("loader")
     loader.add_argument(
-        "--data", nargs="+", metavar="DIR", help="training folders (default: a set made in DID-MDN's sizes)"
+        "--data", nargs="+", metavar="DIR", help="training folders (default: made, in DID-MDN's sizes)"
     )
     loader.add_argument("--clean_side", nargs="+", default=[], choices=dataset.SIDES)
-    loader.add_argument("--workers", type=natural, default=experiment.default_workers() if hasattr(experiment, "default_workers") else 2)
+    workers = train_model_batch.get_args_parser().get_default("workers")
+    loader.add_argument("--workers", type=natural, default=workers, help="processes (default: the scripts')")
     return parser
 
 
-# --- two forms of one network --------------------------------------------------------------------------------
+def main(args):
+    device = experiment.pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    search = script_options(train_search_batch, args, device)
+    training = script_options(train_model_batch, args, device)
+    where = {"machine": machine(device), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    if not args.json:
+        print(", ".join(f"{name}: {value}" for name, value in where.items()))
+        width = " ".join(map(str, training.channels))
+        print(f"channels {width}, patches of {search.patch_size}, scenes of {DENSITIES} images, ", end="")
+        print(f"{search.batch_size} scenes a step in the search, {training.batch_size} in the training\n")
+        print(" ".join(f"{title:{width_of(spec)}}" for title, spec in COLUMNS.values()), flush=True)
+
+    rows = {}
+    for name in dict.fromkeys(args.rows):
+        if name == "loader":
+            row = time_loader(args, training, device)
+        else:
+            row = measure(name, search if name in SEARCH_STEPS else training, device, args.repeats)
+        rows[name] = {**row, "name": name, "device": device.type, **where}
+        if not args.json:
+            print(table_line(rows[name]), flush=True)
+
+    if args.json:
+        print(json.dumps([{k: json_value(v) for k, v in row.items()} for row in rows.values()], indent=1))
+    else:
+        conclude(rows, args.workers)
+    wrong = [name for name, row in rows.items() if differs(row)]
+    if wrong:
+        sys.exit(f"outputs or gradients differ from the plain form's: {', '.join(wrong)}")
 
 
-def offered_form(net):
-    """A copy of `net` in the form that the scripts run: channels last."""
-    return copy.deepcopy(net).to(memory_format=torch.channels_last)
+def script_options(script, args, device):
+    """A training script's default options, with the sizes that this run wants."""
+    options = script.get_args_parser().parse_args([])
+    small = device.type == "cpu"
+    options.channels = args.channels or [c // 2 if small else c for c in options.channels]
+    options.batch_size = args.batch_size or (4 if small else options.batch_size)
+    options.patch_size = args.patch_size or options.patch_size
+    if any(c % 2 for c in options.channels):
+        raise UserError(f"--channels {' '.join(map(str, options.channels))}: four even numbers are expected")
+    if options.patch_size < SSIM_WINDOW:
+        raise UserError(f"--patch_size {options.patch_size}: SSIM needs at least {SSIM_WINDOW}")
+    return options
+
+
+# --- two forms of one network -------------------------------------------------------------------------------
 
 
 def plain_form(net):
@@ -104,30 +175,314 @@ def plain_form(net):
 
 
 def plain_mixture(operations, x, beta):
-    """sum over all operations o of beta_o * o(x), `none` included."""
+    """sum over all operations o of beta_o * o(x), `none` included: NxcxHxW -> NxcxHxW."""
     return sum(b * operation(x) for b, operation in zip(beta, operations, strict=True))
 
 
-def relative_error(plain, offered):
-    """The largest |offered - plain| / |plain| over pairs of tensors, in L2 norms; not a number where one is not.
+def offered_form(net):
+    """A copy of `net` in the form that the scripts run: channels last."""
+    return copy.deepcopy(net).to(memory_format=torch.channels_last)
 
-    A tensor far smaller than the others counts against a thousandth of their mean size: gradients that are zero
-    but for rounding (a weight before a BatchNorm that undoes its scale) have no relative error of their own.
+
+FORMS = ((plain_form, torch.contiguous_format), (offered_form, torch.channels_last))
+
+
+# --- the steps of a row: functions without arguments that return (outputs, gradients), lists of tensors -----
+
+
+def steps(name, options, device, dtype=torch.float32, picture_size=None):
+    """(plain step, offered step) of a row, from the same random weights and input; picture_size: (H, W)."""
+    torch.manual_seed(0)
+    if name in SEARCH_STEPS:
+        net, step = SearchNetwork(options.channels), partial(search_step, **SEARCH_STEPS[name])
+    else:
+        net, step = DerainNetwork(every_operation(), options.channels), training_step
+    net.to(device, dtype)
+    batch, arch_batch = (random_batch(options, device, dtype) for _ in range(2))
+    update_bn([batch.rainy], net)  # else signals fade from layer to layer where running statistics are used
+    if picture_size:
+        batch, step = batch._replace(rainy=batch.rainy.new_ones(1, 3, *picture_size).uniform_()), inference
+
+    def in_form(form, layout):
+        first, second = (b._replace(rainy=b.rainy.to(memory_format=layout)) for b in (batch, arch_batch))
+        return step(form(net), first, second, options)
+
+    return [in_form(*form) for form in FORMS]
+
+
+def search_step(net, batch, arch_batch, options, weights=False, architecture=False, unrolled=False):
+    """The step of train_search_batch.py on the weights, on alpha and beta (unrolled or not), or on both."""
+    optimizer = torch.optim.SGD(
+        net.weights(), options.learning_rate, momentum=options.momentum, weight_decay=options.weight_decay
+    )
+    arch_optimizer = torch.optim.Adam(
+        net.architecture(),
+        options.arch_learning_rate,
+        betas=(0.5, 0.999),
+        weight_decay=options.arch_weight_decay,
+    )
+    outputs, gradients = [], []
+    for each in (optimizer, arch_optimizer):
+        each.register_step_pre_hook(partial(keep_gradients, gradients))
+    sizes = [choice_sizes(c).to(batch.rainy) for c in (net.module_choices(), net.operation_choices())]
+
+    def loss(forward, batch):
+        output = forward(batch.rainy)
+        outputs.append(output.detach())
+        return multi_to_one(output, batch.clean, batch.scene)
+
+    def penalty():
+        distributions = [parameter.softmax(-1) for parameter in net.architecture()]
+        regulariser = architecture_regulariser(*distributions)
+        return options.lambda_arch * regulariser + options.lambda_comp * complexity(distributions, sizes)
+
+    architect = Architect(net, arch_optimizer, loss, penalty, optimizer if unrolled else None)
+    net.train()
+
+    def step():
+        outputs.clear()
+        gradients.clear()
+        if architecture:
+            architect.step(arch_batch, batch)
+        if weights:
+            training_loss = loss(net, batch)
+            optimizer.zero_grad()
+            training_loss.backward(inputs=net.weights())
+            nn.utils.clip_grad_norm_(net.weights(), options.grad_clip)
+            optimizer.step()
+        return outputs, gradients
+
+    return step
+
+
+def training_step(net, batch, _, options):
+    """The step of train_model_batch.py."""
+    optimizer = torch.optim.Adam(net.parameters(), options.learning_rate, weight_decay=options.weight_decay)
+    gradients = []
+    optimizer.register_step_pre_hook(partial(keep_gradients, gradients))
+    net.train()
+
+    def step():
+        gradients.clear()
+        output = net(batch.rainy)
+        loss = multi_to_one(output, batch.clean, batch.scene)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), options.grad_clip)
+        optimizer.step()
+        return [output.detach()], gradients
+
+    return step
+
+
+def inference(net, batch, *_):
+    """A picture through the network in evaluation mode."""
+    net.eval()
+
+    @torch.inference_mode()
+    def step():
+        return ([net(batch.rainy)],)
+
+    return step
+
+
+def keep_gradients(kept, optimizer, *_):
+    kept.extend(p.grad for group in optimizer.param_groups for p in group["params"])
+
+
+def every_operation():
+    """A genotype with both kinds of module, in turn, and every operation but `none` three or four times."""
+    kinds, names = cycle(MODULES), cycle(name for name in PRIMITIVES if name != "none")
+    return Genotype(
+        tuple(tuple(islice(kinds, MODULES_PER_CELL)) for _ in range(CELLS)),
+        tuple(tuple(tuple(islice(names, EDGES)) for _ in range(branches)) for branches in BRANCHES),
+    )
+
+
+def random_batch(options, device, dtype):
+    """A dataset.Batch of noise."""
+    side, scenes = options.patch_size, options.batch_size
+    rainy, clean = (torch.rand(n, 3, side, side, dtype=dtype) for n in (DENSITIES * scenes, scenes))
+    scene = torch.arange(scenes).repeat_interleave(DENSITIES)
+    return dataset.Batch(rainy.to(device), clean.to(device), scene.to(device), [], [])
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def measure(name, options, device, repeats=None):
+    """The figures of a row: compare, warm up and time its two steps."""
+    size = PICTURES.get(name)
+    float64 = float64_error(name, options, device)
+    plain, offered = steps(name, options, device, picture_size=size)
+    # By default CUDA's convolutions round to TF32, which would hide smaller mistakes.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        error = relative_error(plain(), offered(), as_one=True)
+    plain_mb, mb = peak_memory(plain, device), peak_memory(offered, device)
+    turns, end = [], time.monotonic() + (math.inf if repeats else PATIENCE)
+    repeats = repeats or (3 if device.type == "cpu" else 20)
+    while len(turns) < repeats and (not turns or time.monotonic() < end):
+        turns.append((milliseconds(plain, device), milliseconds(offered, device)))
+    plain_ms, ms = map(statistics.median, zip(*turns, strict=True))
+    images = 1 if size else DENSITIES * options.batch_size
+    return {
+        "plain_ms": plain_ms,
+        "ms": ms,
+        "ratio": plain_ms / ms,
+        "images_per_second": 1000 * images / ms,
+        "plain_mb": plain_mb,
+        "mb": mb,
+        "error": error,
+        "float64": float64,
+    }
+
+
+def float64_error(name, options, device):
+    """The largest relative error of any output or gradient of a row's steps, in float64 on a small input."""
+    small = argparse.Namespace(**{**vars(options), "batch_size": 1, "patch_size": 16})
+    size = (19, 34) if name in PICTURES else None
+    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    plain, offered = steps(name, small, device, torch.float64, size)
+    return relative_error(plain(), offered())
+
+
+def relative_error(plain, offered, as_one=False):
+    """The largest |offered - plain| / |plain|, in L2 norms, of any output or gradient; NaN where one has it.
+
+    plain, offered: what a step returns. as_one: of all outputs, and of all gradients, each as one vector.
+    A tensor under a millionth of the mean size counts against that: gradients that are zero but for rounding,
+    as of a weight whose scale a BatchNorm takes out, have no relative error of their own.
     """
-    plain, offered = ([tensor.double() for tensor in tensors] for tensors in (plain, offered))
-    mean_square = sum(p.square().sum() for p in plain) / sum(p.numel() for p in plain)
-    errors = [
-        (o - p).norm() / torch.maximum(p.norm(), 1e-3 * (mean_square * p.numel()).sqrt())
-        for p, o in zip(plain, offered, strict=True)
-    ]
-    return torch.stack(errors).max().item()  # torch's max, unlike Python's, keeps what is not a number
+    errors = []
+    for group in zip(plain, offered, strict=True):
+        ps, os = ([tensor.double().flatten() for tensor in tensors] for tensors in group)
+        if as_one:
+            ps, os = [torch.cat(ps)], [torch.cat(os)]
+        mean = torch.cat(ps).square().mean().sqrt()
+        for p, o in zip(ps, os, strict=True):
+            errors.append((o - p).norm() / torch.maximum(p.norm(), 1e-6 * mean * len(p) ** 0.5))
+    return torch.stack(errors).max().item()  # PyTorch's max, unlike Python's, keeps what is not a number
 
 
-# --- the steps of the scripts --------------------------------------------------------------------------------
+def milliseconds(step, device):
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(device)
+        begin.record(stream)
+        step()
+        end.record(stream)
+        end.synchronize()
+        return begin.elapsed_time(end)
+    begin = time.perf_counter()
+    step()
+    if device.type == "mps":
+        torch.mps.synchronize()
+    return 1000 * (time.perf_counter() - begin)
 
 
-class Steps:
-    """One form of a network and the step that is timed.
+def peak_memory(step, device):
+    """Megabytes of a step at its height, above those before it; None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    before = None
+    if device.type == "cpu" and sys.platform == "linux":
+        try:
+            ctypes.CDLL(None).malloc_trim(
+                0
+            )  # what the allocator keeps of earlier steps would hide the growth
+            Path("/proc/self/clear_refs").write_text("5")  # the resident set's height, from now on
+            before = resident("VmRSS")
+        except (AttributeError, OSError):  # another C library; a system that forbids it
+            pass
+    step()
+    return None if before is None else resident("VmHWM") - before
 
-    Calling it takes the step and returns what came of it, to be compared: (outputs, gradients), lists of tensors.
-    """
+
+def resident(entry):
+    """An entry of Linux's /proc/self/status, in megabytes."""
+    return int(re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+
+
+def time_loader(args, options, device):
+    """The row of `dataset.batches` alone: milliseconds of a batch, scenes and rainy images a second."""
+    with tempfile.TemporaryDirectory() as made:
+        if args.data is None:
+            photographs = [Path(skimage.__file__).parent / "data" / name for name in PHOTOGRAPHS]
+            write_scenes(photographs, made, size=512)
+        scenes = dataset.find_training(args.data or [made], args.clean_side)
+        batches = dataset.batches(
+            scenes, options.patch_size, options.batch_size, seed=0, device=device, workers=args.workers
+        )
+        for _ in range(1 + 2 * args.workers):  # the processes start, and have two batches each ready by then
+            next(batches)
+        images = count = seconds = 0
+        begin = time.perf_counter()
+        while seconds < LOADER_SECONDS:
+            images += len(next(batches).rainy)
+            count += 1
+            seconds = time.perf_counter() - begin
+        batches.close()
+    return dict.fromkeys(COLUMNS) | {
+        "ms": 1000 * seconds / count,
+        "images_per_second": images / seconds,
+        "scenes_per_second": count * options.batch_size / seconds,
+    }
+
+
+# --- what is said -------------------------------------------------------------------------------------------
+
+
+def differs(row):
+    """Whether a row's forms differ by more than is allowed, or in what is not a number."""
+    allowed = {**ALLOWED, "error": ALLOWED_ERROR.get(row["name"], ALLOWED["error"])}
+    return any(row[kind] is not None and not row[kind] <= allowed[kind] for kind in allowed)
+
+
+def table_line(row):
+    return " ".join(
+        f"{'-':{width_of(spec)}}" if row[field] is None else f"{row[field]:{spec}}"
+        for field, (_, spec) in COLUMNS.items()
+    )
+
+
+def width_of(spec):
+    return re.match(r"[<>]\d+", spec)[0]
+
+
+def conclude(rows, workers):
+    """Print what the rows say together: the price of unrolling, and whether a run waits for its loader."""
+    print()
+    if {"arch_step", "arch_step_unrolled"} <= rows.keys():
+        first, unrolled = rows["arch_step"], rows["arch_step_unrolled"]
+        ratio, plain = unrolled["ms"] / first["ms"], unrolled["plain_ms"] / first["plain_ms"]
+        print(f"unrolled : first order = {ratio:.2f} (plain {plain:.2f})")
+    if "loader" in rows:
+        loaded = rows["loader"]["scenes_per_second"]
+        print(f"the loader alone gives {loaded:.1f} scenes a second with --workers {workers}")
+        for name in [
+            name for name in rows if name in ("weight_step", "weight_and_arch_step", "training_step")
+        ]:
+            eaten = rows[name]["images_per_second"] / DENSITIES
+            slower = "loader" if loaded < eaten else "step"
+            print(f"  {name} eats {eaten:.1f} scenes a second: a run waits for the {slower}")
+
+
+def json_value(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def machine(device):
+    """The name of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):  # no Linux; a processor without a name
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    experiment.command(main, get_args_parser())

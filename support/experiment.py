@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import dataset
 from genotypes import GenotypeError
-from losses import external, ssim
+from losses import SSIM_WINDOW, external, ssim
 from model_train import CheckpointError, read, write_whole
 from support.errors import UserError
 from support.rain import demo_set
@@ -58,6 +58,22 @@ def not_negative(text):
     return _number(text, float, lambda value: 0 <= value < math.inf, "a number from 0")
 
 
+def even(text):
+    return _number(text, int, lambda value: value >= 2 and value % 2 == 0, "an even number from 2")
+
+
+def patch(text):
+    return _number(text, int, lambda value: value >= SSIM_WINDOW, f"a whole number from {SSIM_WINDOW}")
+
+
+def share(text):
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def seed(text):
+    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
+
+
 def _number(text, kind, allowed, expected):
     try:
         value = kind(text)
@@ -66,6 +82,23 @@ def _number(text, kind, allowed, expected):
     if value is None or not allowed(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return value
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but an error is one line, and `given` of what it returns is the set of flags on the command
+    line: a run that is resumed, or a demo, must tell a default that was asked for from one that was not.
+    """
+
+    def parse_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        unset = object()
+        names = vars(super().parse_args(args))
+        marked = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(names, unset))))
+        given = {name for name, value in marked.items() if value is not unset}
+        return argparse.Namespace(**names, given=given)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help says more)\n")
 
 
 def add_arguments(parser):
@@ -105,7 +138,7 @@ def add_arguments(parser):
         metavar="DIR",
         help="continue the run in DIR (default: --save, else the newest) with its own options",
     )
-    run.add_argument("--seed", type=int, default=0, help="of the weights, crops and flips (default: 0)")
+    run.add_argument("--seed", type=seed, default=0, help="of the weights, crops and flips (default: 0)")
     run.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     run.add_argument("--max_minutes", type=above_zero, help="fit the cosine schedule to this time")
     run.add_argument(
@@ -192,6 +225,8 @@ class Experiment:
         self.stopping = None
         self.padded_mentioned = False
         self.parser = parser
+        args = argparse.Namespace(**vars(args))
+        self.given = vars(args).pop("given")
         if args.resume is None:
             self.args = self._begin(args, demo)
         else:
@@ -201,13 +236,12 @@ class Experiment:
         self.clock = time.monotonic()
 
     def _begin(self, args, demo):
-        args = argparse.Namespace(**vars(args))
         if args.data is None and not args.demo and not Path(DEFAULT_DATA).exists():
             args.demo = True
             announce_demo(DEFAULT_DATA, "--data")
         if args.demo:
             for name, value in demo.items():
-                if getattr(args, name) == self.parser.get_default(name):
+                if name not in self.given:
                     setattr(args, name, value)
             if args.data is None:
                 demo_set(DEMO_DATA)
@@ -229,11 +263,10 @@ class Experiment:
             raise UserError(f"{path}: not the checkpoint of a {self.kind} run of this project")
         begun = argparse.Namespace(**self.state["options"])
         for name, value in vars(args).items():
-            given = value != self.parser.get_default(name)
             if name in FREE_OPTIONS:
-                if given or name in ("workers", "device"):
+                if name in self.given or name in ("workers", "device"):
                     setattr(begun, name, value)
-            elif given and value != getattr(begun, name, None):
+            elif name in self.given and value != getattr(begun, name, None):
                 raise UserError(
                     f"--{name} {_text(value)}: the run in {self.folder} was begun with "
                     f"{_text(getattr(begun, name))}; leave the flag out, or begin a new run"
@@ -247,12 +280,15 @@ class Experiment:
     def start(self, **parts):
         """Open the folder, log and TensorBoard, and track `parts`, whose state_dict is saved and loaded."""
         self.parts = parts
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--save {self.folder}: cannot be made: {error.strerror}") from None
         log.setLevel(logging.INFO)
         log.handlers = [_TqdmHandler(), logging.FileHandler(self.folder / "log.txt", encoding="utf-8")]
         for handler in log.handlers:
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        self.writer = SummaryWriter(self.folder, purge_step=self.step if self.state else None)
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if self.state else None)
         options = {k: v for k, v in vars(self.args).items() if k not in ("resume", "save")}
         if self.state:
             for name, part in parts.items():
@@ -301,9 +337,9 @@ class Experiment:
         return lowest + (highest - lowest) * (1 + math.cos(math.pi * self.progress())) / 2
 
     def epochs(self):
-        """Numbers of the epochs that remain, from 1."""
-        while self.progress() < 1:
-            yield self.step // self.args.steps_per_epoch + 1
+        """Numbers of the epochs that remain, from 1; first the one that a stopped run left without its scores."""
+        while self.totals or self.progress() < 1:
+            yield (self.step - bool(self.totals)) // self.args.steps_per_epoch + 1
 
     def steps(self, epoch):
         """The steps that remain of an epoch, with a progress bar; saves and stops between them."""

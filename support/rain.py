@@ -10,8 +10,8 @@ DID-MDN's layers look like noise smeared along one direction, then scaled. On it
 autocorrelation of a falls linearly to zero at 15 to 16 pixels along the streaks; across them it is that of a
 cubic kernel 1.55 pixels wide. The densities of a scene share the direction, not the streaks, and differ in
 mean and contrast of a. The numbers of the style "did-mdn" were fitted to those samples, to percentiles and
-autocorrelation together, through the same JPEG coding; every scene draws its own around them. The other styles follow
-Rain800 and photographs of real rain, by eye.
+autocorrelation together, through the same JPEG coding; every scene draws its own around them. The other
+styles follow Rain800 and photographs of real rain, by eye.
 """
 
 import argparse
@@ -315,7 +315,9 @@ def find_photographs(folders: Iterable[str | Path]) -> list[Path]:
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser("support.rain", description="Make rainy scenes in DID-MDN's layout.")
+    parser = argparse.ArgumentParser(
+        "python -m support.rain", description="Make rainy scenes in DID-MDN's layout."
+    )
     parser.add_argument("clean_dirs", nargs="+", help="folders of clean photographs")
     parser.add_argument("out_dir", help="folder to make DID-MDN-training and DID-MDN-test in")
     parser.add_argument("--seed", type=_at_least(0), default=0)

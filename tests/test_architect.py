@@ -1,0 +1,178 @@
+"""The upper level of the search, held to exact differentiation."""
+
+import copy
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from architect import Architect
+from losses import architecture_regulariser, multi_to_one
+from model_search import SearchNetwork
+
+SCENES = torch.arange(2).repeat_interleave(2)
+RATE, MOMENTUM, DECAY = 0.05, 0.9, 3e-3
+
+
+def make_batch(seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.rand(2, 3, 16, 16, generator=generator, dtype=dtype)
+    rain = 0.3 * torch.rand(4, 3, 16, 16, generator=generator, dtype=dtype)
+    return (clean[SCENES] + rain).clamp(max=1), clean
+
+
+def loss(forward, batch):
+    rainy, clean = batch
+    return multi_to_one(forward(rainy), clean, SCENES)
+
+
+@pytest.fixture
+def search():
+    """A small supernet in float64 after two steps of SGD, so with momentum and BatchNorm statistics."""
+    torch.manual_seed(0)
+    net = SearchNetwork((4, 4, 6, 6)).double()
+    optimizer = torch.optim.SGD(net.weights(), RATE, momentum=MOMENTUM, weight_decay=DECAY)
+    for seed in range(2):
+        optimizer.zero_grad()
+        loss(net, make_batch(seed, torch.float64)).backward(inputs=net.weights())
+        optimizer.step()
+    return net, optimizer
+
+
+def architect_of(net, optimizer=None, batch_statistics=False, penalty=None):
+    adam = torch.optim.Adam(net.architecture(), 3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
+    return Architect(net, adam, loss, penalty, optimizer, batch_statistics)
+
+
+def relative_error(found, exact):
+    found, exact = (torch.cat([g.flatten() for g in gradients]) for gradients in (found, exact))
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+def exact_unrolled(net, optimizer, batch, training_batch):
+    """The gradient through the virtual step by a double backward."""
+    names = [name for name, p in net.named_parameters() if p is not net.alpha and p is not net.beta]
+    weights = net.weights()
+
+    def run(given, data):
+        buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        return loss(lambda x: functional_call(net, given | buffers, (x,)), data)
+
+    own = dict(zip(names, weights, strict=True)) | {"alpha": net.alpha, "beta": net.beta}
+    gradient = torch.autograd.grad(run(own, training_batch), weights, create_graph=True)
+    virtual = {}
+    for name, w, g in zip(names, weights, gradient, strict=True):
+        step = MOMENTUM * optimizer.state[w]["momentum_buffer"] + g + DECAY * w.detach()
+        virtual[name] = w.detach() - RATE * step
+    value = run(virtual | {"alpha": net.alpha, "beta": net.beta}, batch)
+    return torch.autograd.grad(value, net.architecture())
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_unrolled_gradient_equals_exact_differentiation(search, batch_statistics):
+    net, optimizer = search
+    net.train(batch_statistics)
+    batch, training_batch = make_batch(10, torch.float64), make_batch(11, torch.float64)
+    architect = architect_of(net, optimizer, batch_statistics)
+    _, found = architect.unrolled(batch, training_batch)
+    exact = exact_unrolled(net, optimizer, batch, training_batch)
+    assert relative_error(found, exact) < 1e-3
+    # The second-order part is no rounding error of the first: without it the test would fail.
+    _, first = architect.first_order(batch)
+    assert relative_error(first, exact) > 1e-2
+
+
+def test_hessian_vector_product_is_the_slope_of_the_gradient(search):
+    """Against a finite difference in float64 so small that no ReLU changes sides."""
+    net, optimizer = search
+    net.eval()
+    training_batch = make_batch(11, torch.float64)
+    vector = [torch.randn_like(w) for w in net.weights()]
+    found = architect_of(net, optimizer).hessian_vector_product(vector, training_batch)
+    gradients = []
+    epsilon = 1e-7 / sum(v.square().sum() for v in vector).sqrt()
+    for sign in (1, -1):
+        moved = copy.deepcopy(net)
+        with torch.no_grad():
+            for w, v in zip(moved.weights(), vector, strict=True):
+                w += sign * epsilon * v
+        gradients.append(torch.autograd.grad(loss(moved, training_batch), moved.architecture()))
+    slope = [(after - before) / (2 * epsilon) for after, before in zip(*gradients, strict=True)]
+    assert relative_error(found, slope) < 1e-3
+
+
+def test_virtual_step_is_the_optimizers(search):
+    net, optimizer = search
+    training_batch = make_batch(11, torch.float64)
+    virtual = architect_of(net, optimizer, batch_statistics=True).virtual_weights(training_batch)
+    optimizer.zero_grad()
+    loss(net, training_batch).backward(inputs=net.weights())
+    optimizer.step()
+    for found, stepped in zip(virtual, net.weights(), strict=True):
+        torch.testing.assert_close(found.detach(), stepped.detach())
+
+
+def test_first_order_gradient_is_that_of_the_validation_loss(search):
+    net, _ = search
+    net.eval()
+    batch = make_batch(10, torch.float64)
+    value, found = architect_of(net).first_order(batch)
+    expected = loss(net, batch)
+    assert value.item() == pytest.approx(expected.item())
+    assert relative_error(found, torch.autograd.grad(expected, net.architecture())) < 1e-12
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_a_step_changes_alpha_and_beta_alone(search, unrolled, batch_statistics):
+    net, optimizer = search
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
+    before = copy.deepcopy(net.state_dict())
+    momenta = [optimizer.state[w]["momentum_buffer"].clone() for w in net.weights()]
+    architect = architect_of(net, optimizer if unrolled else None, batch_statistics)
+    value = architect.step(make_batch(10, torch.float64), make_batch(11, torch.float64))
+    assert torch.isfinite(value)
+    assert net.training
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]) != (name in ("alpha", "beta")), name
+    for name, parameter in net.named_parameters():
+        if gradients[name] is None:
+            assert parameter.grad is None
+        else:
+            assert torch.equal(parameter.grad, gradients[name])
+    for w, momentum in zip(net.weights(), momenta, strict=True):
+        assert torch.equal(optimizer.state[w]["momentum_buffer"], momentum)
+
+
+def test_batch_norm_normalises_as_asked(search):
+    net, _ = search
+    batch = make_batch(10, torch.float64)
+    losses_seen = {}
+    for batch_statistics in (False, True):
+        losses_seen[batch_statistics] = architect_of(copy.deepcopy(net), None, batch_statistics).step(batch)
+    assert losses_seen[False].item() == pytest.approx(loss(copy.deepcopy(net).eval(), batch).item())
+    assert losses_seen[True].item() == pytest.approx(loss(copy.deepcopy(net).train(), batch).item())
+
+
+def test_penalty_reaches_the_gradient(search):
+    net, _ = search
+    net.eval()
+    batch = make_batch(10, torch.float64)
+
+    def penalty():
+        return 10 * architecture_regulariser(*(p.softmax(-1) for p in net.architecture()))
+
+    plain = architect_of(net).first_order(batch)[1]
+    both = architect_of(net, penalty=penalty).first_order(batch)[1]
+    alone = torch.autograd.grad(penalty(), net.architecture())
+    assert relative_error([b - p for b, p in zip(both, plain, strict=True)], alone) < 1e-6
+
+
+def test_steps_lower_the_validation_loss(search):
+    net, optimizer = search
+    net.eval()
+    batch = make_batch(10, torch.float64)
+    adam = torch.optim.Adam(net.architecture(), 0.05)
+    architect = Architect(net, adam, loss)
+    values = [architect.step(batch).item() for _ in range(15)]
+    assert values[-1] < values[0]

@@ -1,0 +1,142 @@
+"""The benchmark: its forms are one function, its rows are well formed, a difference is not let pass."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from genotypes import PRIMITIVES
+from model_search import MixedOperation, SearchNetwork
+from operations import Gate, Zero
+from support import benchmark
+
+TINY = "--device cpu --channels 4 4 8 8 --batch_size 1 --patch_size 16 --repeats 1 --workers 0"
+
+
+def parse(*flags):
+    return benchmark.get_args_parser().parse_args([*TINY.split(), *flags])
+
+
+def run(capsys, *flags):
+    """The rows that --json prints."""
+    benchmark.main(parse("--json", *flags))
+    return {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+
+
+def tiny_steps(name, dtype):
+    args, device = parse(), torch.device("cpu")
+    search = name in benchmark.SEARCH_STEPS
+    script = benchmark.train_search_batch if search else benchmark.train_model_batch
+    options = benchmark.script_options(script, args, device)
+    size = (19, 34) if name in benchmark.PICTURES else None
+    return benchmark.steps(name, options, device, dtype, size)
+
+
+@pytest.mark.parametrize(
+    "name", ["weight_and_arch_step", "arch_step_unrolled", "training_step", "inference_256"]
+)
+def test_plain_and_offered_forms_are_one_function_in_float64(name):
+    plain, offered = tiny_steps(name, torch.float64)
+    assert benchmark.relative_error(plain(), offered()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["inference_256", "arch_step"])
+def test_the_forms_agree_in_float32_outputs(name):
+    plain, offered = tiny_steps(name, torch.float32)
+    assert benchmark.relative_error(plain()[:1], offered()[:1]) < 1e-4
+
+
+def test_every_step_returns_the_gradients_it_makes():
+    net = SearchNetwork((4, 4, 8, 8))
+    outputs, gradients = tiny_steps("weight_and_arch_step", torch.float32)[1]()
+    assert [output.shape for output in outputs] == 2 * [(3, 3, 16, 16)]
+    parameters = [*net.architecture(), *net.weights()]
+    assert [gradient.shape for gradient in gradients] == [parameter.shape for parameter in parameters]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_plain_form_evaluates_every_candidate_and_the_network_given_is_left_as_it_was():
+    net = SearchNetwork((4, 4, 8, 8)).eval()
+    plain, calls = benchmark.plain_form(net), []
+    for copy in (net, plain):
+        for module in copy.modules():
+            if isinstance(module, Zero):
+                module.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.rand(1, 3, 16, 16)
+    expected = net(x)
+    assert not calls
+    torch.testing.assert_close(plain(x), expected)
+    assert len(calls) == sum(isinstance(module, MixedOperation) for module in net.modules()) == 27
+
+
+def test_the_fixed_network_measured_has_every_operation_but_none():
+    names = {name for cell in benchmark.every_operation().attention for edges in cell for name in edges}
+    assert names == set(PRIMITIVES) - {"none"}
+
+
+def test_a_run_prints_one_well_formed_row_for_each_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "LOADER_SECONDS", 0.1)
+    monkeypatch.setattr(benchmark, "PHOTOGRAPHS", ["rocket.jpg"])
+    names = ["training_step", "inference_256", "loader"]
+    rows = run(capsys, "--rows", *names)
+    assert list(rows) == names
+    for row in rows.values():
+        assert {"name", "device", "plain_ms", "ms", "ratio", "error", "images_per_second", "mb"} <= row.keys()
+        assert row["device"] == "cpu" and row["ms"] > 0 and row["images_per_second"] > 0
+    for name in names[:-1]:
+        assert rows[name]["ratio"] == pytest.approx(rows[name]["plain_ms"] / rows[name]["ms"])
+        assert math.isfinite(rows[name]["error"]) and math.isfinite(rows[name]["float64"])
+    assert rows["loader"]["plain_ms"] is None and rows["loader"]["scenes_per_second"] > 0
+
+
+def test_the_table_says_what_unrolling_costs_and_what_a_run_waits_for(capsys):
+    rows = {
+        "arch_step": {"plain_ms": 20.0, "ms": 10.0},
+        "arch_step_unrolled": {"plain_ms": 60.0, "ms": 45.0},
+        "weight_step": {"images_per_second": 30.0},
+        "training_step": {"images_per_second": 90.0},
+        "loader": {"scenes_per_second": 20.0},
+    }
+    benchmark.conclude(rows, workers=2)
+    text = capsys.readouterr().out
+    assert "unrolled : first order = 4.50 (plain 3.00)" in text
+    assert "weight_step eats 10.0 scenes a second: a run waits for the step" in text
+    assert "training_step eats 30.0 scenes a second: a run waits for the loader" in text
+
+
+@pytest.mark.parametrize("wrong", [lambda y: 1.01 * y, lambda y: y * math.nan])
+def test_a_form_that_computes_something_else_gives_exit_status_1(capsys, monkeypatch, wrong):
+    def broken(net):
+        net = benchmark.copy.deepcopy(net)
+        gate = next(module for module in net.modules() if isinstance(module, Gate))
+        gate.register_forward_hook(lambda module, inputs, output: wrong(output))
+        return net
+
+    monkeypatch.setattr(benchmark, "FORMS", (benchmark.FORMS[0], (broken, torch.channels_last)))
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(parse("--json", "--rows", "training_step"))
+    assert "training_step" in stop.value.code  # Python prints a text and exits with status 1
+    assert json.loads(capsys.readouterr().out)[0]["name"] == "training_step"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--channels", "4", "5", "8", "8"], "--channels 4 5 8 8"),
+        (["--patch_size", "8"], "--patch_size 8"),
+        (["--device", "abacus"], "--device abacus"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, message):
+    with pytest.raises(benchmark.UserError, match=message):
+        benchmark.main(parse(*flags))
+
+
+def test_relative_error_counts_each_tensor_against_its_own_size():
+    big, small = torch.ones(100), torch.full((4,), 1e-3)
+    assert benchmark.relative_error([[big, small]], [[big, 1.1 * small]]) == pytest.approx(0.1, rel=1e-4)
+    assert benchmark.relative_error([[big, small]], [[big, 1.1 * small]], as_one=True) < 1e-4
+    rounding = torch.full((1,), 1e-12)
+    assert benchmark.relative_error([[big, rounding]], [[big, -rounding]]) < 1e-5
+    assert math.isnan(benchmark.relative_error([[big, small]], [[big, small * math.nan]]))

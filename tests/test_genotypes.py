@@ -1,0 +1,137 @@
+import ast
+import json
+import multiprocessing
+import random
+from pathlib import Path
+
+import pytest
+
+import genotypes
+from genotypes import BRANCHES, MODULES, PRIMITIVES, Genotype, GenotypeError
+
+
+def random_genotype(seed):
+    """Any genotype of the space, `none` only where a node keeps another edge."""
+    rng = random.Random(seed)
+    modules = tuple(tuple(rng.choice(MODULES) for _ in range(4)) for _ in range(3))
+
+    def edges():
+        first, second, third = (rng.choice(PRIMITIVES[1:]) for _ in range(3))
+        return (first, *rng.choice([(second, third), ("none", third), (second, "none")]))
+
+    return Genotype(modules, tuple(tuple(edges() for _ in range(branches)) for branches in BRANCHES))
+
+
+def test_every_named_genotype_is_well_formed():
+    assert genotypes.named()
+    for genotype in genotypes.named().values():
+        assert genotypes.check(genotype) == genotype
+
+
+def test_vocabulary_is_the_papers():
+    words = (
+        "none skip_connect sep_conv_3x3 dil_conv_3x3 sep_conv_3x3_spatial dil_conv_3x3_spatial SE SE_A_M CBAM"
+    )
+    assert tuple(words.split()) == PRIMITIVES
+    assert MODULES == ("parallel", "fusion")
+
+
+def test_literal_is_the_genotype_in_python():
+    genotype = random_genotype(0)
+    text = genotypes.literal(genotype)
+    assert eval(text, {"Genotype": Genotype}) == genotype
+    assert max(len(line) for line in text.splitlines()) <= 110
+
+
+def test_json_round_trip(tmp_path):
+    genotype = random_genotype(1)
+    genotypes.write_json(genotype, tmp_path / "genotype.json")
+    assert genotypes.find(str(tmp_path / "genotype.json"))[1] == genotype
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda g: g["modules"].pop(), ["modules has 2 cells", "must have 3"]),
+        (lambda g: g["modules"][1].append("fusion"), ["modules[1] has 5 modules", "must have 4"]),
+        (lambda g: g["modules"][2].__setitem__(3, "fuse"), ["modules[2][3]", "'fuse'", "parallel, fusion"]),
+        (lambda g: g["attention"][0].pop(), ["attention[0] has 1 branches", "must have 2"]),
+        (lambda g: g["attention"][2][1].pop(), ["attention[2][1] has 2 edges", "must have 3"]),
+        (lambda g: g["attention"][1][2].__setitem__(0, "conv"), ["attention[1][2][0]", "'conv'", "CBAM"]),
+        (lambda g: g["attention"][1].__setitem__(0, "SE"), ["attention[1][0]", "sequence of 3 edges"]),
+        (lambda g: g["attention"][1][0].__setitem__(0, ["SE"]), ["attention[1][0][0]", "['SE']"]),
+        (lambda g: g.pop("attention"), ["modules and attention"]),
+    ],
+)
+def test_malformed_genotype_is_refused_by_entry(change, words, tmp_path):
+    fields = json.loads(json.dumps(random_genotype(2)._asdict()))
+    change(fields)
+    with pytest.raises(GenotypeError) as error:
+        genotypes.check(fields)
+    assert all(word in str(error.value) for word in words), error.value
+    path = tmp_path / "genotype.json"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(GenotypeError, match="genotype.json"):
+        genotypes.find(str(path))
+
+
+def test_unknown_name_and_file_are_refused(tmp_path):
+    with pytest.raises(GenotypeError, match="no_such.*no such genotype.*there are"):
+        genotypes.find("no_such")
+    with pytest.raises(GenotypeError, match="missing.json"):
+        genotypes.find(str(tmp_path / "missing.json"))
+    (tmp_path / "text.json").write_text("not json")
+    with pytest.raises(GenotypeError, match="text.json: not a genotype"):
+        genotypes.find(str(tmp_path / "text.json"))
+
+
+def test_newest_is_the_last_in_the_file():
+    assert genotypes.find()[0] == list(genotypes.named())[-1]
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    path = tmp_path / "genotypes.py"
+    path.write_text(Path(genotypes.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    return path
+
+
+def test_append_keeps_the_file_valid_and_what_was_there(vocabulary):
+    before = vocabulary.read_text(encoding="utf-8")
+    genotypes.append("found", random_genotype(3), "data;\nseed 3", vocabulary)
+    after = vocabulary.read_text(encoding="utf-8")
+    assert after.startswith(before.rstrip("\n"))
+    assert "# data; seed 3\nfound = Genotype(" in after
+    namespace = {"__name__": "copy"}
+    exec(compile(after, "genotypes.py", "exec"), namespace)
+    assert tuple(namespace["found"]) == tuple(random_genotype(3))
+
+
+@pytest.mark.parametrize("name", ["PRIMITIVES", "check", "json", "tuple", "class", "2nd", "a-b", ""])
+def test_names_that_would_break_the_file_are_refused(name, vocabulary):
+    before = vocabulary.read_text(encoding="utf-8")
+    with pytest.raises(GenotypeError, match="--name"):
+        genotypes.append(name, random_genotype(3), "", vocabulary)
+    assert vocabulary.read_text(encoding="utf-8") == before
+
+
+def test_existing_name_is_refused(vocabulary):
+    genotypes.append("found", random_genotype(3), "", vocabulary)
+    with pytest.raises(GenotypeError, match="found: already taken"):
+        genotypes.append("found", random_genotype(4), "", vocabulary)
+
+
+def append_one(path, number):
+    genotypes.append(f"found_{number}", random_genotype(number), "", path)
+
+
+def test_searches_that_end_together_lose_nothing(vocabulary):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=append_one, args=(vocabulary, number)) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    tree = ast.parse(vocabulary.read_text(encoding="utf-8"))
+    names = [node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)]
+    assert {f"found_{number}" for number in range(4)} <= set(names)

@@ -1,0 +1,165 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+import losses
+from genotypes import MODULES
+from model_search import SearchNetwork
+from model_train import DerainNetwork
+from tests.test_genotypes import random_genotype
+from tests.test_models import SMALL, make_one_hot, weight_count
+
+SCENE = torch.tensor([0, 0, 0, 1, 2, 2])  # scenes of three densities, one image and two
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    clean = torch.rand(3, 3, 16, 20, dtype=torch.float64)
+    outputs = (clean[SCENE] + 0.2 * torch.randn(6, 3, 16, 20, dtype=torch.float64)).requires_grad_()
+    return outputs, clean
+
+
+def skimage_ssim(x, y):
+    return structural_similarity(
+        x, y, channel_axis=0, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
+
+
+def test_ssim_is_scikit_images(batch):
+    outputs, clean = batch
+    expected = [
+        skimage_ssim(o.detach().numpy(), clean[s].numpy()) for o, s in zip(outputs, SCENE, strict=True)
+    ]
+    np.testing.assert_allclose(losses.ssim(outputs, clean[SCENE]).detach(), expected, atol=1e-6)
+
+
+def test_ssim_of_equal_images_is_one(batch):
+    _, clean = batch
+    torch.testing.assert_close(losses.ssim(clean, clean), torch.ones(3, dtype=torch.float64))
+
+
+def test_ssim_says_what_is_too_small():
+    with pytest.raises(ValueError, match="at least 11x11 pixels, not 10x30"):
+        losses.ssim(torch.rand(1, 3, 10, 30), torch.rand(1, 3, 10, 30))
+
+
+def test_external_against_a_loop(batch):
+    outputs, clean = batch
+    per_scene = [0.0, 0.0, 0.0]
+    for output, scene in zip(outputs.detach().numpy(), SCENE.tolist(), strict=True):
+        target = clean[scene].numpy()
+        per_scene[scene] += ((output - target) ** 2).mean() + 1 - skimage_ssim(output, target)
+    assert losses.external(outputs, clean, SCENE).item() == pytest.approx(np.mean(per_scene), abs=1e-6)
+
+
+def test_internal_against_a_loop_over_pairs(batch):
+    outputs, _ = batch
+    per_scene = [0.0, 0.0, 0.0]
+    for d, e in itertools.combinations(range(6), 2):
+        if SCENE[d] == SCENE[e]:
+            per_scene[SCENE[d]] += (outputs[d] - outputs[e]).square().mean().item()
+    assert losses.internal(outputs, SCENE, 3).item() == pytest.approx(np.mean(per_scene))
+    gradient = torch.autograd.grad(losses.internal(outputs, SCENE, 3), outputs)[0]
+    pairs = sum(
+        (outputs[d] - outputs[e]).square().mean()
+        for d, e in itertools.combinations(range(6), 2)
+        if SCENE[d] == SCENE[e]
+    )
+    torch.testing.assert_close(gradient, torch.autograd.grad(pairs / 3, outputs)[0])
+
+
+def test_internal_is_zero_for_single_images(batch):
+    outputs, _ = batch
+    assert losses.internal(outputs, torch.arange(6), 6).item() == 0
+
+
+def test_total_variation_against_a_loop(batch):
+    outputs = batch[0].detach().numpy()
+    vertical = [(o[:, i + 1] - o[:, i]) ** 2 for o in outputs for i in range(15)]
+    horizontal = [(o[:, :, j + 1] - o[:, :, j]) ** 2 for o in outputs for j in range(19)]
+    expected = 2 * (np.mean(vertical) + np.mean(horizontal))
+    assert losses.total_variation(torch.tensor(outputs)).item() == pytest.approx(expected)
+
+
+def test_multi_to_one_is_the_weighted_sum(batch):
+    outputs, clean = batch
+    external = losses.external(outputs, clean, SCENE) + 1e-4 * losses.total_variation(outputs)
+    internal = losses.internal(outputs, SCENE, 3)
+    torch.testing.assert_close(losses.multi_to_one(outputs, clean, SCENE, use_internal=False), external)
+    torch.testing.assert_close(losses.multi_to_one(outputs, clean, SCENE), external + internal)
+
+
+def test_regulariser_is_zero_at_one_hot_with_a_finite_gradient():
+    alpha = torch.zeros(12, 2)
+    alpha[:, 1] = 1000.0
+    alpha.requires_grad_()
+    value = losses.architecture_regulariser(alpha.softmax(-1))
+    value.backward()
+    assert value.item() == 0
+    assert torch.isfinite(alpha.grad).all()
+
+
+@pytest.mark.parametrize("choices", [2, 9])
+def test_regulariser_at_uniform_has_its_closed_form(choices):
+    a = 1 / choices
+    expected = -a * math.log10(a) - (1 - a) * math.log10(1 - a)
+    uniform = torch.full((5, choices), a, dtype=torch.float64)
+    assert losses.architecture_regulariser(uniform).item() == pytest.approx(expected)
+    assert losses.architecture_regulariser(uniform, uniform).item() == pytest.approx(2 * expected)
+
+
+def sizes_of(net):
+    return [losses.choice_sizes(net.module_choices()), losses.choice_sizes(net.operation_choices())]
+
+
+def distributions_of(net):
+    return [parameter.softmax(-1) for parameter in net.architecture()]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_expected_parameters_at_one_hot_are_those_of_the_fixed_network(seed):
+    genotype = random_genotype(seed)
+    net = SearchNetwork(SMALL)
+    make_one_hot(net, genotype)
+    expected = sum((a * s).sum() for a, s in zip(distributions_of(net), sizes_of(net), strict=True))
+    chosen = sum(s.sum() for s in sizes_of(net))  # every candidate
+    shared = weight_count(net.weights()) - chosen
+    assert expected + shared == weight_count(DerainNetwork(genotype, SMALL).parameters())
+
+
+def test_complexity_against_a_loop():
+    torch.manual_seed(0)
+    net = SearchNetwork(SMALL)
+    with torch.no_grad():
+        net.alpha.normal_()
+        net.beta.normal_()
+    terms = []
+    for distribution, choices in zip(
+        distributions_of(net), (net.module_choices(), net.operation_choices()), strict=True
+    ):
+        for row, modules in zip(distribution, choices, strict=True):
+            counts = [weight_count(module.parameters()) for module in modules]
+            terms.append(sum(a.item() * c for a, c in zip(row, counts, strict=True)) / max(counts))
+    assert len(terms) == 12 + 27
+    assert losses.complexity(distributions_of(net), sizes_of(net)).item() == pytest.approx(np.mean(terms))
+
+
+def test_complexity_alone_leads_to_the_smallest_network():
+    torch.manual_seed(0)
+    net = SearchNetwork(SMALL)
+    optimizer = torch.optim.Adam(net.architecture(), 0.1)
+    sizes = sizes_of(net)
+    for _ in range(200):
+        optimizer.zero_grad()
+        losses.complexity(distributions_of(net), sizes).backward()
+        optimizer.step()
+    genotype = net.genotype()
+    kinds = [kind for cell in genotype.modules for kind in cell]
+    assert kinds == [MODULES[row.argmin()] for row in sizes[0]]
+    edges = {name for cell in genotype.attention for branch in cell for name in branch}
+    assert edges <= {"none", "skip_connect"}
