@@ -10,7 +10,7 @@ import builtins
 import json
 import keyword
 import os
-import tempfile
+import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -178,7 +178,7 @@ def check_new_name(name, path=None):
 
 
 def append(name, genotype, comment, path=None):
-    """Add a named genotype at the end of the file at `path` (default: `FILE`), a one-line comment above it.
+    """Add a named genotype at the end of the file at `path` (default: `FILE`), a comment above it.
 
     The file is valid Python at every instant, and a lock makes two searches that end together take turns.
     Raises GenotypeError where the name is taken or no identifier.
@@ -187,8 +187,8 @@ def append(name, genotype, comment, path=None):
     with _locked(path):
         check_new_name(name, path)
         text = path.read_text(encoding="utf-8").rstrip("\n")
-        comment = " ".join(comment.split())
-        _replace(path, f"{text}\n\n# {comment}\n{name} = {literal(genotype)}\n")
+        comment = "\n".join(f"# {line}" for line in textwrap.wrap(comment, 108))
+        _replace(path, f"{text}\n\n{comment}\n{name} = {literal(genotype)}\n")
 
 
 @contextmanager
@@ -207,13 +207,42 @@ def _locked(path):
 
 
 def _replace(path, text):
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(handle.name, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # --- architectures found ------------------------------------------------------------------------------------
+
+# BSDS500 and Rain800 backgrounds with synthetic rain, and Rain800's pairs; 381 steps of 3 scenes (36 minutes on
+# a CPU), channels 16 32 64 128, seed 0, commit a8c4104
+half_width_mixed_rain = Genotype(
+    modules=(
+        ("fusion", "parallel", "fusion", "fusion"),
+        ("parallel", "parallel", "parallel", "parallel"),
+        ("parallel", "parallel", "fusion", "fusion"),
+    ),
+    attention=(
+        (
+            ("sep_conv_3x3_spatial", "none", "dil_conv_3x3"),
+            ("dil_conv_3x3", "CBAM", "none"),
+        ),
+        (
+            ("SE_A_M", "skip_connect", "dil_conv_3x3"),
+            ("dil_conv_3x3_spatial", "SE", "dil_conv_3x3"),
+            ("CBAM", "CBAM", "SE_A_M"),
+        ),
+        (
+            ("SE", "SE", "skip_connect"),
+            ("dil_conv_3x3", "CBAM", "none"),
+            ("sep_conv_3x3_spatial", "none", "CBAM"),
+            ("dil_conv_3x3_spatial", "SE_A_M", "SE"),
+        ),
+    ),
+)

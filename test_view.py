@@ -13,8 +13,10 @@ import csv
 import io
 import sys
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import dataset
@@ -23,11 +25,18 @@ from support import experiment, images
 from support.errors import UserError
 from support.metrics import METRICS, mean_scores, score
 from support.rain import demo_set
-from support.restore import restore
+from support.restore import SMALLEST_TILE, restore
 
 DEFAULT_PATH = "datasets/Rain1200/DID-MDN-test"
 SHIPPED = Path(__file__).parent / "eval-EXP" / "derain.pt"
 COLUMNS = ("name", "density", "height", "width", "seconds", *METRICS, *(f"input_{m}" for m in METRICS))
+
+
+def tile(text):
+    side = experiment.natural(text)
+    if side and (side % 8 or side < SMALLEST_TILE):
+        raise ArgumentTypeError(f"{text} is not 0 or a multiple of 8 from {SMALLEST_TILE} on")
+    return side
 
 
 def get_args_parser():
@@ -46,7 +55,7 @@ def get_args_parser():
     add("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     add(
         "--tile",
-        type=experiment.natural,
+        type=tile,
         help="side of the tiles in pixels, a multiple of 8; 0: never tile (default: only large pictures)",
     )
     add("--self_ensemble", action="store_true", help="mean over 8 flips and turns; 8 times slower")
@@ -58,7 +67,7 @@ def main(args):
     checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
     print(f"checkpoint: {checkpoint}", flush=True)
     device = experiment.pick_device(args.device)
-    net = model_train.load(checkpoint, device)
+    net = model_train.load(checkpoint, device).to(memory_format=torch.channels_last)
     path = choose_path(args)
     found = dataset.find(path, args.clean_side)
     print(f"data: {path}: {len(found.scenes)} {found.layout}", flush=True)

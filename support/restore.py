@@ -124,7 +124,7 @@ def _windows(length: int, tile: int, overlap: int) -> list[tuple[int, np.ndarray
 def _forward(net: nn.Module, patch: np.ndarray, device: torch.device, self_ensemble: bool, amp: bool):
     """HxWx3 uint8 or uint16 to HxWx3 float32 in [0, 1]."""
     x = torch.from_numpy(patch.astype(np.float32) / np.iinfo(patch.dtype).max)
-    x = x.to(device).permute(2, 0, 1)[None].contiguous()
+    x = x.to(device).permute(2, 0, 1)[None]  # channels last in memory, as it comes
     with torch.autocast(device.type, enabled=amp):
         y = _mean_of_8(net, x) if self_ensemble else net(x).float()
     if not torch.isfinite(y).all():

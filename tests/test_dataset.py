@@ -1,0 +1,617 @@
+"""From files to batches: the layouts, the parts, the draws, and what is said of files that are no good."""
+
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import dataset
+from dataset import Half, Scene, find, find_training, read_scene, split
+from support.errors import UserError
+from support.images import list_images, read_image, write_image
+from tests.made import DENSITIES, HEIGHT, WIDTH, photograph, rain_on, write_pairs, write_scenes
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+BLUE = {"clean": 200, "Heavy": 10, "Medium": 20, "Light": 30}
+
+
+def coordinates(blue, height=HEIGHT, width=WIDTH):
+    """A picture whose red is the row, green the column, and blue says what it is."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.dstack([rows, columns, np.full_like(rows, blue)]).astype(np.uint8)
+
+
+def write_coordinates(folder, height=HEIGHT, width=WIDTH):
+    """One scene of three densities, in pictures that say where each pixel was."""
+    for density in DENSITIES:
+        halves = [coordinates(BLUE[density], height, width), coordinates(BLUE["clean"], height, width)]
+        write_image(folder / f"Rain_{density}" / "scene.png", np.hstack(halves))
+    return folder
+
+
+def draws(scenes, count, patch_size=16, seed=0, **options):
+    patches = dataset.ScenePatches(scenes, patch_size, seed, **options)
+    return [patches[n] for n in range(count)]
+
+
+def batches(scenes, count, workers=0, batch_size=2, **options):
+    endless = dataset.batches(
+        scenes, patch_size=16, batch_size=batch_size, seed=7, device="cpu", workers=workers, **options
+    )
+    return list(islice(endless, count))
+
+
+def assert_equal_batches(some, others):
+    assert len(some) == len(others)
+    for a, b in zip(some, others, strict=True):
+        assert a.names == b.names
+        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+
+
+# --- layouts ---
+
+
+@pytest.mark.parametrize("inner", ["train2018new", ""])
+def test_did_mdn_scenes_are_found_by_file_name(tmp_path, inner):
+    for density in DENSITIES:
+        for name in ("1", "2", "10"):
+            picture = np.hstack([coordinates(BLUE[density]), coordinates(BLUE["clean"])])
+            write_image(tmp_path / f"Rain_{density}" / inner / f"{name}.png", picture)
+    found = find(tmp_path)
+    assert [scene.name for scene in found.scenes] == ["1", "2", "10"]
+    assert not found.unpaired
+    for scene in found.scenes:
+        assert scene.densities == DENSITIES
+        rainy, clean = read_scene(scene)
+        assert [image[0, 0, 2] for image in rainy] == [BLUE[density] for density in DENSITIES]
+        assert np.array_equal(clean, coordinates(BLUE["clean"]))
+
+
+def test_training_folder_inside_is_taken_and_the_test_set_beside_it_is_not_opened(tmp_path):
+    write_scenes(tmp_path, 2)
+    (tmp_path / "DID-MDN-test").mkdir()
+    (tmp_path / "DID-MDN-test" / "0.jpg").write_text("not an image")
+    scenes = find_training([tmp_path])
+    assert [scene.name for scene in scenes] == ["0", "1"]
+    assert all("DID-MDN-test" not in str(half.path) for scene in scenes for half in scene.rainy)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_clean_half_is_on_the_side_that_is_said(tmp_path, side):
+    halves = [coordinates(BLUE["clean"]), coordinates(BLUE["Heavy"])]
+    write_image(tmp_path / "1.png", np.hstack(halves if side == "left" else halves[::-1]))
+    (scene,) = find(tmp_path, side).scenes
+    (rainy,), clean = read_scene(scene)
+    assert np.array_equal(clean, coordinates(BLUE["clean"]))
+    assert np.array_equal(rainy, coordinates(BLUE["Heavy"]))
+
+
+def test_did_mdn_test_folder_needs_no_side(tmp_path):
+    write_pairs(tmp_path / "DID-MDN-test", 1, clean_side="right")
+    (scene,) = find(tmp_path / "DID-MDN-test").scenes
+    assert np.array_equal(read_scene(scene)[1], photograph(0))
+
+
+@pytest.mark.parametrize(
+    ("rainy_folder", "clean_folder", "rainy_name", "clean_name"),
+    [
+        ("input", "target", "1.png", "1.png"),
+        ("rain", "norain", "rain-001.png", "norain-001.png"),
+        ("rainy", "gt", "1.png", "1.bmp"),
+        ("Rainy", "GT", "a_rain.png", "a_clean.png"),
+        ("rainy_image", "ground_truth", "901_14.png", "901.png"),
+        ("data", "gt", "7_rain.png", "7_clean.png"),
+        ("rain", "norain", "heavy/rain-1.png", "heavy/norain-1.png"),
+        ("lq", "clean", "im_s30.png", "im.png"),
+    ],
+)
+def test_paired_folders_are_matched_by_name(tmp_path, rainy_folder, clean_folder, rainy_name, clean_name):
+    write_image(tmp_path / rainy_folder / rainy_name, coordinates(BLUE["Heavy"]))
+    write_image(tmp_path / clean_folder / clean_name, coordinates(BLUE["clean"]))
+    found = find(tmp_path)
+    assert not found.unpaired
+    (scene,) = found.scenes
+    (rainy,), clean = read_scene(scene)
+    assert rainy[0, 0, 2] == BLUE["Heavy"]
+    assert clean[0, 0, 2] == BLUE["clean"]
+
+
+def test_several_rainy_images_of_one_clean_are_pairs_of_one_background(tmp_path):
+    for i in range(4):
+        write_image(tmp_path / "gt" / f"{i}.png", photograph(i))
+        for k in (1, 2, 3):
+            write_image(tmp_path / "rain" / f"{i}_{k}.png", rain_on(photograph(i), k))
+    scenes = find_training([tmp_path])
+    assert [scene.name for scene in scenes] == [f"{i}_{k}" for i in range(4) for k in (1, 2, 3)]
+    for scene in scenes:
+        assert np.array_equal(read_scene(scene)[1], photograph(int(scene.name[0])))
+    for part in split(scenes).values():
+        assert len(part) % 3 == 0
+
+
+def test_single_images_have_no_ground_truth(tmp_path):
+    for name in ("2.png", "10.jpg", "deep/1.bmp"):
+        write_image(tmp_path / name, photograph(0))
+    (tmp_path / "notes.txt").write_text("no image")
+    scenes = find(tmp_path).scenes
+    assert [scene.name for scene in scenes] == ["2", "10", "deep/1"]
+    assert all(scene.clean is None and len(scene.rainy) == 1 for scene in scenes)
+    assert np.array_equal(read_scene(scenes[0])[0][0], photograph(0))
+    (alone,) = find(tmp_path / "10.jpg").scenes
+    assert alone.rainy == scenes[1].rainy
+
+
+def test_files_that_only_the_suffix_tells_apart_have_names_of_their_own(tmp_path):
+    """A scene's name is the name of its result: two scenes of one name would overwrite each other."""
+    write_pairs(tmp_path / "pairs", 1)
+    write_pairs(tmp_path / "pairs", 1, suffix=".bmp")
+    write_scenes(tmp_path / "scenes", 1)
+    write_scenes(tmp_path / "scenes", 1, suffix=".bmp")
+    write_image(tmp_path / "folders" / "gt" / "0.png", photograph(0))
+    for suffix in ("png", "bmp"):
+        write_image(tmp_path / "folders" / "rain" / f"0.{suffix}", photograph(0))
+    for path, side in (("pairs", "left"), ("pairs", None), ("scenes", None), ("folders", None)):
+        path = tmp_path / path
+        root = path / "DID-MDN-training" if path.name == "scenes" else path
+        assert len({scene.name for scene in find(root, side).scenes}) == 2, path
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not here")
+def test_real_layouts_are_recognised():
+    rain800 = find_training([DATA / "rain800" / "training"], ["left"])
+    assert len(rain800) == 671
+    did_mdn = find(DATA / "did-mdn-sample" / "DID-MDN-training")
+    assert [len(scene.rainy) for scene in did_mdn.scenes] == [3, 3, 3]
+    assert find_training([DATA / "did-mdn-sample"]) == did_mdn.scenes
+    for scene in did_mdn.scenes:
+        rainy, clean = read_scene(scene)
+        assert clean.shape == rainy[0].shape == (512, 512, 3)
+        errors = [np.square(image.astype(float) - clean).mean() for image in rainy]
+        assert errors == sorted(errors, reverse=True)  # heavy, medium, light
+    bsds500 = find(DATA / "backgrounds" / "bsds500").scenes
+    assert len(bsds500) == 362
+    assert all(scene.clean is None for scene in bsds500)
+
+
+# --- crops, flips, turns ---
+
+
+def test_all_densities_are_cropped_flipped_and_turned_alike(tmp_path):
+    scenes = find_training([write_coordinates(tmp_path)])
+    ways, corners = set(), set()
+    for rainy, clean, name, padded in draws(scenes, 100):
+        assert name == "scene"
+        assert not padded
+        assert rainy.shape == (3, 3, 16, 16)
+        assert clean.shape == (3, 16, 16)
+        assert rainy.dtype == clean.dtype == torch.uint8
+        assert [image[2].unique().tolist() for image in rainy] == [[BLUE[d]] for d in DENSITIES]
+        assert clean[2].unique().tolist() == [BLUE["clean"]]
+        for image in rainy:
+            assert torch.equal(image[:2], clean[:2])
+        # The pixels are those of one 16x16 window, each once, in one of the eight orientations.
+        rows, columns = clean[0].int(), clean[1].int()
+        top, left = rows.min().item(), columns.min().item()
+        assert sorted(zip(rows.flatten().tolist(), columns.flatten().tolist(), strict=True)) == [
+            (top + y, left + x) for y in range(16) for x in range(16)
+        ]
+        corners.add((top, left))
+        ways.add(tuple((rows[i, j].item() - top, columns[i, j].item() - left) for i, j in ((0, 0), (0, 15))))
+    assert len(ways) == 8
+    assert {top for top, _ in corners} == set(range(HEIGHT - 16 + 1))
+    assert {left for _, left in corners} == set(range(WIDTH - 16 + 1))
+
+
+def test_scenes_smaller_than_the_patch_are_padded_by_mirroring_and_said(tmp_path):
+    write_coordinates(tmp_path, height=12, width=40)
+    scenes = find_training([tmp_path])
+    for rainy, clean, _, padded in draws(scenes, 8, patch_size=32):
+        assert padded
+        assert rainy.shape == (3, 3, 32, 32)
+        assert all(torch.equal(image[:2], clean[:2]) for image in rainy)
+        rows, columns = clean[0].int(), clean[1].int()
+        across = rows if (rows[:, :1] == rows).all() else rows.T
+        # 10 mirrored rows, the 12 of the picture, 10 mirrored again; or upside down.
+        mirrored = [*range(9, -1, -1), *range(12), *range(11, 1, -1)]
+        assert across[:, 0].tolist() in (mirrored, mirrored[::-1])
+        assert set(rows.flatten().tolist()) == set(range(12))
+        assert columns.max() - columns.min() == 31
+    write_pairs(tmp_path / "pairs", 3)
+    large = find_training([tmp_path / "pairs"], ["left"])
+    (batch,) = batches([*scenes, *large], 1, batch_size=4)
+    assert batch.padded == ["scene"]
+    (batch,) = batches(large, 1)
+    assert batch.padded == []
+
+
+def test_pictures_much_smaller_than_the_patch_are_padded_too(tmp_path):
+    scenes = find_training([write_coordinates(tmp_path, height=11, width=11)])
+    ((rainy, clean, _, padded),) = draws(scenes, 1, patch_size=64)
+    assert padded
+    assert clean.shape == (3, 64, 64)
+    assert set(clean[0].flatten().tolist()) == set(range(11))
+    assert torch.equal(rainy[0, :2], clean[:2])
+
+
+@pytest.mark.parametrize(("share", "fewest", "most"), [(0.0, 0, 0), (0.5, 35, 65), (1.0, 100, 100)])
+def test_clean_inputs_is_the_share_of_draws_with_one_dry_picture(tmp_path, share, fewest, most):
+    scenes = find_training([write_coordinates(tmp_path)])
+    dry, places = 0, set()
+    plain = draws(scenes, 100)
+    for (rainy, clean, *_), (rainy_before, clean_before, *_) in zip(
+        draws(scenes, 100, clean_inputs=share), plain, strict=True
+    ):
+        assert torch.equal(clean, clean_before)  # the crops are what they are without
+        changed = [i for i in range(3) if not torch.equal(rainy[i], rainy_before[i])]
+        assert len(changed) <= 1
+        assert all(torch.equal(rainy[i], clean) for i in changed)
+        places.update(changed)
+        dry += len(changed)
+    assert fewest <= dry <= most
+    assert places == (set(range(3)) if share else set())
+
+
+# --- batches ---
+
+
+def test_scenes_and_pairs_mix_in_one_batch(tmp_path):
+    write_scenes(tmp_path / "scenes", 3)
+    write_pairs(tmp_path / "pairs", 3, clean_side="left")
+    scenes = find_training([tmp_path / "scenes", tmp_path / "pairs"], ["right", "left"])
+    assert sorted(len(scene.rainy) for scene in scenes) == [1, 1, 1, 3, 3, 3]
+    counts = {scene.rainy[0].path.parts[-2]: len(scene.rainy) for scene in scenes}
+    assert counts == {"train2018new": 3, "pairs": 1}
+    (batch,) = batches(scenes, 1, batch_size=6)
+    assert batch.rainy.shape == (12, 3, 16, 16)
+    assert batch.clean.shape == (6, 3, 16, 16)
+    assert sorted(torch.bincount(batch.scene).tolist()) == [1, 1, 1, 3, 3, 3]
+    assert batch.scene.tolist() == sorted(batch.scene.tolist())
+    for tensor in (batch.rainy, batch.clean):
+        assert tensor.dtype == torch.float32
+        assert 0 <= tensor.min() < 0.3 < 0.7 < tensor.max() <= 1
+    # Rain was drawn as something added: every rainy image lies on the clean one of its own scene.
+    difference = batch.rainy - batch.clean[batch.scene]
+    assert difference.min() >= 0
+    assert 0.02 < difference.mean() < 0.2
+
+
+def test_batches_hold_the_pixels_of_the_files_scaled_to_1(tmp_path):
+    scenes = find_training([write_coordinates(tmp_path)])
+    (batch,) = batches(scenes, 1, batch_size=1)
+    ((rainy, clean, *_),) = draws(scenes, 1, seed=7)
+    assert torch.equal(batch.rainy, rainy.float() / 255)
+    assert torch.equal(batch.clean, clean[None].float() / 255)
+
+
+def test_draws_go_through_consecutive_shuffles(tmp_path):
+    scenes = find_training([write_pairs(tmp_path, 7)], ["left"])
+    names = [name for batch in batches(scenes, 21, batch_size=3) for name in batch.names]
+    shuffles = [names[i : i + 7] for i in range(0, 63, 7)]
+    assert all(sorted(shuffle) == sorted(scene.name for scene in scenes) for shuffle in shuffles)
+    assert len(set(map(tuple, shuffles))) == 9
+
+
+def test_a_draw_is_a_function_of_seed_and_number_alone(tmp_path):
+    scenes = find_training([write_pairs(tmp_path, 5)], ["left"])
+    patches = dataset.ScenePatches(scenes, 16, seed=3, clean_inputs=0.5)
+    in_order = [patches[n] for n in range(30)]
+    np.random.seed(99)
+    torch.manual_seed(99)
+    anew = dataset.ScenePatches(scenes, 16, seed=3, clean_inputs=0.5)
+    for n in reversed(range(30)):
+        rainy, clean, name, _ = anew[n]
+        assert name == in_order[n][2]
+        assert torch.equal(rainy, in_order[n][0])
+        assert torch.equal(clean, in_order[n][1])
+    other = dataset.ScenePatches(scenes, 16, seed=4)
+    assert [other[n][2] for n in range(30)] != [item[2] for item in in_order]
+    assert not any(torch.equal(other[n][1], in_order[n][1]) for n in range(30))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(tmp_path, workers):
+    write_scenes(tmp_path, 3)
+    scenes = find_training([tmp_path])
+    options = {"clean_inputs": 0.3}
+    assert_equal_batches(batches(scenes, 5, workers, **options), batches(scenes, 5, **options))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_begun_at_a_step_is_the_tail_of_the_whole(tmp_path, workers):
+    scenes = find_training([write_pairs(tmp_path, 5)], ["left"])
+    whole = batches(scenes, 9)
+    assert_equal_batches(batches(scenes, 5, workers, first_step=4), whole[4:])
+
+
+def test_validation_sees_whole_pictures_in_order(tmp_path):
+    scenes = find_training([write_coordinates(tmp_path)])
+    ((rainy, clean),) = dataset.full_images(scenes)
+    assert rainy.shape == (3, 3, HEIGHT, WIDTH)
+    assert clean.shape == (1, 3, HEIGHT, WIDTH)
+    expected = torch.from_numpy(coordinates(BLUE["clean"])).permute(2, 0, 1) / 255
+    assert torch.equal(clean[0], expected)
+    assert torch.equal(rainy[:, 0], clean[0, 0].expand(3, -1, -1))
+
+
+# --- the parts ---
+
+
+def named_scenes(count):
+    """Scenes in DID-MDN's layout; their files are not there, and the split does not need them."""
+    folder = Path("DID-MDN-training")
+    return [
+        Scene(
+            str(i),
+            tuple(Half(folder / f"Rain_{d}" / f"{i}.jpg", "left") for d in DENSITIES),
+            Half(folder / "Rain_Heavy" / f"{i}.jpg", "right"),
+            DENSITIES,
+        )
+        for i in range(count)
+    ]
+
+
+def part_of(scenes, seed=0):
+    return {scene.name: part for part, members in split(scenes, seed).items() for scene in members}
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(4000, [2000, 1800, 200]), (200, [100, 90, 10]), (4, [1, 2, 1]), (3, [1, 1, 1])]
+)
+def test_the_parts_are_50_45_and_5_percent_but_at_least_one_each(count, sizes):
+    scenes = named_scenes(count)
+    parts = split(scenes)
+    assert list(parts) == ["weights", "architecture", "validation"]
+    assert [len(members) for members in parts.values()] == sizes
+    assert sorted(scene.name for members in parts.values() for scene in members) == sorted(
+        map(str, range(count))
+    )
+
+
+def test_the_split_depends_on_names_and_split_seed_alone():
+    scenes = named_scenes(100)
+    expected = part_of(scenes)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert part_of(scenes[::-1]) == expected
+    assert part_of(scenes[50:] + scenes[:50]) == expected
+    assert part_of(scenes, seed=1) != expected
+
+
+def test_a_scene_keeps_its_part_under_another_folder():
+    moved = [
+        scene._replace(clean=scene.clean._replace(path=Path("elsewhere") / scene.clean.path))
+        for scene in named_scenes(20)
+    ]
+    assert part_of(moved) == part_of(named_scenes(20))
+
+
+def test_one_background_under_two_names_is_in_one_part(tmp_path):
+    """Coded anew as JPEG, or scaled; for any split, and whatever the order of the files."""
+    for i in range(8):
+        clean = photograph(i, 96, 128)
+        smaller = cv2.resize(clean, (96, 72), interpolation=cv2.INTER_AREA)
+        write_image(tmp_path / "target" / f"{i}.png", clean)
+        write_image(tmp_path / "target" / f"{i}again.jpg", clean, quality=60)
+        write_image(tmp_path / "target" / f"a_small_{i}.png", smaller)
+    for file in list_images(tmp_path / "target"):
+        write_image(tmp_path / "input" / f"{file.stem}.png", rain_on(read_image(file), 0))
+    scenes = find_training([tmp_path])
+    assert len(set(dataset.background_keys(scenes))) == 8
+    for seed in range(5):
+        part = part_of(scenes, seed)
+        assert len(part) == 24
+        assert all(part[f"{i}"] == part[f"{i}again"] == part[f"a_small_{i}"] for i in range(8))
+        assert part_of(scenes[::-1], seed) == part
+
+
+def test_one_background_in_two_folders_is_in_one_part(tmp_path):
+    """Scenes and pairs over the same photographs: what was searched with must not be validated on."""
+    write_scenes(tmp_path / "scenes", 6, first=0)
+    write_pairs(tmp_path / "pairs", 6, first=2)
+    scenes = find_training([tmp_path / "scenes", tmp_path / "pairs"], ["right", "left"])
+    for seed in range(5):
+        parts = split(scenes, seed)
+        pictures = {
+            part: {dataset.read_half(scene.clean).tobytes() for scene in members}
+            for part, members in parts.items()
+        }
+        assert sum(map(len, parts.values())) == 12
+        assert len(set.union(*pictures.values())) == sum(map(len, pictures.values())) == 8
+
+
+def test_pictures_alike_by_way_of_a_third_are_one_background():
+    """A is like B and B like C, but A not like C: in any order they are one picture."""
+    rng = np.random.default_rng(0)
+    a, b, c, other = rng.normal(size=(4, 256))
+    b, c = a + 0.055 * b, a + 0.055 * b + 0.055 * c
+    a, b, c, other = (v / np.linalg.norm(v) for v in (a, b, c, other))
+    assert a @ b > 0.998 < b @ c
+    assert a @ c < 0.998
+    for order in ([a, b, c, other], [a, c, b, other], [c, other, a, b], [other, b, a, c]):
+        groups = dataset.same_pictures(order)
+        together = {groups[i] for i, v in enumerate(order) if v is not other}
+        assert len(together) == 1
+        assert [groups[i] for i, v in enumerate(order) if v is other][0] not in together
+
+
+def test_flat_pictures_are_not_taken_for_one_another():
+    flat = dataset.thumbnail(np.full((32, 32, 3), 9, np.uint8))
+    assert dataset.same_pictures([flat, flat, dataset.thumbnail(photograph(0))]) == [0, 1, 2]
+
+
+def test_under_three_backgrounds_are_refused(tmp_path):
+    for i in range(2):
+        write_image(tmp_path / "gt" / f"{i}.png", photograph(i))
+        for k in (1, 2, 3):
+            write_image(tmp_path / "rain" / f"{i}_{k}.png", rain_on(photograph(i), k))
+    with pytest.raises(UserError, match="2 different backgrounds.*at least 3"):
+        split(find_training([tmp_path]))
+
+
+# --- bad input ---
+
+
+def nothing_there(folder):
+    pass
+
+
+def empty(folder):
+    folder.mkdir()
+
+
+def empty_densities(folder):
+    for density in DENSITIES:
+        (folder / f"Rain_{density}").mkdir(parents=True)
+
+
+def empty_pair_folders(folder):
+    for name in ("input", "target"):
+        (folder / name).mkdir(parents=True)
+
+
+def density_missing(folder):
+    write_scenes(folder, 3)
+    (folder / "DID-MDN-training" / "Rain_Light" / "train2018new" / "1.png").unlink()
+
+
+def density_of_other_name(folder):
+    write_scenes(folder, 3)
+    file = folder / "DID-MDN-training" / "Rain_Light" / "train2018new" / "1.png"
+    file.rename(file.with_name("other.png"))
+
+
+def density_of_other_size(folder):
+    write_scenes(folder, 3)
+    file = folder / "DID-MDN-training" / "Rain_Light" / "train2018new" / "1.png"
+    write_image(file, np.zeros((HEIGHT, 2 * WIDTH - 4, 3), np.uint8))
+
+
+def pair_folders(folder):
+    for i in range(3):
+        write_image(folder / "input" / f"{i}.png", photograph(i))
+        write_image(folder / "target" / f"{i}.png", photograph(i))
+
+
+def rainy_without_clean(folder):
+    pair_folders(folder)
+    (folder / "target" / "1.png").unlink()
+
+
+def clean_without_rainy(folder):
+    pair_folders(folder)
+    (folder / "input" / "1.png").unlink()
+
+
+def pair_of_two_sizes(folder):
+    pair_folders(folder)
+    write_image(folder / "input" / "1.png", photograph(1, HEIGHT, WIDTH + 2))
+
+
+def two_clean_of_one_name(folder):
+    pair_folders(folder)
+    write_image(folder / "target" / "1.bmp", photograph(1))
+
+
+def three_folders(folder):
+    pair_folders(folder)
+    (folder / "rainy").mkdir()
+
+
+def pair_under_11_pixels(folder):
+    pair_folders(folder)
+    for name in ("input", "target"):
+        write_image(folder / name / "1.png", photograph(1, 10, 40))
+
+
+def single_images(folder):
+    write_image(folder / "1.png", photograph(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (nothing_there, ["set", "no such file or folder"]),
+        (empty, ["set", "no images"]),
+        (empty_densities, ["set", "no images", "Rain_Heavy"]),
+        (empty_pair_folders, ["set", "no images", "input", "target"]),
+        (density_missing, ["Rain_Heavy/train2018new/1.png", "no partner", "1 more"]),
+        (density_of_other_name, ["train2018new/1.png", "no partner"]),
+        (density_of_other_size, ["Rain_Light/train2018new/1.png", "30x24", "32x24", "one size"]),
+        (rainy_without_clean, ["input/1.png", "no partner"]),
+        (clean_without_rainy, ["target/1.png", "no partner"]),
+        (pair_of_two_sizes, ["1.png", "34x24", "32x24", "one size"]),
+        (two_clean_of_one_name, ["target/1.", "two clean images"]),
+        (three_folders, ["set", "input", "rainy", "target"]),
+        (pair_under_11_pixels, ["1.png", "40x10", "at least 11x11"]),
+        (single_images, ["set", "single images", "--clean_side"]),
+    ],
+)
+def test_folders_that_cannot_be_trained_on_are_refused_by_name(tmp_path, make, words):
+    make(tmp_path / "set")
+    with pytest.raises(UserError) as error:
+        find_training([tmp_path / "set"])
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_empty_side_by_side_folder_and_odd_width_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no images"):
+        (tmp_path / "empty").mkdir()
+        find_training([tmp_path / "empty"], ["left"])
+    write_pairs(tmp_path / "pairs", 3)
+    write_image(tmp_path / "pairs" / "1.png", photograph(1, 24, 63))
+    with pytest.raises(UserError, match=r"pairs/1\.png: .*width of 63 is odd"):
+        find_training([tmp_path / "pairs"], ["left"])
+    (scene,) = find(tmp_path / "pairs" / "1.png", "left").scenes
+    with pytest.raises(UserError, match=r"1\.png: .*63 is odd"):
+        read_scene(scene)
+
+
+def zero_bytes(file):
+    file.write_bytes(b"")
+
+
+def text(file):
+    file.write_text("this is no JPEG, whatever its name says\n" * 50)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 30 // 100])
+
+
+@pytest.mark.parametrize("damage", [zero_bytes, text, cut])
+def test_unreadable_files_are_refused_by_name_before_training(tmp_path, damage):
+    write_pairs(tmp_path / "pairs", 4, suffix=".jpg")
+    write_scenes(tmp_path / "scenes", 4, suffix=".jpg")
+    bad = (
+        tmp_path / "pairs" / "2.jpg",
+        tmp_path.joinpath("scenes", "DID-MDN-training", "Rain_Light", "train2018new", "2.jpg"),
+    )
+    for file, side in zip(bad, (["left"], []), strict=True):
+        damage(file)
+        root = tmp_path / ("pairs" if side else "scenes")
+        with pytest.raises(UserError) as error:
+            find_training([root], side)
+        assert str(error.value).startswith(f"{file}: ")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_damaged_while_training_goes_on_is_named(tmp_path, workers):
+    scenes = find_training([write_pairs(tmp_path, 4, suffix=".jpg")], ["left"])
+    cut(tmp_path / "2.jpg")
+    with pytest.raises(UserError, match=r"2\.jpg: ") as error:
+        batches(scenes, 10, workers)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sides", [["left", "left"], ["left"] * 4])
+def test_as_many_sides_as_folders_or_one(tmp_path, sides):
+    folders = [write_pairs(tmp_path / name, 1) for name in "abc"]
+    with pytest.raises(UserError, match=f"--clean_side: {len(sides)} given for 3 folders"):
+        find_training(folders, sides)
+    assert len(find_training(folders, ["left"])) == 3
+    assert len(find_training(folders, ["left", "right", "left"])) == 3
