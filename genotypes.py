@@ -220,8 +220,8 @@ def _replace(path, text):
 
 # --- architectures found ------------------------------------------------------------------------------------
 
-# BSDS500 and Rain800 backgrounds with synthetic rain, and Rain800's pairs; 381 steps of 3 scenes (36 minutes on
-# a CPU), channels 16 32 64 128, seed 0, commit a8c4104
+# BSDS500 and Rain800 backgrounds with synthetic rain, and Rain800's pairs; 381 steps of 3 scenes (36 minutes
+# on a CPU), channels 16 32 64 128, seed 0, commit a8c4104
 half_width_mixed_rain = Genotype(
     modules=(
         ("fusion", "parallel", "fusion", "fusion"),

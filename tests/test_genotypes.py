@@ -102,7 +102,7 @@ def test_append_keeps_the_file_valid_and_what_was_there(vocabulary):
     after = vocabulary.read_text(encoding="utf-8")
     assert after.startswith(before.rstrip("\n"))
     assert "# data; seed 3\nfound = Genotype(" in after
-    namespace = {"__name__": "copy"}
+    namespace = {"__name__": "copy", "__file__": str(vocabulary)}
     exec(compile(after, "genotypes.py", "exec"), namespace)
     assert tuple(namespace["found"]) == tuple(random_genotype(3))
 

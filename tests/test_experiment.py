@@ -1,0 +1,502 @@
+"""A run of either training script: its options, its clock, what it keeps, and how it goes on."""
+
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dataset
+import test_view
+import train_model_batch
+import train_search_batch
+from model_train import CheckpointError
+from support import experiment
+from support.errors import UserError
+from support.experiment import Experiment, Interrupted
+from support.images import read_image, write_image
+from support.metrics import mean_scores, score
+from tests.made import photograph, rain_on, scalars, write_pairs
+
+SCRIPTS = {"search": train_search_batch, "train": train_model_batch, "view": test_view}
+
+
+def parser():
+    made = experiment.Parser(prog="train.py")
+    made.add_argument("--epochs", type=experiment.positive, default=3)
+    made.add_argument("--steps_per_epoch", type=experiment.positive, default=2)
+    made.add_argument("--learning_rate", type=float, default=0.1)
+    experiment.add_arguments(made)
+    return made
+
+
+def new(*flags, kind="eval", demo=None):
+    """An Experiment of those flags, on data that nobody reads."""
+    flags = ["--data", "somewhere", "--device", "cpu", *flags]
+    return Experiment(kind, parser().parse_args(flags), parser(), demo or {})
+
+
+def resumed(*flags, kind="eval"):
+    return Experiment(kind, parser().parse_args(["--device", "cpu", *flags]), parser(), {})
+
+
+def begun(*flags):
+    run = new("--save", "run", *flags)
+    net = nn.Linear(1, 1)
+    run.start(net=net)
+    return run, net
+
+
+def scores(psnr=20.0, ssim=0.5, loss=1.0):
+    return {"psnr": psnr, "ssim": ssim, "loss": loss}
+
+
+def train(run, net, before_step=lambda step: None, scores_of=lambda epoch: scores()):
+    """The loop of a script: each step adds 1 to the weight. Returns the steps of each epoch."""
+    seen = {}
+    for epoch in run.epochs():
+        seen[epoch] = []
+        for step in run.steps(epoch):
+            before_step(step)
+            with torch.no_grad():
+                net.weight += 1
+            run.count(loss=torch.tensor(float(step)))
+            seen[epoch].append(step)
+        run.finish_epoch(epoch, scores_of(epoch), lambda path: path.write_text(str(epoch)))
+    return seen
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The run's clock, to be set by hand, in seconds."""
+    now = SimpleNamespace(seconds=1000.0)
+    stopped = SimpleNamespace(monotonic=lambda: now.seconds, strftime=experiment.time.strftime)
+    monkeypatch.setattr(experiment, "time", stopped)
+    return now
+
+
+# --- the command line ---
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("search", "--epochs 0", ["--epochs", "'0'", "a whole number from 1"]),
+        ("search", "--steps_per_epoch 1.5", ["--steps_per_epoch", "'1.5'"]),
+        ("search", "--batch_size many", ["--batch_size", "'many'"]),
+        ("search", "--learning_rate -1", ["--learning_rate"]),
+        ("search", "--momentum nan", ["--momentum", "'nan'", "a number from 0"]),
+        ("search", "--arch_learning_rate inf", ["--arch_learning_rate", "'inf'"]),
+        ("search", "--channels 4 4 4", ["--channels", "4"]),
+        ("search", "--channels 4 4 5 4", ["--channels", "'5'", "an even number"]),
+        ("search", "--patch_size 10", ["--patch_size", "'10'", "from 11"]),
+        ("search", "--seed -1", ["--seed", "'-1'", "from 0"]),
+        ("search", "--clean_inputs 1.5", ["--clean_inputs", "'1.5'", "from 0 to 1"]),
+        ("search", "--ema 0.9", ["--ema"]),
+        ("train", "--ema 1.5", ["--ema", "'1.5'", "from 0 to 1"]),
+        ("train", "--max_minutes 0", ["--max_minutes", "'0'", "above 0"]),
+        ("train", "--workers -1", ["--workers", "'-1'", "from 0"]),
+        ("train", "--clean_side top", ["--clean_side", "'top'", "left", "right"]),
+        ("train", "--unrolled", ["--unrolled"]),
+        ("train", "--data", ["--data"]),
+        ("view", "--tile 60", ["--tile", "60", "multiple of 8 from 64"]),
+        ("view", "--clean_side both", ["--clean_side", "'both'"]),
+        ("view", "rain.jpg", ["rain.jpg"]),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(script, flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script].get_args_parser().parse_args(flags.split())
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in [*words, "error", SCRIPTS[script].__name__]), error
+
+
+def test_the_papers_schedules_are_the_defaults():
+    search = train_search_batch.get_args_parser().parse_args([])
+    assert (search.epochs, search.steps_per_epoch, search.batch_size, search.patch_size) == (
+        200,
+        1000,
+        16,
+        64,
+    )
+    assert (search.learning_rate, search.learning_rate_min, search.momentum) == (0.002, 1e-4, 0.9)
+    assert (search.weight_decay, search.arch_learning_rate, search.arch_weight_decay) == (3e-4, 3e-4, 1e-3)
+    assert (search.arch_start, search.internal_start, search.unrolled) == (11, 6, False)
+    assert (search.lambda_arch, search.lambda_comp) == (0.01, 0.01)
+    training = train_model_batch.get_args_parser().parse_args([])
+    assert (training.epochs, training.steps_per_epoch, training.batch_size) == (200, 500, 32)
+    assert (training.learning_rate, training.internal_start, training.patch_size) == (1e-3, 6, 64)
+    assert search.channels == training.channels == [32, 64, 128, 256]
+
+
+def test_a_users_mistake_is_one_line_and_status_2_and_a_stop_130(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    for error, status in (
+        (UserError("x: bad"), 2),
+        (CheckpointError("x: bad"), 2),
+        (Interrupted("bad"), 130),
+    ):
+
+        def main(args, error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as stop:
+            experiment.command(main, parser())
+        assert stop.value.code == status
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("train.py: ")
+        assert line.endswith("bad")
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x"])
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(UserError, match=f"--device {name}: not available"):
+        experiment.pick_device(name)
+
+
+def test_demo_changes_only_the_options_that_were_not_given(folder):
+    run = new("--demo", "--epochs", "3", demo={"epochs": 9, "steps_per_epoch": 5})
+    assert (run.args.epochs, run.args.steps_per_epoch) == (3, 5)  # 3 is the default too, but it was asked for
+    assert new(demo={"epochs": 9}).args.epochs == 3
+
+
+# --- the clock ---
+
+
+def test_cosine_goes_from_the_highest_to_the_lowest_rate(clock, folder):
+    run = new("--epochs", "4", "--steps_per_epoch", "5")
+    rates = []
+    for run.step in range(21):
+        clock.seconds += 1e6  # without --max_minutes, time does not count
+        rates.append(run.cosine(0.1, 0.02))
+    assert rates[0] == 0.1
+    assert rates[10] == pytest.approx(0.06)
+    assert rates[20] == pytest.approx(0.02)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[5] == pytest.approx(0.02 + 0.08 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_max_minutes_fits_the_cosine_to_the_clock(clock, folder):
+    run = new("--epochs", "100", "--steps_per_epoch", "100", "--max_minutes", "10")
+    assert run.cosine(0.1) == 0.1
+    clock.seconds += 5 * 60
+    run.step = 10
+    assert run.cosine(0.1) == pytest.approx(0.05)
+    run.step = 9999  # the steps end before the time does
+    assert run.cosine(0.1) < 1e-8
+    run.step = 10
+    clock.seconds += 6 * 60
+    assert run.cosine(0.1, 0.01) == pytest.approx(0.01)
+    assert run.progress() == 1
+
+
+def test_max_minutes_stops_within_an_epoch_and_scores_it(clock, folder):
+    run, net = begun("--epochs", "5", "--steps_per_epoch", "10", "--max_minutes", "1")
+
+    def four_seconds(step):
+        clock.seconds += 4
+
+    assert train(run, net, four_seconds) == {1: list(range(10)), 2: list(range(10, 15))}
+    assert [step for step, _ in scalars("run")["val_psnr"]] == [10, 15]
+
+
+def test_max_minutes_counts_across_resumes(clock, folder):
+    run, net = begun("--epochs", "5", "--steps_per_epoch", "10", "--max_minutes", "1")
+
+    def stop_at_7(step):
+        clock.seconds += 4
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(run, net, stop_at_7)
+    clock.seconds += 1e6  # nobody at work
+    run = resumed("--resume", "run")
+    assert run.seconds() == 28
+    assert run.progress() == pytest.approx(28 / 60)
+    longer = resumed("--resume", "run", "--max_minutes", "2")
+    assert longer.progress() == pytest.approx(28 / 120)
+
+
+# --- what is kept ---
+
+
+def test_an_epoch_after_the_other_until_the_last(folder):
+    assert train(*begun()) == {1: [0, 1], 2: [2, 3], 3: [4, 5]}
+
+
+def test_the_best_of_each_score_is_kept(folder):
+    run, net = begun("--epochs", "4")
+    by_epoch = [scores(20, 0.5, 1.0), scores(19, 0.6, 0.9), scores(22, 0.55, 0.9), scores(21, 0.6, 1.1)]
+    train(run, net, scores_of=lambda epoch: by_epoch[epoch - 1])
+    kept = {name: Path("run", file).read_text() for name, file in experiment.BEST.items()}
+    assert kept == {"psnr": "3", "ssim": "2", "loss": "2"}  # the first of equals
+    assert run.best == {"psnr": 22, "ssim": 0.6, "loss": 0.9}
+    run.finish(found="it")
+    summary = json.loads(Path("run", "summary.json").read_text())
+    assert summary["best"] == run.best
+    assert summary["steps"] == 8
+    assert summary["found"] == "it"
+
+
+def test_the_best_so_far_outlives_a_resume(folder):
+    run, net = begun("--epochs", "1")
+    train(run, net, scores_of=lambda epoch: scores(30, 0.5, 1.0))
+    run = resumed("--resume", "run")
+    run.start(net=net)
+    run.finish_epoch(2, scores(29, 0.6, 1.0), lambda path: path.write_text("2"))
+    kept = {name: Path("run", file).read_text() for name, file in experiment.BEST.items()}
+    assert kept == {"psnr": "1", "ssim": "2", "loss": "1"}
+
+
+def test_last_is_plain_and_the_one_before_it_is_kept(folder):
+    run, net = begun()
+    states = {}
+
+    def remember(epoch):
+        states[epoch] = net.weight.item()
+        return scores()
+
+    train(run, net, scores_of=remember)
+    for file, epoch in (("last.pt", 3), ("last.prev.pt", 2)):
+        state = torch.load(Path("run", file), weights_only=True)
+        assert state["step"] == 2 * epoch
+        assert state["parts"]["net"]["weight"].item() == states[epoch]
+        assert state["options"]["data"] == ["somewhere"]
+    assert not [file for file in Path("run").iterdir() if file.name.startswith(".")]
+
+
+def test_save_every_saves_within_an_epoch(clock, folder):
+    run, net = begun("--steps_per_epoch", "6", "--save_every", "2", "--epochs", "1")
+    saved = []
+
+    def minute(step):
+        clock.seconds += 61
+        last = Path("run", "last.pt")
+        saved.append(torch.load(last, weights_only=True)["step"] if last.exists() else None)
+
+    train(run, net, minute)
+    assert saved == [None, None, 2, 2, 4, 4]
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(folder):
+    train(*begun("--epochs", "1"))
+    before = {file: file.read_bytes() for file in Path("run").iterdir()}
+    with pytest.raises(UserError, match="--save run: holds a run.*--resume"):
+        new("--save", "run")
+    assert {file: file.read_bytes() for file in Path("run").iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_made_is_named(folder):
+    Path("run").write_text("a file")
+    with pytest.raises(UserError, match="--save run: cannot be made"):
+        begun()
+
+
+def test_log_and_events_tell_what_happened(folder):
+    run, net = begun("--epochs", "2")
+    train(run, net, scores_of=lambda epoch: scores(psnr=20 + epoch))
+    run.finish()
+    found = scalars("run")
+    assert found["loss"] == [(2, 0.5), (4, 2.5)]  # means over the epoch's steps
+    assert found["val_psnr"] == [(2, 21), (4, 22)]
+    log = Path("run", "log.txt").read_text()
+    assert "epoch 1 step 2/4" in log
+    assert "psnr 22.000" in log
+    assert "about" in log and "left" in log
+    options = json.loads(Path("run", "options.json").read_text())
+    assert options["epochs"] == 2
+    assert options["data"] == ["somewhere"]
+
+
+@pytest.mark.parametrize("kind", ["search", "eval"])
+def test_newest_takes_finished_runs_of_its_kind_only(folder, kind):
+    def make(name, age, file="best_psnr.pt", finished=True, demo=False):
+        run = Path(name)
+        run.mkdir()
+        (run / "options.json").write_text(json.dumps({"demo": demo}))
+        (run / file).write_text("")
+        if finished:
+            (run / "summary.json").write_text("{}")
+            os.utime(run / "summary.json", (1e9 - age, 1e9 - age))
+
+    other = {"search": "eval", "eval": "search"}[kind]
+    assert experiment.newest(kind, "best_psnr.pt") is None
+    make(f"{kind}-EXP-1", age=50)
+    make(f"{kind}-EXP-2", age=40)
+    make(f"{kind}-EXP-3-demo", age=30, demo=True)
+    make(f"{kind}-EXP-0-demo", age=35, demo=True)
+    make(f"{kind}-EXP-4-unfinished", age=20, finished=False)
+    make(f"{kind}-EXP-5-without-the-file", age=10, file="best_ssim.pt")
+    make(f"{other}-EXP-6", age=5)
+    make("my-run", age=1)
+    assert experiment.newest(kind, "best_psnr.pt") == Path(f"{kind}-EXP-3-demo", "best_psnr.pt")
+    assert experiment.newest(kind, "best_psnr.pt", demo=True) == Path(f"{kind}-EXP-3-demo", "best_psnr.pt")
+    assert experiment.newest(kind, "best_psnr.pt", demo=False) == Path(f"{kind}-EXP-2", "best_psnr.pt")
+
+
+# --- stopping and going on ---
+
+
+def stopped(step, number=signal.SIGTERM, **options):
+    """A run that was asked to stop in that step. Returns what it said and the steps it did."""
+    run, net = begun(*options.get("flags", ()))
+    done = []
+
+    def stop(now):
+        done.append(now)
+        if now == step:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted) as said:
+        train(run, net, stop)
+    return str(said.value), done
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(folder, number):
+    said, done = stopped(2, number)
+    assert done == [0, 1, 2]
+    assert signal.Signals(number).name in said
+    assert said.endswith("go on with: python train.py --resume run")
+    state = torch.load("run/last.pt", weights_only=True)
+    assert state["step"] == 3
+    assert not Path("run", "summary.json").exists()
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_resumed_run_does_every_step_and_every_epochs_end_once(folder, step):
+    """Whether it was stopped within an epoch, or in its last step, before its scores."""
+    _, before = stopped(step)
+    run = resumed("--resume", "run")
+    net = nn.Linear(1, 1)
+    run.start(net=net)
+    seen = train(run, net)
+    assert before + [step for steps in seen.values() for step in steps] == list(range(6))
+    found = scalars("run")
+    assert found["val_psnr"] == [(2, 20), (4, 20), (6, 20)]
+    assert found["loss"] == [(2, 0.5), (4, 2.5), (6, 4.5)]
+    assert Path("run", "best_psnr.pt").exists()
+    assert (
+        net.weight.item() - torch.load("run/last.prev.pt", weights_only=True)["parts"]["net"]["weight"] <= 2
+    )
+
+
+def test_resume_without_a_folder_takes_the_newest_of_its_kind(folder):
+    for name, age in (("eval-EXP-new", 10), ("eval-EXP-old", 20), ("search-EXP-newer", 0)):
+        run = new("--save", name, kind=name.split("-")[0])
+        run.start(net=nn.Linear(1, 1))
+        run.save()
+        os.utime(Path(name, "last.pt"), (1e9 - age, 1e9 - age))
+    assert resumed("--resume").folder == Path("eval-EXP-new")
+    assert resumed("--resume", "--save", "eval-EXP-old").folder == Path("eval-EXP-old")
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("--seed 1", "seed"),
+        ("--seed 0", "seed"),  # the default, but asked for, and the run has another
+        ("--epochs 3", "epochs"),
+        ("--data elsewhere", "data"),
+        ("--clean_side left", "clean_side"),
+        ("--split_seed 2", "split_seed"),
+    ],
+)
+def test_resume_with_other_options_that_matter_is_refused_by_name(folder, flags, name):
+    stopped(0, flags=("--seed", "5", "--epochs", "2"))
+    before = Path("run", "last.pt").read_bytes()
+    with pytest.raises(UserError, match=rf"--{name} .*: the run in run was begun with .*leave the flag out"):
+        resumed("--resume", "run", *flags.split())
+    assert Path("run", "last.pt").read_bytes() == before
+
+
+def test_resume_takes_equal_options_and_those_that_do_not_matter(folder):
+    stopped(0, flags=("--seed", "5", "--epochs", "2", "--workers", "3"))
+    run = resumed(
+        *"--resume run --seed 5 --data somewhere --workers 1 --max_minutes 7 --save_every 3".split()
+    )
+    assert (run.args.seed, run.args.epochs, run.args.data) == (5, 2, ["somewhere"])
+    assert (run.args.workers, run.args.max_minutes, run.args.save_every) == (1, 7, 3)
+    assert run.step == 1
+
+
+def test_what_cannot_be_resumed_is_named(folder):
+    with pytest.raises(CheckpointError, match=r"nowhere/last\.pt: no such checkpoint"):
+        resumed("--resume", "nowhere")
+    with pytest.raises(CheckpointError, match=r"eval-EXP-\*/last\.pt: no such checkpoint"):
+        resumed("--resume")
+    stopped(0)
+    with pytest.raises(UserError, match=r"run/last\.pt: not the checkpoint of a search run"):
+        resumed("--resume", "run", kind="search")
+    torch.save({"weights": {}}, "run/last.pt")
+    with pytest.raises(UserError, match=r"run/last\.pt: not the checkpoint"):
+        resumed("--resume", "run")
+    Path("run", "last.pt").write_bytes(Path("run", "last.pt").read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"run/last\.pt: cannot be read"):
+        resumed("--resume", "run")
+
+
+# --- validation ---
+
+
+class Restoring(nn.Module):
+    """Something that is better than nothing and leaves [0, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(1.2 * x - 0.15)
+
+
+def test_validation_agrees_with_the_scores_of_saved_pictures(folder):
+    for i in range(2):
+        clean = photograph(i, 37, 50)
+        for density in dataset.DENSITIES:
+            picture = np.hstack([rain_on(clean, i), clean])
+            write_image(Path("set", f"Rain_{density}", f"{i}.png"), picture)
+    write_pairs(Path("pairs"), 1, "right")
+    scenes = [*dataset.find("set").scenes, *dataset.find("pairs", "right").scenes]
+    net = Restoring().train()
+    found, (rainy, restored, clean) = experiment.validate(net, scenes, torch.device("cpu"))
+    assert net.training
+    assert net.norm.num_batches_tracked == 0
+
+    net.eval()
+    rows, losses = [], []
+    for number, scene in enumerate(scenes):
+        pictures, target = dataset.read_scene(scene)
+        loss = 0
+        for picture in pictures:
+            output = net(dataset.to_tensor(picture[None])).detach()
+            assert output.min() < 0 and output.max() > 1
+            write_image("out.png", (output[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+            rows.append(score(read_image("out.png"), target))
+            aim = dataset.to_tensor(target[None])
+            loss += ((output - aim) ** 2).mean() + 1 - experiment.ssim(output, aim)[0]
+            if number == 0:
+                first = read_image("out.png")
+        losses.append(loss.item())
+    means = mean_scores(rows)
+    assert len(rows) == 7
+    assert found["psnr"] == pytest.approx(means["psnr_rgb"], abs=1e-3)
+    assert found["ssim"] == pytest.approx(means["ssim_rgb"], abs=1e-4)
+    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    pictures, target = dataset.read_scene(scenes[0])
+    assert torch.equal(rainy, dataset.to_tensor(pictures[0][None])[0])
+    assert torch.equal(clean, dataset.to_tensor(target[None])[0])
+    assert restored.shape == rainy.shape
+    assert (
+        np.array_equal((restored * 255).round().byte().permute(1, 2, 0).numpy(), first) or len(pictures) > 1
+    )
