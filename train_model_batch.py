@@ -55,9 +55,9 @@ def get_args_parser():
     train.add_argument("--internal_start", type=positive, default=6, help="first epoch of the internal loss")
     train.add_argument("--ema", type=share, default=0.0, help="decay of averaged weights, as 0.999; 0: none")
     train.add_argument(
-        "--frozen_statistics",
-        action="store_true",
-        help="BatchNorm keeps the statistics of --weights: it then trains as it will be used",
+        "--freeze_start",
+        type=positive,
+        help="first epoch in which BatchNorm keeps its statistics, and so trains as it will be used",
     )
     adam = parser.add_argument_group("weights (Adam, cosine)")
     adam.add_argument("--learning_rate", type=not_negative, default=1e-3)
@@ -104,7 +104,7 @@ def main(args):
     )
     for epoch in run.epochs():
         net.train()
-        if args.frozen_statistics:
+        if args.freeze_start and epoch >= args.freeze_start:
             for module in net.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
@@ -136,8 +136,6 @@ def main(args):
 def build(run):
     """The network to train: that of --weights, or a new one of --arch; prints which. Settles args.arch."""
     args = run.args
-    if args.frozen_statistics and not args.weights:
-        raise UserError("--frozen_statistics: a new network has no statistics yet; give --weights")
     if args.resume is not None:  # its weights come with the state, whatever became of --weights and --arch
         name, genotype = genotypes.find(str(run.folder / "genotype.json"))
         print(f"genotype: {name}")

@@ -261,12 +261,13 @@ class Experiment:
         self.state = read(path)
         if self.state.get("format") != FORMAT or self.state.get("kind") != self.kind:
             raise UserError(f"{path}: not the checkpoint of a {self.kind} run of this project")
-        begun = argparse.Namespace(**self.state["options"])
+        defaults = {name: self.parser.get_default(name) for name in vars(args)}  # of flags added since
+        begun = argparse.Namespace(**{**defaults, **self.state["options"]})
         for name, value in vars(args).items():
             if name in FREE_OPTIONS:
                 if name in self.given or name in ("workers", "device"):
                     setattr(begun, name, value)
-            elif name in self.given and value != getattr(begun, name, None):
+            elif name in self.given and value != getattr(begun, name):
                 raise UserError(
                     f"--{name} {_text(value)}: the run in {self.folder} was begun with "
                     f"{_text(getattr(begun, name))}; leave the flag out, or begin a new run"
@@ -337,7 +338,7 @@ class Experiment:
         return lowest + (highest - lowest) * (1 + math.cos(math.pi * self.progress())) / 2
 
     def epochs(self):
-        """Numbers of the epochs that remain, from 1; first the one that a stopped run left without its scores."""
+        """Numbers of the epochs that remain, from 1; one that a stopped run left without scores is first."""
         while self.totals or self.progress() < 1:
             yield (self.step - bool(self.totals)) // self.args.steps_per_epoch + 1
 

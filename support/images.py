@@ -1,4 +1,4 @@
-"""Any picture in and out: JPEG, PNG, BMP, TIFF and WebP; grey, colour and alpha; 8 and 16 bits a channel.
+"""Any picture or video in and out: JPEG, PNG, BMP, TIFF and WebP; grey, colour, alpha; 8 and 16 bits.
 
 OpenCV decodes and encodes. Before it does, Pillow reads the header and the file is checked to be whole: of a
 truncated JPEG, some versions of OpenCV return an array with a grey bottom, without a word.
@@ -12,6 +12,7 @@ import struct
 import uuid
 import warnings
 import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,9 @@ from support.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 2**28  # 16,384 x 16,384: above a 200-megapixel camera's, below what a forged header asks for
+
+VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv")
+_CODECS = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}
 
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # as Pillow names them
 _WIDTH, _HEIGHT, _BITS, _ORIENTATION = 256, 257, 258, 274  # numbers of the tags in TIFF and EXIF
@@ -329,3 +333,95 @@ def _encode(path: Path, image: np.ndarray, quality: int) -> bytes:
 
 def _to_8_bits(image: np.ndarray) -> np.ndarray:
     return cv2.convertScaleAbs(image, alpha=1 / 257) if image.dtype == np.uint16 else image
+
+
+# --- video ---
+
+
+class Video:
+    """The frames of a video file: iterate over it once for HxWx3 uint8 RGB arrays.
+
+    fps: frames a second; frames: how many the file promises, 0 where it does not say; size: (height, width).
+    Raises UserError for a file that is missing or no video, and, after its last frame, one that ends early.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{path}: no such file")
+        with _opencv_silent():
+            self.capture = cv2.VideoCapture(str(path))
+        self.fps = self.capture.get(cv2.CAP_PROP_FPS)
+        self.frames = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        height, width = (
+            int(self.capture.get(p)) for p in (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH)
+        )
+        self.size = height, width
+        if not self.capture.isOpened() or self.fps <= 0 or not height * width:
+            raise UserError(f"{path}: cannot be read as a video")
+        if height * width > MAX_PIXELS:
+            raise UserError(
+                f"{path}: frames of {width}x{height} pixels; at most {MAX_PIXELS} pixels are read"
+            )
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        count = 0
+        with _opencv_silent():
+            while True:
+                found, frame = self.capture.read()
+                if not found:
+                    break
+                count += 1
+                yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        self.capture.release()
+        # Containers that give their length in seconds may promise a frame more than they hold.
+        if count < self.frames - 1 or not count:
+            raise UserError(
+                f"{self.path}: ends early, after {count} of {self.frames} frames; the rest is lost"
+            )
+
+
+def video_name(path: str | Path) -> Path:
+    """The name that `write_video` can give to what came from `path`: .mp4 where it cannot keep the format."""
+    path = Path(path)
+    return path if path.suffix.lower() in _CODECS else path.with_suffix(".mp4")
+
+
+def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
+    """Write HxWx3 uint8 RGB frames, without sound; `path` appears only when the last frame is written.
+
+    The codecs want even sizes: an odd one gets its last row or column twice. If `frames` raises UserError (a
+    video that ends early), what came before is kept under `path` and the error goes on. Raises UserError,
+    naming `path`, for a format or folder that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _CODECS:
+        raise UserError(f"{path}: cannot be written as a video; choose one of {', '.join(_CODECS)}")
+    partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    writer = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            for frame in frames:
+                height, width = frame.shape[:2]
+                frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+                if writer is None:
+                    code = cv2.VideoWriter_fourcc(*_CODECS[path.suffix.lower()])
+                    writer = cv2.VideoWriter(str(partial), code, fps, frame.shape[1::-1])
+                    if not writer.isOpened():
+                        raise OSError("OpenCV has no encoder for it, or the folder cannot be written")
+                writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        except UserError:
+            _keep(writer, partial, path)
+            raise
+        _keep(writer, partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _keep(writer, partial, path):
+    if writer is not None:
+        writer.release()
+        os.replace(partial, path)

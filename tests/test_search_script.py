@@ -1,0 +1,333 @@
+"""Stage 1 from its command line to the genotype: what it learns from what, writes, refuses, continues."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import dataset
+import genotypes
+import train_search_batch
+from architect import Architect
+from genotypes import MODULES, PRIMITIVES, GenotypeError
+from model_search import SearchNetwork
+from support.errors import UserError
+from support.experiment import BEST, Interrupted
+from tests.made import assert_same, interrupt, scalars, session, write_pairs, write_scenes
+
+ROOT = Path(__file__).parents[1]
+CHANNELS = [2, 2, 2, 2]
+TINY = "--channels 2 2 2 2 --patch_size 16 --batch_size 2 --epochs 2 --steps_per_epoch 2 --val_scenes 1"
+ONE_STEP = TINY.replace("--epochs 2 --steps_per_epoch 2", "--epochs 1 --steps_per_epoch 1")
+MIXED = "--data scenes pairs --clean_side right left"
+HERE = "--workers 0 --device cpu"
+
+
+def search(flags):
+    train_search_batch.main(train_search_batch.get_args_parser().parse_args(f"{flags} {HERE}".split()))
+
+
+def state(run, file="last.pt"):
+    return torch.load(Path(run, file), weights_only=True)
+
+
+def use_copy(monkeypatch, folder):
+    """Let genotypes be appended to a copy, so that the repository's own file stays as it is."""
+    copy = folder / "vocabulary" / "genotypes.py"
+    copy.parent.mkdir()
+    shutil.copy(ROOT / "genotypes.py", copy)
+    monkeypatch.setattr(genotypes, "FILE", copy)
+    return copy
+
+
+@pytest.fixture
+def vocabulary(folder, monkeypatch):
+    return use_copy(monkeypatch, folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A search from its first step to its last, and what its loaders gave it."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_scenes(folder / "scenes", 6)
+    write_pairs(folder / "pairs", 6)
+    opened, validated = [], []
+    batches, full_images = dataset.batches, dataset.full_images
+
+    def recorded(scenes, **options):
+        opened.append((scenes, drawn := []))
+        for batch in batches(scenes, **options):
+            drawn.append(batch)
+            yield batch
+
+    def seen(scenes):
+        validated.append(scenes)
+        return full_images(scenes)
+
+    with pytest.MonkeyPatch.context() as patch, session():
+        patch.chdir(folder)
+        copy = use_copy(patch, folder)
+        patch.setattr(dataset, "batches", recorded)
+        patch.setattr(dataset, "full_images", seen)
+        search(f"{MIXED} {TINY} --arch_start 2 --internal_start 2 --name found --save run")
+    return SimpleNamespace(
+        folder=folder, run=folder / "run", vocabulary=copy, opened=opened, validated=validated
+    )
+
+
+# --- what it writes ---
+
+
+def test_the_run_folder_holds_what_a_search_found(finished):
+    files = {file.name for file in finished.run.iterdir()}
+    expected = {"log.txt", "options.json", "summary.json", "last.pt", "last.prev.pt", *BEST.values()}
+    expected |= {"genotype_001.json", "genotype_002.json", "genotype.json"}
+    events = {name for name in files if name.startswith("events.out.tfevents.")}
+    assert len(events) == 1
+    assert files - events == expected
+    genotype = genotypes.read_json(finished.run / "genotype.json")
+    assert genotype == genotypes.read_json(finished.run / "genotype_002.json")
+    summary = json.loads((finished.run / "summary.json").read_text())
+    assert summary["steps"] == 4
+    assert genotypes.check(summary["genotype"]) == genotype
+    log = (finished.run / "log.txt").read_text()
+    assert genotypes.literal(genotype) in log
+    assert "python train_model_batch.py --arch found" in log
+
+
+def test_the_genotype_is_that_of_the_last_alpha_and_beta(finished):
+    net = SearchNetwork(CHANNELS)
+    net.load_state_dict(state(finished.run)["parts"]["net"])
+    assert genotypes.read_json(finished.run / "genotype.json") == net.genotype()
+    kept = state(finished.run, "best_psnr.pt")
+    net.load_state_dict(kept["weights"])
+    assert genotypes.check(kept["genotype"]) == net.genotype()
+    assert kept["channels"] == CHANNELS
+
+
+def test_the_genotype_is_appended_under_its_name_with_its_origin(finished):
+    text = finished.vocabulary.read_text(encoding="utf-8")
+    before = (ROOT / "genotypes.py").read_text(encoding="utf-8")
+    assert "found = " not in before
+    genotype = genotypes.read_json(finished.run / "genotype.json")
+    literal = f"found = {genotypes.literal(genotype)}\n"
+    assert text.endswith(literal)
+    origin = text.removesuffix(literal).splitlines()[-1]
+    assert origin.startswith("# ")
+    for words in ("scenes", "pairs", "4 steps of 2 scenes", "channels 2 2 2 2", "seed 0", "commit "):
+        assert words in origin
+
+
+def test_tensorboard_shows_losses_scores_rates_choices_and_pictures(finished):
+    found = scalars(finished.run)
+    assert {tag: [step for step, _ in values] for tag, values in found.items() if tag != "arch_loss"} == {
+        tag: [2, 4]
+        for tag in (
+            *("loss", "val_psnr", "val_ssim", "val_loss", "learning_rate", "arch_learning_rate"),
+            *("entropy_alpha", "entropy_beta"),
+            *(f"winners/{name}" for name in (*MODULES, *PRIMITIVES)),
+        )
+    }
+    assert [step for step, _ in found["arch_loss"]] == [4]
+    assert [value for _, value in found["arch_learning_rate"]] == pytest.approx([0, 3e-4])
+    rates = [value for _, value in found["learning_rate"]]
+    assert 0.002 > rates[0] > rates[1] > 1e-4
+    for name in ("entropy_alpha", "entropy_beta"):
+        assert all(0.99 < value <= 1 for _, value in found[name])  # undecided, so early
+    genotype = genotypes.read_json(finished.run / "genotype.json")
+    kinds = [kind for cell in genotype.modules for kind in cell]
+    assert found["winners/fusion"][-1] == (4, kinds.count("fusion"))
+    assert sum(found[f"winners/{name}"][-1][1] for name in PRIMITIVES) == 27
+    events = EventAccumulator(str(finished.run))
+    events.Reload()
+    (tag,) = events.Tags()["images"]
+    assert tag == "rain | restored | clean"
+    panel = events.Images(tag)[-1]
+    assert panel.width > 3 * 32 and panel.height >= 24
+
+
+# --- what it learns from what ---
+
+
+def test_weights_architecture_and_validation_have_scenes_of_their_own(finished):
+    scenes = dataset.find_training([finished.folder / "scenes", finished.folder / "pairs"], ["right", "left"])
+    parts = {part: [scene.name for scene in members] for part, members in dataset.split(scenes).items()}
+    (weights, weight_batches), (architecture, arch_batches) = finished.opened
+    assert [scene.name for scene in weights] == parts["weights"]
+    assert [scene.name for scene in architecture] == parts["architecture"]
+    assert [[s.name for s in seen] for seen in finished.validated] == 2 * [parts["validation"][:1]]
+    files = [{half.path for s in part for half in s.rainy} for part in (weights, architecture)]
+    assert not files[0] & files[1]
+    assert len(weight_batches) == 4
+    assert len(arch_batches) == 2  # from the second epoch on
+
+
+def test_alpha_and_beta_stay_as_drawn_until_arch_start(finished):
+    torch.manual_seed(0)
+    drawn = SearchNetwork(CHANNELS).state_dict()
+    first, second = (state(finished.run, file)["parts"]["net"] for file in ("last.prev.pt", "last.pt"))
+    for name in ("alpha", "beta"):
+        assert torch.equal(first[name], drawn[name])
+        assert not torch.equal(second[name], first[name])
+    assert not torch.equal(first["head.to_rgb.weight"], drawn["head.to_rgb.weight"])
+    assert not torch.equal(second["head.to_rgb.weight"], first["head.to_rgb.weight"])
+
+
+def test_unrolled_steps_look_ahead_on_the_batch_of_the_weights(vocabulary, monkeypatch):
+    calls = []
+
+    def spied(architect, batch, training_batch, unrolled=Architect.unrolled):
+        calls.append((batch, training_batch))
+        return unrolled(architect, batch, training_batch)
+
+    monkeypatch.setattr(Architect, "unrolled", spied)
+    write_pairs(Path("pairs"), 8)
+    search(f"--data pairs --clean_side left {ONE_STEP} --arch_start 1 --unrolled --name found --save run")
+    ((batch, training_batch),) = calls
+    parts = dataset.split(dataset.find_training(["pairs"], ["left"]))
+    assert set(batch.names) <= {scene.name for scene in parts["architecture"]}
+    assert set(training_batch.names) <= {scene.name for scene in parts["weights"]}
+    torch.manual_seed(0)
+    drawn, found = SearchNetwork(CHANNELS).state_dict(), state("run")["parts"]["net"]
+    for name in ("alpha", "beta", "head.to_rgb.weight"):
+        assert torch.isfinite(found[name]).all()
+        assert not torch.equal(found[name], drawn[name])
+
+
+def test_a_search_that_never_searches_says_so(vocabulary):
+    write_pairs(Path("pairs"), 3)
+    search(f"--data pairs --clean_side left {ONE_STEP} --name idle --save run")
+    assert "NOTHING IS SEARCHED" in Path("run", "log.txt").read_text()
+
+
+# --- stopped and resumed ---
+
+
+def test_a_search_stopped_twice_is_bit_equal_to_one_that_was_not(finished, vocabulary, monkeypatch):
+    """Stopped in the last step of an epoch, before its scores, and between two architecture steps."""
+    shutil.copytree(finished.folder / "scenes", "scenes")
+    shutil.copytree(finished.folder / "pairs", "pairs")
+    flags = f"{MIXED} {TINY} --arch_start 2 --internal_start 2 --name found_in_parts --save run"
+    for step, draw in ((2, 2), (3, 1)):
+        with monkeypatch.context() as patch:
+            interrupt(patch, dataset, draw)
+            said = f"SIGTERM after step {step}; .*train_search_batch.py --resume run$"
+            with pytest.raises(Interrupted, match=said):
+                search(flags)
+        assert not Path("run", "genotype.json").exists()
+        assert "found_in_parts" not in vocabulary.read_text(encoding="utf-8")
+        flags = "--resume run"
+    search(flags)
+
+    whole, parts = state(finished.run), state("run")
+    for name in ("parts", "best", "totals", "step"):  # weights, alpha, beta and both optimizers are parts
+        assert_same(parts[name], whole[name], name)
+    assert {"net", "optimizer", "arch_optimizer"} == whole["parts"].keys()
+    assert whole["parts"]["arch_optimizer"]["state"][0]["step"] == 2
+    assert "momentum_buffer" in whole["parts"]["optimizer"]["state"][0]
+    for file in BEST.values():
+        assert_same(state("run", file), state(finished.run, file), file)
+    for file in ("genotype_001.json", "genotype_002.json", "genotype.json"):
+        assert Path("run", file).read_text() == (finished.run / file).read_text()
+    assert scalars("run") == scalars(finished.run)
+    assert "found_in_parts = Genotype(" in vocabulary.read_text(encoding="utf-8")
+
+
+# --- refused before anything is written ---
+
+
+@pytest.mark.parametrize("name", ["PRIMITIVES", "find", "taken", "not-a-name"])
+def test_a_name_that_cannot_be_added_is_refused_before_anything_is_written(vocabulary, name):
+    text = vocabulary.read_text(encoding="utf-8") + "\ntaken = None\n"
+    vocabulary.write_text(text, encoding="utf-8")
+    write_pairs(Path("pairs"), 3)
+    with pytest.raises(GenotypeError, match=f"--name {name}: "):
+        search(f"--data pairs --clean_side left {TINY} --name {name} --save run")
+    assert not Path("run").exists()
+    assert vocabulary.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("--data nowhere", "nowhere: no such"),
+        ("--data pairs", "--clean_side"),
+        ("--data few --clean_side left", "3"),
+    ],
+)
+def test_data_that_is_no_good_is_refused_before_anything_is_written(vocabulary, data, words):
+    write_pairs(Path("pairs"), 3)
+    write_pairs(Path("few"), 2)
+    with pytest.raises(UserError, match=words):
+        search(f"{data} {TINY} --name found --save run")
+    assert not Path("run").exists()
+    assert "found = " not in vocabulary.read_text(encoding="utf-8")
+
+
+def test_a_bad_picture_is_one_line_and_status_2_at_the_command_line(tmp_path):
+    write_pairs(tmp_path / "pairs", 4)
+    (tmp_path / "pairs" / "2.png").write_bytes(b"")
+    flags = "--data pairs --clean_side left --name found --save run"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_search_batch.py"), *flags.split(), *TINY.split(), *HERE.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train_search_batch.py: error: pairs/2.png: is empty")
+    assert [file.name for file in tmp_path.iterdir()] == ["pairs"]
+
+
+# --- with no flags, and what comes next ---
+
+
+def test_without_data_it_is_a_demo_that_leaves_the_vocabulary_alone(vocabulary, capsys):
+    before = vocabulary.read_bytes()
+    search("--channels 2 2 2 2 --patch_size 16 --batch_size 2 --epochs 1 --steps_per_epoch 1 --arch_start 1")
+    printed = capsys.readouterr().out.splitlines()
+    assert "THIS IS A DEMO" in printed[1]
+    assert "datasets/Rain1200" in printed[1]
+    chosen = [line for line in printed if not line.startswith(("*", "THIS", "at hand"))]
+    assert chosen[0] == "genotype: in the run folder (demo)"
+    assert chosen[1] == "data: datasets/demo"
+    assert vocabulary.read_bytes() == before
+    (run,) = Path().glob("search-EXP-*")
+    options = json.loads((run / "options.json").read_text())
+    assert options["demo"] is True
+    assert (options["epochs"], options["steps_per_epoch"], options["internal_start"]) == (1, 1, 2)
+    genotypes.read_json(run / "genotype.json")
+    assert f"train_model_batch.py --arch {run}/genotype.json" in (run / "log.txt").read_text()
+
+
+def test_the_next_command_takes_the_genotype_by_its_name_and_by_default(finished):
+    """In a process of its own, as the names are read when it starts."""
+    genotype = genotypes.read_json(finished.run / "genotype.json")
+    code = "import train_model_batch as t, genotypes; t.main(t.get_args_parser().parse_args())"
+    code += "; t.main(t.get_args_parser().parse_args(['--save', 'named', '--arch', 'found', *sys.argv[1:]]))"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; {code}",
+            *f"--data pairs --clean_side left {ONE_STEP} {HERE}".split(),
+        ],
+        cwd=finished.folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(finished.vocabulary.parent), str(ROOT)])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "genotype: found"
+    (default,) = finished.folder.glob("eval-EXP-*")
+    for run in (default, finished.folder / "named"):
+        assert genotypes.read_json(run / "genotype.json") == genotype
+        assert genotypes.check(state(run, "best_psnr.pt")["genotype"]) == genotype

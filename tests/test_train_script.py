@@ -1,0 +1,296 @@
+"""Stage 2 from its command line to the checkpoint: what it trains, keeps, refuses, and how it continues."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dataset
+import genotypes
+import model_train
+import train_model_batch
+from genotypes import GenotypeError
+from model_train import CheckpointError, DerainNetwork
+from support import experiment
+from support.errors import UserError
+from support.experiment import BEST, Experiment, Interrupted
+from tests.made import assert_same, interrupt, scalars, write_pairs, write_scenes
+from tests.test_genotypes import random_genotype
+
+ROOT = Path(__file__).parents[1]
+CHANNELS = [4, 4, 4, 4]
+TINY = "--channels 4 4 4 4 --patch_size 16 --batch_size 2 --epochs 2 --steps_per_epoch 2"
+ONE_STEP = "--channels 4 4 4 4 --patch_size 16 --batch_size 2 --epochs 1 --steps_per_epoch 1"
+PAIRS = "--data pairs --clean_side left --arch genotype.json"
+MIXED = "--data scenes pairs --clean_side right left --arch genotype.json"
+
+
+def train(flags, here="--workers 0 --device cpu"):
+    train_model_batch.main(train_model_batch.get_args_parser().parse_args(f"{flags} {here}".split()))
+
+
+def state(run, file="last.pt"):
+    return torch.load(Path(run, file), weights_only=True)
+
+
+def weights(run):
+    return state(run)["parts"]["net"]
+
+
+@pytest.fixture
+def data(folder):
+    """A genotype, scenes of three densities and pairs."""
+    write_scenes(folder / "scenes", 6)
+    write_pairs(folder / "pairs", 6)
+    genotypes.write_json(random_genotype(0), folder / "genotype.json")
+    return folder
+
+
+def trained_network(path="trained.pt", seed=1, channels=(4, 4, 4, 4), residual=True):
+    torch.manual_seed(seed)
+    net = DerainNetwork(random_genotype(seed), channels, residual)
+    model_train.save(net, path)
+    return net
+
+
+# --- what it trains and keeps ---
+
+
+def test_scenes_and_pairs_train_a_network_that_loads(data):
+    train(f"{MIXED} {TINY} --internal_start 2 --save run")
+    files = {file.name for file in Path("run").iterdir()}
+    expected = {"log.txt", "options.json", "summary.json", "genotype.json", "last.pt", "last.prev.pt"}
+    events = {name for name in files if name.startswith("events.out.tfevents.")}
+    assert len(events) == 1
+    assert files - events == expected | set(BEST.values())
+    net = model_train.load("run/best_psnr.pt")
+    assert net.genotype == random_genotype(0) == genotypes.read_json("run/genotype.json")
+    assert list(net.channels) == CHANNELS
+    summary = json.loads(Path("run", "summary.json").read_text())
+    assert summary["steps"] == 4
+    assert summary["parameters"] == sum(p.numel() for p in net.parameters())
+    found = scalars("run")
+    assert set(found) == {"loss", "val_psnr", "val_ssim", "val_loss", "learning_rate"}
+    assert [step for step, _ in found["val_psnr"]] == [2, 4]
+    assert max(found["val_psnr"], key=lambda point: point[1])[1] == pytest.approx(summary["best"]["psnr"])
+    rates = [value for _, value in found["learning_rate"]]
+    assert 1e-3 > rates[0] > rates[1] > 0
+    assert "python test_view.py --ckt_path run/best_psnr.pt" in Path("run", "log.txt").read_text()
+
+
+def test_all_but_the_validation_scenes_are_trained_on_whatever_the_seed(data, monkeypatch):
+    opened = []
+    batches, full_images = dataset.batches, dataset.full_images
+    monkeypatch.setattr(dataset, "batches", lambda s, **options: opened.append(s) or batches(s, **options))
+    monkeypatch.setattr(dataset, "full_images", lambda s: opened.append(s) or full_images(s))
+    for seed in (0, 1):
+        train(f"{MIXED} {ONE_STEP} --seed {seed} --save run{seed}")
+    parts = dataset.split(dataset.find_training(["scenes", "pairs"], ["right", "left"]))
+    assert opened == 2 * [parts["weights"] + parts["architecture"], parts["validation"]]
+
+
+def test_internal_loss_begins_with_its_epoch_and_needs_several_densities(data):
+    """The first step's loss is from the same weights and batch: it differs by the internal term alone."""
+
+    def first_loss(name, flags):
+        train(f"{flags} {ONE_STEP} --save {name}")
+        return scalars(name)["loss"][0][1]
+
+    scenes = "--data scenes --arch genotype.json"
+    assert first_loss("with", f"{scenes} --internal_start 1") > first_loss("without", scenes)
+    assert first_loss("pairs_with", f"{PAIRS} --internal_start 1") == first_loss("pairs_without", PAIRS)
+
+
+def test_a_seed_fixes_every_weight_whatever_the_workers(data):
+    train(f"{PAIRS} {ONE_STEP} --steps_per_epoch 2 --seed 3 --save one")
+    torch.manual_seed(77)
+    train(f"{PAIRS} {ONE_STEP} --steps_per_epoch 2 --seed 3 --save two", "--device cpu --workers 2")
+    assert_same(weights("two"), weights("one"))
+    train(f"{PAIRS} {ONE_STEP} --seed 4 --save other")
+    assert not torch.equal(weights("other")["head.to_rgb.weight"], weights("one")["head.to_rgb.weight"])
+
+
+def test_ema_keeps_and_scores_the_averaged_weights(data, monkeypatch):
+    after_step = []
+
+    def spied(run, count=Experiment.count, **values):
+        after_step.append({k: v.clone() for k, v in run.parts["net"].state_dict().items()})
+        count(run, **values)
+
+    monkeypatch.setattr(Experiment, "count", spied)
+    train(f"{PAIRS} {ONE_STEP} --steps_per_epoch 2 --ema 0.75 --save run")
+    kept = state("run", "best_psnr.pt")["weights"]
+    first, second = after_step
+    assert not torch.equal(first["head.to_rgb.weight"], second["head.to_rgb.weight"])
+    for name, value in kept.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, 0.75 * first[name] + 0.25 * second[name])
+    assert_same(weights("run"), second)
+
+
+def test_warmup_begins_with_small_steps(data):
+    train(f"{PAIRS} {TINY} --warmup_steps 4 --learning_rate_min 0.001 --save run")
+    assert [value for _, value in scalars("run")["learning_rate"]] == pytest.approx([0.0005, 0.001])
+
+
+def test_batch_norm_keeps_its_statistics_from_freeze_start_on(data):
+    train(f"{PAIRS} {TINY} --freeze_start 2 --save run")
+    first, second = (state("run", file)["parts"]["net"] for file in ("last.prev.pt", "last.pt"))
+    for name, value in first.items():
+        if "running_" in name or "num_batches" in name:
+            assert torch.equal(second[name], value), name
+    assert first["stem.0.body.0.1.num_batches_tracked"] == 2
+    assert not torch.equal(second["head.to_rgb.weight"], first["head.to_rgb.weight"])
+
+
+def test_max_minutes_ends_the_run_with_a_small_rate_and_a_summary(data, monkeypatch):
+    now = SimpleNamespace(seconds=0)
+
+    def monotonic():
+        now.seconds += 1  # every look at the clock takes a second
+        return now.seconds
+
+    monkeypatch.setattr(experiment, "time", SimpleNamespace(monotonic=monotonic))
+    flags = TINY.replace("--epochs 2", "--epochs 1000")
+    train(f"{PAIRS} {flags} --max_minutes 0.5 --save run")
+    summary = json.loads(Path("run", "summary.json").read_text())
+    assert 1 <= summary["steps"] < 30
+    assert Path("run", "best_psnr.pt").exists()
+    assert scalars("run")["learning_rate"][-1][1] < 0.3e-3
+    assert "s left" in Path("run", "log.txt").read_text()
+
+
+# --- fine-tuning ---
+
+
+def test_fine_tuning_begins_with_the_checkpoint(data):
+    """With a learning rate of 0 the weights are those of the checkpoint, its sizes and genotype too."""
+    net = trained_network(channels=(2, 4, 6, 4), residual=True)
+    tiny = ONE_STEP.replace("--channels 4 4 4 4", "")
+    train(f"--data pairs --clean_side left --weights trained.pt {tiny} --learning_rate 0 --save run")
+    tuned = model_train.load("run/best_psnr.pt")
+    assert tuned.genotype == net.genotype
+    assert tuned.channels == net.channels
+    assert tuned.residual
+    for (name, value), (_, before) in zip(tuned.named_parameters(), net.named_parameters(), strict=True):
+        assert torch.equal(value, before), name
+    options = json.loads(Path("run", "options.json").read_text())
+    assert options["channels"] == [2, 4, 6, 4]
+
+
+def test_fine_tuning_changes_the_checkpoint_and_can_be_resumed_without_it(data, monkeypatch):
+    net = trained_network()
+    flags = "--data pairs --clean_side left --weights trained.pt"
+    train(f"{flags} {TINY} --save whole")
+    assert not torch.equal(weights("whole")["head.to_rgb.weight"], net.head.to_rgb.weight)
+    with monkeypatch.context() as patch:
+        interrupt(patch, dataset, draw=3)
+        with pytest.raises(Interrupted):
+            train(f"{flags} {TINY} --save parts")
+    Path("trained.pt").unlink()
+    train("--resume parts")
+    assert_same(weights("parts"), weights("whole"))
+
+
+def test_another_genotype_than_that_of_the_weights_is_refused(data):
+    trained_network(seed=1)
+    with pytest.raises(UserError, match=r"--arch genotype\.json: not the genotype of --weights trained\.pt"):
+        train(f"{PAIRS} --weights trained.pt {TINY} --save run")
+    assert not Path("run").exists()
+
+
+# --- stopped and resumed ---
+
+
+def test_a_training_stopped_twice_is_bit_equal_to_one_that_was_not(data, monkeypatch):
+    """Stopped in the last step of an epoch, before its scores, and within the next epoch."""
+    flags = f"{MIXED} {TINY} --internal_start 2 --ema 0.9 --warmup_steps 3 --clean_inputs 0.3"
+    train(f"{flags} --save whole")
+    flags = f"{flags} --save parts"
+    for step, draw in ((2, 2), (3, 1)):
+        with monkeypatch.context() as patch:
+            interrupt(patch, dataset, draw)
+            said = f"SIGTERM after step {step}; .*train_model_batch.py --resume parts$"
+            with pytest.raises(Interrupted, match=said):
+                train(flags)
+        assert not Path("parts", "summary.json").exists()
+        flags = "--resume parts"
+    train(flags)
+    whole, parts = state("whole"), state("parts")
+    for name in ("parts", "best", "totals", "step"):  # weights, optimizer and averaged weights are parts
+        assert_same(parts[name], whole[name], name)
+    assert whole["parts"].keys() == {"net", "optimizer", "ema"}
+    assert whole["parts"]["optimizer"]["state"][0]["step"] == 4
+    for file in BEST.values():
+        assert_same(state("parts", file), state("whole", file), file)
+    assert scalars("parts") == scalars("whole")
+
+
+# --- which genotype, which data ---
+
+
+def test_the_newest_genotype_is_the_default_and_said_first(data, monkeypatch, capsys):
+    monkeypatch.setattr(genotypes, "newest_there_is", random_genotype(4), raising=False)
+    train(f"--data pairs --clean_side left {ONE_STEP} --save run")
+    assert capsys.readouterr().out.splitlines()[:2] == ["genotype: newest_there_is", "data: pairs"]
+    assert model_train.load("run/best_psnr.pt").genotype == random_genotype(4)
+    assert json.loads(Path("run", "options.json").read_text())["arch"] == "newest_there_is"
+
+
+def test_a_demo_trains_what_the_newest_demo_search_found(folder, monkeypatch, capsys):
+    monkeypatch.setattr(genotypes, "newest_there_is", random_genotype(4), raising=False)
+    for name, demo, seed in (("search-EXP-1", True, 5), ("search-EXP-2", False, 6)):
+        Path(name).mkdir()
+        Path(name, "options.json").write_text(json.dumps({"demo": demo}))
+        Path(name, "summary.json").write_text("{}")
+        genotypes.write_json(random_genotype(seed), Path(name, "genotype.json"))
+    train(f"--demo {ONE_STEP} --save run")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == ["genotype: search-EXP-1/genotype.json", "data: datasets/demo"]
+    assert model_train.load("run/best_psnr.pt").genotype == random_genotype(5)
+    assert model_train.load("run/best_psnr.pt").residual  # of the demo's options
+    capsys.readouterr()
+    train(f"{ONE_STEP} --arch newest_there_is")
+    printed = capsys.readouterr().out
+    assert "THIS IS A DEMO: there is no datasets/Rain1200" in printed
+    assert "genotype: newest_there_is" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "words"),
+    [
+        ("--data pairs --clean_side left --arch no_such", GenotypeError, "--arch no_such: no such genotype"),
+        ("--data pairs --clean_side left --arch missing.json", GenotypeError, "missing.json"),
+        ("--data pairs --clean_side left --weights missing.pt", CheckpointError, "missing.pt: no such"),
+        (
+            "--data pairs --clean_side left --weights genotype.json",
+            CheckpointError,
+            "genotype.json: cannot be",
+        ),
+        ("--data nowhere --arch genotype.json", UserError, "nowhere: no such file or folder"),
+        ("--data pairs --arch genotype.json", UserError, "pairs: .*--clean_side"),
+        ("--data pairs --clean_side left --arch genotype.json --device gpu", UserError, "--device gpu"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_written(data, flags, error, words):
+    before = sorted(data.iterdir())
+    with pytest.raises(error, match=words):
+        train(f"--save run {TINY} {flags}", "" if "--device" in flags else "--device cpu")
+    assert sorted(data.iterdir()) == before
+
+
+def test_a_mistake_is_one_line_and_status_2_at_the_command_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_model_batch.py"), "--arch", "no_such", "--data", "nowhere"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train_model_batch.py: error: --arch no_such: no such genotype")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,69 @@
+import cv2
+import numpy as np
+import pytest
+
+from support.errors import UserError
+from support.images import Video, video_name, write_video
+
+
+def frames(count, height, width):
+    """Smooth frames that get brighter, so that lossy codecs keep them."""
+    ramp = np.linspace(0, 100, height * width).reshape(height, width)
+    return [np.dstack([ramp + 10 * i, ramp, 100 - ramp]).astype(np.uint8) for i in range(count)]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mov", ".mkv"])
+def test_a_video_comes_back(tmp_path, suffix):
+    path = tmp_path / f"neue Straße{suffix}"
+    written = frames(7, 48, 64)
+    write_video(path, written, 12.5)
+    video = Video(path)
+    assert (video.fps, video.frames, video.size) == (12.5, 7, (48, 64))
+    read = list(video)
+    assert len(read) == 7
+    for before, after in zip(written, read, strict=True):
+        assert np.abs(before.astype(int) - after).mean() < 6
+
+
+def test_odd_sizes_gain_a_row_and_a_column(tmp_path):
+    write_video(tmp_path / "odd.avi", frames(3, 47, 65), 25)
+    assert Video(tmp_path / "odd.avi").size == (48, 66)
+
+
+def test_interrupted_writing_leaves_nothing(tmp_path):
+    def broken():
+        yield from frames(2, 16, 16)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_video(tmp_path / "v.mp4", broken(), 25)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_video_that_ends_early_is_said_and_its_beginning_kept(tmp_path):
+    source = tmp_path / "whole.avi"
+    write_video(source, frames(40, 64, 64), 25)
+    data = source.read_bytes()
+    (tmp_path / "cut.avi").write_bytes(data[: int(len(data) * 0.6)])
+    video = Video(tmp_path / "cut.avi")
+    video.frames = max(video.frames, 40)  # as a container says that gives its length at the front
+    with pytest.raises(UserError, match=r"cut.avi: ends early, after \d+ of 40 frames"):
+        write_video(tmp_path / "out.avi", video, 25)
+    kept = cv2.VideoCapture(str(tmp_path / "out.avi"))
+    assert 1 <= kept.get(cv2.CAP_PROP_FRAME_COUNT) < 40
+
+
+@pytest.mark.parametrize("content", [b"", b"no video at all", bytes(range(256)) * 20])
+def test_what_is_no_video_is_refused(tmp_path, content):
+    (tmp_path / "bad.mp4").write_bytes(content)
+    with pytest.raises(UserError, match="bad.mp4: cannot be read as a video"):
+        Video(tmp_path / "bad.mp4")
+    with pytest.raises(UserError, match="none.mp4: no such file"):
+        Video(tmp_path / "none.mp4")
+
+
+def test_formats_that_cannot_be_written_become_mp4(tmp_path):
+    assert video_name("a/b.webm").as_posix() == "a/b.mp4"
+    assert video_name("a/b.AVI").as_posix() == "a/b.AVI"
+    with pytest.raises(UserError, match="x.webm: cannot be written as a video"):
+        write_video(tmp_path / "x.webm", frames(1, 16, 16), 25)

@@ -1,0 +1,334 @@
+"""Restoring and scoring from the command line: every layout, what is written, what is said of bad files."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import dataset
+import model_train
+import test_view
+from model_train import CheckpointError, DerainNetwork
+from support import experiment
+from support.errors import UserError
+from support.images import read_image, write_image
+from support.metrics import METRICS, mean_scores, score
+from tests.made import DENSITIES, photograph, rain_on, write_pairs, write_scenes
+from tests.test_genotypes import random_genotype
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def network(folder):
+    """A network that does something to a picture, in net.pt."""
+    torch.manual_seed(0)
+    net = DerainNetwork(random_genotype(0), (2, 2, 2, 2), residual=True).eval()
+    torch.nn.init.normal_(net.head.to_rgb.weight, 0, 0.05)
+    model_train.save(net, "net.pt")
+    return net
+
+
+def view(flags):
+    flags = f"--ckt_path net.pt --device cpu {flags}"
+    return test_view.main(test_view.get_args_parser().parse_args(flags.split()))
+
+
+def restored(net, image):
+    """The network's output as it is saved: clamped and rounded to 8 bits."""
+    with torch.inference_mode():
+        output = net(dataset.to_tensor(image[None]))[0]
+    return (output.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def table(folder="out"):
+    with open(Path(folder, "results.csv"), newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def pictures(folder="out"):
+    return {
+        file.relative_to(folder).as_posix()
+        for file in Path(folder).rglob("*")
+        if file.suffix in (".png", ".jpg")
+    }
+
+
+def assert_scored(net, expected, folder="out"):
+    """expected: {name: (rainy, clean)}. What is saved, results.csv and result_full.txt are all right."""
+    rows = table(folder)
+    assert list(rows) == list(expected)
+    assert pictures(folder) == {f"{name}.png" for name in expected}
+    text = Path(folder, "result_full.txt").read_text()
+    outputs, inputs = [], []
+    for name, (rainy, clean) in expected.items():
+        output = read_image(Path(folder, f"{name}.png"))
+        assert np.abs(output.astype(int) - restored(net, rainy)).max() <= 1  # float32 rounds differently
+        assert not np.array_equal(output, rainy)
+        outputs.append(score(output, clean))
+        inputs.append(score(rainy, clean))
+        for metric in METRICS:
+            assert float(rows[name][metric]) == pytest.approx(outputs[-1][metric], abs=6e-5)
+            assert float(rows[name][f"input_{metric}"]) == pytest.approx(inputs[-1][metric], abs=6e-5)
+        assert (int(rows[name]["height"]), int(rows[name]["width"])) == clean.shape[:2]
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{name}  psnr_rgb")]
+        assert line == f"{name}  " + "  ".join(f"{m} {outputs[-1][m]:.4f}" for m in METRICS)
+    assert summary(text, "all") == (len(expected), *rounded(mean_scores(outputs)))
+    assert summary(text, "all", untouched=True) == rounded(mean_scores(inputs))
+    return outputs
+
+
+def rounded(means):
+    psnr_rgb, ssim_rgb, psnr_y, ssim_y = (means[metric] for metric in METRICS)
+    return tuple(
+        float(text) for text in (f"{psnr_rgb:.2f}", f"{ssim_rgb:.4f}", f"{psnr_y:.2f}", f"{ssim_y:.4f}")
+    )
+
+
+def summary(text, group, untouched=False):
+    """The numbers in the line of a group of result_full.txt, or in the input's line below it."""
+    lines = text.splitlines()
+    (number,) = [i for i, line in enumerate(lines) if line.split()[:1] == [group]]
+    if untouched:
+        label, *values = lines[number + 1].split()
+        assert label == "input"
+        return tuple(map(float, values))
+    count, *values = lines[number].split()[1:]
+    return (int(count), *map(float, values))
+
+
+# --- layouts ---
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_side_by_side_pairs_are_scored(network, side, capsys):
+    write_pairs(Path("pairs"), 3, side)
+    assert view(f"--path pairs --clean_side {side} --result_path out") == 0
+    clean = [photograph(i) for i in range(3)]
+    assert_scored(network, {str(i): (rain_on(clean[i], i), clean[i]) for i in range(3)})
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0] == "checkpoint: net.pt"
+    assert printed.splitlines()[1] == f"data: pairs: 3 side-by-side pairs, clean half {side}"
+    report = Path("out", "result_full.txt").read_text().split("\n\n")[1]
+    assert report.strip() in printed
+
+
+def test_did_mdn_scenes_are_scored_by_density(network):
+    write_scenes(Path("set"), 2)
+    assert view("--path set/DID-MDN-training --result_path out") == 0
+    expected = {
+        f"{density}/{i}": (rain_on(photograph(100 + i), 3 * i + d), photograph(100 + i))
+        for i in range(2)
+        for d, density in enumerate(DENSITIES)
+    }
+    scores = dict(zip(expected, assert_scored(network, expected), strict=True))
+    assert [row["density"] for row in table().values()] == 2 * list(DENSITIES)
+    text = Path("out", "result_full.txt").read_text()
+    for density in DENSITIES:
+        of_it = [row for name, row in scores.items() if name.startswith(density)]
+        assert summary(text, density) == (2, *rounded(mean_scores(of_it)))
+
+
+def test_paired_folders_are_scored(network):
+    expected = {}
+    for i in range(2):
+        clean = photograph(i, 19, 31)  # no multiple of 8
+        write_image(Path("set", "target", f"{i}.png"), clean)
+        for k in (1, 2):
+            expected[f"{i}_{k}"] = rain_on(clean, k), clean
+            write_image(Path("set", "input", f"{i}_{k}.png"), expected[f"{i}_{k}"][0])
+    assert view("--path set --result_path out") == 0
+    assert_scored(network, expected)
+
+
+def test_a_folder_without_ground_truth_is_restored_and_not_scored(network):
+    write_image("photos/a.png", photograph(0, 21, 34))
+    write_image("photos/deep/b.jpg", photograph(1, 40, 23))
+    assert view("--path photos --result_path out") == 0
+    assert pictures() == {"a.png", "deep/b.jpg"}
+    output = read_image("out/a.png").astype(int)
+    assert np.abs(output - restored(network, photograph(0, 21, 34))).max() <= 1
+    assert read_image("out/deep/b.jpg").shape == (40, 23, 3)
+    assert {file.name for file in Path("out").iterdir()} == {"a.png", "deep"}
+
+
+def test_a_single_file_is_restored_in_its_own_kind(network):
+    grey_with_alpha = np.dstack([photograph(0), np.full((24, 32), 99, np.uint8)])
+    write_image("photo.png", grey_with_alpha)
+    assert view("--path photo.png --result_path out") == 0
+    assert pictures() == {"photo.png"}
+    saved = cv2.imread("out/photo.png", cv2.IMREAD_UNCHANGED)
+    assert saved.shape == (24, 32, 4)
+    assert (saved[..., 3] == 99).all()
+    assert np.abs(saved[..., 2::-1].astype(int) - restored(network, photograph(0))).max() <= 1
+
+
+def test_a_side_by_side_file_alone_is_scored(network):
+    write_pairs(Path("pairs"), 1)
+    assert view("--path pairs/0.png --clean_side left --result_path out") == 0
+    assert_scored(network, {"0": (rain_on(photograph(0), 0), photograph(0))})
+
+
+def test_tiles_and_self_ensemble_are_used(network):
+    write_image("photo.png", photograph(0, 100, 180))
+    outputs = []
+    for flags in ("", "--tile 64", "--self_ensemble"):
+        assert view(f"--path photo.png --result_path out {flags}") == 0
+        outputs.append(read_image("out/photo.png"))
+    assert not np.array_equal(outputs[0], outputs[1])
+    assert not np.array_equal(outputs[0], outputs[2])
+
+
+def test_equal_and_tiny_pictures_are_left_out_of_the_means_and_counted(network):
+    torch.nn.init.zeros_(network.head.to_rgb.weight)  # with the residual: the input unchanged
+    model_train.save(network, "net.pt")
+    for i, (height, width) in enumerate([(24, 32), (24, 32), (9, 32)]):
+        clean = photograph(i, height, width)
+        write_image(Path("set", "target", f"{i}.png"), clean)
+        write_image(Path("set", "input", f"{i}.png"), clean if i == 0 else rain_on(clean, i))
+    assert view("--path set --result_path out") == 0
+    rows = table()
+    assert float(rows["0"]["psnr_rgb"]) == math.inf
+    assert math.isnan(float(rows["2"]["ssim_rgb"]))
+    text = Path("out", "result_full.txt").read_text()
+    count, psnr, ssim, *_ = summary(text, "all")
+    assert count == 3
+    assert psnr == pytest.approx(np.mean([float(rows[n]["psnr_rgb"]) for n in "12"]), abs=0.01)
+    assert ssim == pytest.approx(np.mean([float(rows[n]["ssim_rgb"]) for n in "01"]), abs=1e-4)
+    (said,) = [line for line in text.splitlines() if "not in the means" in line]
+    assert all(f"'{metric}': 1" in said for metric in METRICS)
+
+
+# --- bad files ---
+
+
+def test_a_bad_file_is_reported_and_the_rest_goes_on(network, capsys):
+    write_pairs(Path("pairs"), 5, suffix=".jpg")
+    Path("pairs/1.jpg").write_bytes(b"")
+    Path("pairs/2.jpg").write_bytes(Path("pairs/2.jpg").read_bytes()[:300])
+    write_image("pairs/3.jpg", photograph(0, 24, 63))
+    assert view("--path pairs --clean_side left --result_path out") == 1
+    assert list(table()) == ["0", "4"]
+    assert pictures() == {"0.png", "4.png"}
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "3 could not be used:"
+    assert [line.split(": ")[0].strip() for line in lines] == [f"pairs/{i}.jpg" for i in (1, 2, 3)]
+    assert "63" in lines[2] and "odd" in lines[2]
+
+
+def test_a_picture_without_a_partner_is_reported_and_the_rest_goes_on(network, capsys):
+    for i in range(3):
+        write_image(Path("set", "target", f"{i}.png"), photograph(i))
+        write_image(Path("set", "input", f"{i}.png"), photograph(i, 24, 32 if i else 30))
+    Path("set/target/2.png").unlink()
+    assert view("--path set --result_path out") == 1
+    assert list(table()) == ["1"]
+    error = capsys.readouterr().err
+    assert "input/2.png: has no partner" in error
+    assert "0.png: 32x24 pixels, but" in error
+
+
+def test_only_bad_files_write_no_results(network):
+    Path("photos").mkdir()
+    Path("photos/a.jpg").write_text("no image")
+    assert view("--path photos --result_path out") == 1
+    assert not Path("out").exists()
+
+
+# --- refused before anything is written ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "words"),
+    [
+        ("--path nowhere", UserError, "nowhere: no such file or folder"),
+        ("--path empty", UserError, "empty: no images"),
+        ("--path pairs --ckt_path gone.pt", CheckpointError, "gone.pt: no such checkpoint"),
+        ("--path pairs --ckt_path pairs", CheckpointError, "pairs: not a file"),
+        ("--path pairs --ckt_path pairs/0.png", CheckpointError, "pairs/0.png: cannot be read"),
+        ("--path pairs --device gpu", UserError, "--device gpu"),
+    ],
+)
+def test_mistakes_are_refused_and_no_result_folder_is_made(flags, error, words):
+    Path("empty").mkdir()
+    write_pairs(Path("pairs"), 1)
+    with pytest.raises(error, match=words):
+        view(f"{flags} --result_path out")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("path", ["photos", "photos/a.png"])
+def test_the_pictures_themselves_are_not_overwritten(path):
+    write_image("photos/a.png", photograph(0))
+    with pytest.raises(UserError, match="--result_path photos: holds the pictures"):
+        view(f"--path {path} --result_path ./photos/")
+    assert np.array_equal(read_image("photos/a.png"), photograph(0))
+
+
+def test_a_missing_path_is_one_line_and_status_2_at_the_command_line(folder):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "test_view.py"), "--ckt_path", "net.pt", "--path", "nowhere"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["test_view.py: error: nowhere: no such file or folder"]
+    assert [file.name for file in folder.iterdir()] == ["net.pt"]
+
+
+# --- with no flags ---
+
+
+def finished_run(name, seed):
+    Path(name).mkdir()
+    Path(name, "options.json").write_text(json.dumps({"demo": False}))
+    Path(name, "summary.json").write_text("{}")
+    torch.manual_seed(seed)
+    model_train.save(DerainNetwork(random_genotype(seed), (2, 2, 2, 2)), Path(name, "best_psnr.pt"))
+
+
+def test_the_newest_finished_network_is_the_default_and_said_first(network, capsys, monkeypatch):
+    monkeypatch.setattr(test_view, "SHIPPED", Path("net.pt").absolute())
+    write_image("photo.png", photograph(0))
+    args = test_view.get_args_parser().parse_args("--path photo.png --result_path out --device cpu".split())
+    assert test_view.main(args) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"checkpoint: {Path('net.pt').absolute()}"
+    shipped = read_image("out/photo.png")
+    finished_run("eval-EXP-1", seed=1)
+    Path("eval-EXP-2").mkdir()
+    model_train.save(network, "eval-EXP-2/best_psnr.pt")  # not finished
+    assert test_view.main(args) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "checkpoint: eval-EXP-1/best_psnr.pt"
+    assert not np.array_equal(read_image("out/photo.png"), shipped)
+
+
+def test_the_default_test_set_is_did_mdns_rain_left_clean_right(network):
+    write_pairs(Path("datasets/Rain1200/DID-MDN-test"), 2, clean_side="right")
+    assert view("--result_path out") == 0
+    clean = [photograph(i) for i in range(2)]
+    assert_scored(network, {str(i): (rain_on(clean[i], i), clean[i]) for i in range(2)})
+
+
+def test_without_a_test_set_a_demo_is_scored_and_said(capsys, monkeypatch):
+    def two_pairs(folder):
+        write_pairs(Path(folder) / "DID-MDN-test", 2, clean_side="right")
+        return Path(folder)
+
+    monkeypatch.setattr(test_view, "demo_set", two_pairs)
+    assert view("") == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0] == "checkpoint: net.pt"
+    assert "THIS IS A DEMO: there is no datasets/Rain1200/DID-MDN-test, and no --path was given" in printed
+    assert f"data: {experiment.DEMO_DATA}/DID-MDN-test: 2 side-by-side pairs, clean half right" in printed
+    assert list(table("results")) == ["0", "1"]
+    assert view("--demo --result_path again") == 0
+    assert "THIS IS A DEMO" not in capsys.readouterr().out
+    assert list(table("again")) == ["0", "1"]
