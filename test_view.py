@@ -4,16 +4,22 @@
     python test_view.py --demo                                     # photographs at hand; no download
     python test_view.py --path rain800/test_syn --clean_side left  # another set of side-by-side pairs
     python test_view.py --path photo.jpg --result_path out         # a file or folder without ground truth
+    python test_view.py --path film.mp4                            # a video, frame by frame
 
 Scores are of the pictures as they are saved, in 8 bits. RGB and Y conventions differ by 1 dB or more: both
 are given, beside those of the untouched input.
 """
 
 import csv
+import hashlib
 import io
+import json
+import math
+import platform
 import sys
 import time
 from argparse import ArgumentTypeError
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +29,7 @@ import dataset
 import model_train
 from support import experiment, images
 from support.errors import UserError
+from support.gallery import Gallery, montage
 from support.metrics import METRICS, mean_scores, score
 from support.rain import demo_set
 from support.restore import SMALLEST_TILE, restore
@@ -59,6 +66,13 @@ def get_args_parser():
         help="side of the tiles in pixels, a multiple of 8; 0: never tile (default: only large pictures)",
     )
     add("--self_ensemble", action="store_true", help="mean over 8 flips and turns; 8 times slower")
+    add("--amp", action="store_true", help="half precision: float16 on CUDA, bfloat16 on a CPU")
+    add(
+        "--montage",
+        nargs="*",
+        metavar="NAME",
+        help="write montage.png: a labelled strip of these pictures, or of the best, median and worst",
+    )
     return parser
 
 
@@ -68,26 +82,47 @@ def main(args):
     print(f"checkpoint: {checkpoint}", flush=True)
     device = experiment.pick_device(args.device)
     net = model_train.load(checkpoint, device).to(memory_format=torch.channels_last)
+    run = partial(restore, net, device=device, tile=args.tile, self_ensemble=args.self_ensemble, amp=args.amp)
     path = choose_path(args)
+    out = Path(args.result_path)
+    if path.suffix.lower() in images.VIDEO_EXTENSIONS:
+        return restore_video(run, path, out)
     found = dataset.find(path, args.clean_side)
     print(f"data: {path}: {len(found.scenes)} {found.layout}", flush=True)
 
-    out = Path(args.result_path)
     if out.exists() and out.samefile(path if path.is_dir() else path.parent):
         raise UserError(f"--result_path {out}: holds the pictures to restore; give another folder")
+    gallery = Gallery(out)
     rows, failures = [], [f"{file}: has no partner, so it is left out" for file in found.unpaired]
     with tqdm(total=sum(len(s.rainy) for s in found.scenes), unit="image", disable=None) as bar:
         for scene in found.scenes:
             try:
-                for row in view(net, scene, out, device, args):
+                for row in view(run, scene, gallery):
                     rows.append(row)
                     bar.update()
             except UserError as error:
                 failures.append(str(error))
     scored = [row for row in rows if METRICS[0] in row]
+    facts = {
+        "checkpoint": str(checkpoint),
+        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "data": str(path),
+        "layout": found.layout,
+        "options": {name: getattr(args, name) for name in ("tile", "self_ensemble", "amp")},
+        "device": experiment.device_name(device),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "command": " ".join(sys.argv),
+        "genotype": net.genotype._asdict(),
+    }
     if scored:
-        report(scored, out, checkpoint, args)
+        report(scored, out, facts)
     print(f"{len(rows)} restored pictures in {out}")
+    if rows:
+        shown = {name: facts[name] for name in ("checkpoint", "data", "device")}
+        page = gallery.write(shown | {"self-ensemble": "yes" if args.self_ensemble else "no"}, failures)
+        print(f"look at them: {page}")
+        if args.montage is not None:
+            montage(gallery.examples(args.montage), out / "montage.png")
     if failures:
         print(f"{len(failures)} could not be used:", *failures, sep="\n  ", file=sys.stderr)
     return 1 if failures else 0
@@ -104,8 +139,28 @@ def choose_path(args):
     return demo_set(experiment.DEMO_DATA) / "DID-MDN-test"
 
 
-def view(net, scene, out, device, args):
-    """Restore and save each rainy image of a scene; yields a row of `COLUMNS` for each."""
+def restore_video(run, path, out):
+    """Restore a video frame by frame into the folder `out`; returns the exit status."""
+    video = images.Video(path)
+    target = images.video_name(out / path.name)
+    if target.exists() and target.samefile(path):
+        raise UserError(f"--result_path {out}: holds the video to restore; give another folder")
+    height, width = video.size
+    print(f"data: {path}: a video of {video.frames} frames of {width}x{height}, {video.fps:g} a second")
+    print("the sound is not carried over", end="")
+    print("; the odd side gains a row or column" if height % 2 or width % 2 else "", flush=True)
+    frames = tqdm(video, total=video.frames or None, unit="frame", disable=None)
+    try:
+        images.write_video(target, map(run, frames), video.fps)
+    except images.EndsEarly as error:
+        print(f"{error}\n{target} holds what came before", file=sys.stderr)
+        return 1
+    print(f"restored video: {target}")
+    return 0
+
+
+def view(run, scene, gallery):
+    """Restore and save each rainy image of a scene, and show it; yields a row of `COLUMNS` for each."""
     if scene.clean is None:
         pictures, clean = [images.load(scene.rainy[0].path)], None
     else:
@@ -114,23 +169,23 @@ def view(net, scene, out, device, args):
     densities = scene.densities or [""] * len(pictures)
     for picture, half, density in zip(pictures, scene.rainy, densities, strict=True):
         start = time.perf_counter()
-        restored = restore(net, picture.rgb, device, tile=args.tile, self_ensemble=args.self_ensemble)
+        restored = run(picture.rgb)
         seconds = time.perf_counter() - start
         # Scored pictures are saved without loss; others as they came.
         name = f"{density}/{scene.name}" if density else scene.name
-        images.save(
-            out / f"{name}{half.path.suffix if clean is None else '.png'}", picture._replace(rgb=restored)
-        )
+        file = gallery.out / f"{name}{half.path.suffix if clean is None else '.png'}"
+        images.save(file, picture._replace(rgb=restored))
         height, width = restored.shape[:2]
         row = {"name": name, "density": density, "height": height, "width": width, "seconds": seconds}
         if clean is not None:
             row |= score(restored, clean)
             row |= {f"input_{metric}": value for metric, value in score(picture.rgb, clean).items()}
+        gallery.add(row, file, picture.rgb, restored, clean)
         yield row
 
 
-def report(rows, out, checkpoint, args):
-    """Write results.csv and result_full.txt, and print the means, by density where there are several."""
+def report(rows, out, facts):
+    """Write results.csv, results.json and result_full.txt; print the means, by density if there are any."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -139,21 +194,32 @@ def report(rows, out, checkpoint, args):
         writer.writerow(f"{value:.4f}" if isinstance(value, float) else value for value in values)
     images.write_bytes(out / "results.csv", table.getvalue().encode())
 
+    means = {}
     lines = [f"{'':8} {'images':>6}  {'PSNR RGB':>9} {'SSIM RGB':>9}  {'PSNR Y':>9} {'SSIM Y':>9}"]
     densities = list(dict.fromkeys(row["density"] for row in rows))
     for density in [*(densities if len(densities) > 1 else []), "all"]:
         group = [row for row in rows if density in (row["density"], "all")]
         output = mean_scores(group)
         untouched = mean_scores([{m: row[f"input_{m}"] for m in METRICS} for row in group])
+        means[density] = {"output": output, "input": untouched}
         lines += [f"{density:8} {len(group):6}  {_four(output)}", f"{'  input':15}  {_four(untouched)}"]
         left_out = {metric: count for metric, count in output["left_out"].items() if count}
         if left_out:
             lines.append(f"  not in the means (equal images, or under 11 pixels): {left_out}")
-    ensemble = ", self-ensemble" if args.self_ensemble else ""
-    lines.insert(0, f"scores of {checkpoint}{ensemble}, on the 8-bit pictures; PSNR in dB")
+    ensemble = ", self-ensemble" if facts["options"]["self_ensemble"] else ""
+    lines.insert(0, f"scores of {facts['checkpoint']}{ensemble}, on the 8-bit pictures; PSNR in dB")
     print("\n".join(lines))
     full = [f"{row['name']}  " + "  ".join(f"{m} {row[m]:.4f}" for m in METRICS) for row in rows]
     images.write_bytes(out / "result_full.txt", "\n".join([*full, "", *lines, ""]).encode())
+    text = json.dumps(_finite({"means": means} | facts), indent=1)
+    images.write_bytes(out / "results.json", text.encode())
+
+
+def _finite(value):
+    """JSON has no infinity and no NaN: null in their place."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _four(means):

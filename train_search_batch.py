@@ -98,35 +98,21 @@ def main(args):
     torch.manual_seed(args.seed)
     net = SearchNetwork(args.channels, args.residual)
     net.to(run.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        net.weights(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
-    )
-    arch_optimizer = torch.optim.Adam(
-        net.architecture(), args.arch_learning_rate, betas=(0.5, 0.999), weight_decay=args.arch_weight_decay
-    )
+    optimizer, arch_optimizer = make_optimizers(net, args)
     run.start(net=net, optimizer=optimizer, arch_optimizer=arch_optimizer)
     run.describe(parts)
     if args.arch_start > args.epochs:
         log.warning("--arch_start %d is after the last epoch: NOTHING IS SEARCHED", args.arch_start)
 
-    sizes = [
-        choice_sizes(choices).to(run.device) for choices in (net.module_choices(), net.operation_choices())
-    ]
-
     def loss(forward, batch):
         internal = epoch >= args.internal_start
         return multi_to_one(forward(batch.rainy), batch.clean, batch.scene, internal)
-
-    def penalty():
-        distributions = [parameter.softmax(-1) for parameter in net.architecture()]
-        regulariser = architecture_regulariser(*distributions)
-        return args.lambda_arch * regulariser + args.lambda_comp * complexity(distributions, sizes)
 
     architect = Architect(
         net,
         arch_optimizer,
         loss,
-        penalty,
+        make_penalty(net, args),
         weight_optimizer=optimizer if args.unrolled else None,
         batch_statistics=args.arch_batch_statistics,
     )
@@ -196,6 +182,30 @@ def provenance(run):
     channels = " ".join(map(str, args.channels))
     schedule = f"{run.step} steps of {args.batch_size} scenes, channels {channels}"
     return f"{data}; {schedule}, seed {args.seed}, commit {experiment.commit()}"
+
+
+def make_optimizers(net, args):
+    """(of the weights, of alpha and beta)."""
+    weights = torch.optim.SGD(
+        net.weights(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    architecture = torch.optim.Adam(
+        net.architecture(), args.arch_learning_rate, betas=(0.5, 0.999), weight_decay=args.arch_weight_decay
+    )
+    return weights, architecture
+
+
+def make_penalty(net, args):
+    """The part of the search's loss that depends on alpha and beta alone: regulariser and complexity."""
+    choices = net.module_choices(), net.operation_choices()
+    sizes = [choice_sizes(c).to(net.alpha) for c in choices]
+
+    def penalty():
+        distributions = [parameter.softmax(-1) for parameter in net.architecture()]
+        regulariser = architecture_regulariser(*distributions)
+        return args.lambda_arch * regulariser + args.lambda_comp * complexity(distributions, sizes)
+
+    return penalty
 
 
 def winners(genotype):

@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -180,6 +182,16 @@ def pick_device(name=None):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device
+
+
+def device_name(device):
+    """The name of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):  # no Linux; a processor without a name
+        return platform.processor() or platform.machine()
 
 
 def newest(kind, file, demo=None):

@@ -108,7 +108,7 @@ class Gallery:
         densities = list(dict.fromkeys(row["density"] for row in rows if row["density"]))
         title = "De-raining results"
         if "data" in facts:
-            title += f": {Path(str(facts['data'])).name}"
+            title += f": {Path(str(facts['data'])).resolve().name}"
         parts = {
             "title": escape(title),
             "facts": _facts({**facts, "pictures": f"{len(rows):,}"}),
@@ -136,7 +136,8 @@ class Gallery:
             if name not in by_name:
                 like = f"names are like {next(iter(by_name))}" if by_name else "nothing was restored"
                 raise UserError(f"{name}: no picture of that name was restored; {like}")
-        ranked = sorted((e for e in self.entries if gain(e.row) == gain(e.row)), key=lambda e: gain(e.row))
+        scored = [entry for entry in self.entries if not np.isnan(gain(entry.row))]
+        ranked = sorted(scored, key=lambda entry: gain(entry.row))
         if names:
             chosen = {name: by_name[name] for name in names}
         elif len(ranked) >= 3:

@@ -338,11 +338,15 @@ def _to_8_bits(image: np.ndarray) -> np.ndarray:
 # --- video ---
 
 
+class EndsEarly(UserError):
+    """A video holds fewer frames than it promises; what came before is whole."""
+
+
 class Video:
     """The frames of a video file: iterate over it once for HxWx3 uint8 RGB arrays.
 
     fps: frames a second; frames: how many the file promises, 0 where it does not say; size: (height, width).
-    Raises UserError for a file that is missing or no video, and, after its last frame, one that ends early.
+    Raises UserError for a file that is missing or no video, and, after its last frame, EndsEarly.
     """
 
     def __init__(self, path: str | Path):
@@ -376,7 +380,7 @@ class Video:
         self.capture.release()
         # Containers that give their length in seconds may promise a frame more than they hold.
         if count < self.frames - 1 or not count:
-            raise UserError(
+            raise EndsEarly(
                 f"{self.path}: ends early, after {count} of {self.frames} frames; the rest is lost"
             )
 
@@ -390,8 +394,8 @@ def video_name(path: str | Path) -> Path:
 def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
     """Write HxWx3 uint8 RGB frames, without sound; `path` appears only when the last frame is written.
 
-    The codecs want even sizes: an odd one gets its last row or column twice. If `frames` raises UserError (a
-    video that ends early), what came before is kept under `path` and the error goes on. Raises UserError,
+    The codecs want even sizes: an odd one gets its last row or column twice. If `frames` raises EndsEarly,
+    what came before is kept under `path` and the error goes on. Raises UserError,
     naming `path`, for a format or folder that cannot be written.
     """
     path = Path(path)
@@ -411,7 +415,7 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> N
                     if not writer.isOpened():
                         raise OSError("OpenCV has no encoder for it, or the folder cannot be written")
                 writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-        except UserError:
+        except EndsEarly:
             _keep(writer, partial, path)
             raise
         _keep(writer, partial, path)

@@ -1,5 +1,7 @@
 """From files to batches: the layouts, the parts, the draws, and what is said of files that are no good."""
 
+import multiprocessing
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -317,6 +319,19 @@ def test_workers_change_nothing(tmp_path, workers):
     scenes = find_training([tmp_path])
     options = {"clean_inputs": 0.3}
     assert_equal_batches(batches(scenes, 5, workers, **options), batches(scenes, 5, **options))
+
+
+@pytest.mark.skipif(not hasattr(os, "getpgid"), reason="no process groups here")
+def test_signals_to_the_runs_group_do_not_reach_its_workers(tmp_path):
+    """Ctrl-C and `timeout` signal all of a group: the run must be able to end its step, and save."""
+    scenes = find_training([write_pairs(tmp_path, 3)], ["left"])
+    others = multiprocessing.active_children()
+    endless = dataset.batches(scenes, 16, 1, seed=0, device="cpu", workers=2)
+    for _ in range(4):  # so that both have begun
+        next(endless)
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    assert len(workers) == 2
+    assert all(os.getpgid(worker.pid) != os.getpgrp() for worker in workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -394,6 +394,26 @@ def test_a_resumed_run_does_every_step_and_every_epochs_end_once(folder, step):
     assert net.weight.item() == 6
 
 
+@pytest.mark.parametrize("last_saved", [2, 1])
+def test_events_are_neither_lost_nor_doubled_when_a_run_is_killed(folder, last_saved):
+    """Killed right after an epoch was saved; or between its events and its checkpoint."""
+    run, net = begun()
+    for step in run.steps(1):
+        if step == last_saved:
+            run.save()
+        run.count(loss=torch.tensor(100.0))
+    if last_saved == 1:
+        run.save = run.writer.flush
+    run.finish_epoch(1, scores(), partial(write, "1"))
+    run = resumed("--resume", "run")
+    assert run.step == last_saved
+    run.start(net=net)
+    train(run, net, scores_of=lambda epoch: scores(psnr=20 + epoch))
+    found = scalars("run")
+    assert found["val_psnr"] == [(2, 20 if last_saved == 2 else 21), (4, 22), (6, 23)]
+    assert [step for step, _ in found["loss"]] == [2, 4, 6]
+
+
 def test_resume_without_a_folder_takes_the_newest_of_its_kind(folder):
     for name, age in (("eval-EXP-new", 10), ("eval-EXP-old", 20), ("search-EXP-newer", 0)):
         run = new("--save", name, kind=name.split("-")[0])
