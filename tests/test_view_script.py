@@ -1,6 +1,7 @@
 """Restoring and scoring from the command line: every layout, what is written, what is said of bad files."""
 
 import csv
+import hashlib
 import json
 import math
 import subprocess
@@ -18,7 +19,7 @@ import test_view
 from model_train import CheckpointError, DerainNetwork
 from support import experiment
 from support.errors import UserError
-from support.images import read_image, write_image
+from support.images import Video, read_image, write_image, write_video
 from support.metrics import METRICS, mean_scores, score
 from tests.made import DENSITIES, photograph, rain_on, write_pairs, write_scenes
 from tests.test_genotypes import random_genotype
@@ -54,11 +55,9 @@ def table(folder="out"):
 
 
 def pictures(folder="out"):
-    return {
-        file.relative_to(folder).as_posix()
-        for file in Path(folder).rglob("*")
-        if file.suffix in (".png", ".jpg")
-    }
+    """The restored pictures: what is not the gallery's."""
+    names = {file.relative_to(folder).as_posix() for file in Path(folder).rglob("*")}
+    return {name for name in names if name.endswith((".png", ".jpg")) and not name.startswith("gallery/")}
 
 
 def assert_scored(net, expected, folder="out"):
@@ -82,6 +81,11 @@ def assert_scored(net, expected, folder="out"):
         assert line == f"{name}  " + "  ".join(f"{m} {outputs[-1][m]:.4f}" for m in METRICS)
     assert summary(text, "all") == (len(expected), *rounded(mean_scores(outputs)))
     assert summary(text, "all", untouched=True) == rounded(mean_scores(inputs))
+    means = json.loads(Path(folder, "results.json").read_text())["means"]["all"]
+    assert means["output"]["images"] == len(expected)
+    for metric in METRICS:
+        assert means["output"][metric] == pytest.approx(mean_scores(outputs)[metric])
+        assert means["input"][metric] == pytest.approx(mean_scores(inputs)[metric])
     return outputs
 
 
@@ -156,7 +160,7 @@ def test_a_folder_without_ground_truth_is_restored_and_not_scored(network):
     output = read_image("out/a.png").astype(int)
     assert np.abs(output - restored(network, photograph(0, 21, 34))).max() <= 1
     assert read_image("out/deep/b.jpg").shape == (40, 23, 3)
-    assert {file.name for file in Path("out").iterdir()} == {"a.png", "deep"}
+    assert {file.name for file in Path("out").iterdir()} == {"a.png", "deep", "index.html", "gallery"}
 
 
 def test_a_single_file_is_restored_in_its_own_kind(network):
@@ -332,3 +336,70 @@ def test_without_a_test_set_a_demo_is_scored_and_said(capsys, monkeypatch):
     assert view("--demo --result_path again") == 0
     assert "THIS IS A DEMO" not in capsys.readouterr().out
     assert list(table("again")) == ["0", "1"]
+
+
+# --- what is beside the scores ---
+
+
+def test_results_json_says_where_the_scores_come_from(network):
+    write_pairs(Path("pairs"), 1, "left")
+    assert view("--path pairs --clean_side left --result_path out --self_ensemble") == 0
+    facts = json.loads(Path("out", "results.json").read_text())
+    assert facts["checkpoint"] == "net.pt"
+    assert facts["sha256"] == hashlib.sha256(Path("net.pt").read_bytes()).hexdigest()
+    assert facts["data"] == "pairs"
+    assert facts["options"] == {"tile": None, "self_ensemble": True, "amp": False}
+    assert facts["genotype"] == json.loads(json.dumps(network.genotype._asdict()))
+    assert facts["versions"]["torch"] == torch.__version__
+    assert "self-ensemble" in Path("out", "result_full.txt").read_text()
+
+
+def test_equal_pictures_are_null_in_json(network):
+    torch.nn.init.zeros_(network.head.to_rgb.weight)  # with the residual: the input comes back
+    model_train.save(network, "net.pt")
+    clean = photograph(0)
+    write_image("set/input/a.png", clean)
+    write_image("set/target/a.png", clean)
+    assert view("--path set --result_path out") == 0
+    means = json.loads(Path("out", "results.json").read_text())["means"]["all"]["output"]
+    assert means["psnr_rgb"] is None
+    assert means["left_out"]["psnr_rgb"] == 1
+
+
+def test_page_and_montage_show_the_pictures(network):
+    write_pairs(Path("pairs"), 2, "left")
+    assert view("--path pairs --clean_side left --result_path out --montage") == 0
+    page = Path("out", "index.html").read_text(encoding="utf-8")
+    assert "0.png" in page
+    assert "1.png" in page
+    assert read_image("out/montage.png").shape[1] > 3 * photograph(0).shape[1]
+    with pytest.raises(UserError, match="nosuch"):
+        view("--path pairs --clean_side left --result_path out --montage nosuch")
+
+
+def test_a_video_is_restored_frame_by_frame(network, capsys):
+    frames = [photograph(i, 32, 47) for i in range(4)]
+    write_video("film.avi", frames, 10)
+    assert view("--path film.avi --result_path out") == 0
+    source, result = Video("film.avi"), Video("out/film.avi")
+    assert (result.fps, result.frames, result.size) == (10, 4, (32, 48))
+    for before, after in zip(source, result, strict=True):
+        assert np.abs(restored(network, before).astype(int) - after).mean() < 6  # the codec's loss
+    assert "sound is not carried over" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds the video"):
+        view("--path film.avi --result_path .")
+
+
+def test_a_video_that_ends_early_is_reported_with_status_1(network, capsys, monkeypatch):
+    write_video("film.avi", [photograph(i, 32, 48) for i in range(4)], 10)
+    monkeypatch.setattr(Video, "__init__", promising(Video.__init__, 9))
+    assert view("--path film.avi --result_path out") == 1
+    assert "film.avi: ends early, after 4 of 9 frames" in capsys.readouterr().err
+
+
+def promising(init, frames):
+    def wrapped(self, path):
+        init(self, path)
+        self.frames = frames
+
+    return wrapped
