@@ -7,6 +7,8 @@ layouts that `find` knows, by the names of the folders alone:
     input/*  target/*  (or rain norain, rainy gt, ...)               pairs of two files of one name
     *.jpg with --clean_side left or right                            clean|rain or rain|clean side by side
     *.jpg                                                            single images, no ground truth
+
+    python dataset.py DIR [TEST_DIR]    checks a data set before hours are spent on it: see support/check.py
 """
 
 import hashlib
@@ -264,12 +266,13 @@ def read_scene(scene):
     """
     halves = [*scene.rainy, scene.clean] if scene.clean else list(scene.rainy)
     files = {path: read_image(path) for path in dict.fromkeys(half.path for half in halves)}
-    images = [_cut(files[half.path], half) for half in halves]
+    images = [cut(files[half.path], half) for half in halves]
     _check_equal({half: image.shape[:2] for half, image in zip(halves, images, strict=True)})
     return (images[:-1], images[-1]) if scene.clean else (images, None)
 
 
-def _cut(image, half):
+def cut(image, half):
+    """The part of a decoded file, HxWx3, that `half` is. Raises UserError where its width is odd."""
     if half.side is None:
         return image
     middle = _half_width(image.shape[1], half.path)
@@ -322,7 +325,7 @@ def background_keys(scenes):
 
 def read_half(half):
     """HxWx3 uint8 RGB."""
-    return _cut(read_image(half.path), half)
+    return cut(read_image(half.path), half)
 
 
 def thumbnail(image):
@@ -492,3 +495,9 @@ def full_images(scenes):
 def to_tensor(images):
     """NxHxWx3 uint8 -> Nx3xHxW float32 in [0, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous() / 255
+
+
+if __name__ == "__main__":
+    from support import check, experiment  # which import this file, as `dataset`
+
+    experiment.command(check.main, check.get_args_parser())

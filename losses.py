@@ -36,11 +36,15 @@ def ssim(x, y):
     return (luminance * structure).mean((1, 2, 3))
 
 
-def external(outputs, clean, scene):
-    """sum over d of MSE(O_d, B) + 1 - SSIM(O_d, B), averaged over the scenes."""
+def external(outputs, clean, scene, mse_weight=1.0):
+    """sum over d of MSE(O_d, B) + 1 - SSIM(O_d, B), averaged over the scenes.
+
+    mse_weight: of the first term; the paper's 1 leaves it some 50 times smaller than the second, which hardly
+    sees an offset in brightness.
+    """
     target = clean[scene]
     mse = (outputs - target).square().mean((1, 2, 3))
-    return (mse + 1 - ssim(outputs, target)).sum() / len(clean)
+    return (mse_weight * mse + 1 - ssim(outputs, target)).sum() / len(clean)
 
 
 def internal(outputs, scene, scenes):
@@ -62,12 +66,12 @@ def total_variation(outputs):
     return 2 * (vertical + horizontal)
 
 
-def multi_to_one(outputs, clean, scene, use_internal=True, tv_weight=1e-4):
+def multi_to_one(outputs, clean, scene, use_internal=True, tv_weight=1e-4, mse_weight=1.0):
     """The loss on the weights: external + 1e-4 * total variation + internal (from the 6th epoch on).
 
     With one rainy image a scene (one-to-one training) the internal term is zero.
     """
-    loss = external(outputs, clean, scene) + tv_weight * total_variation(outputs)
+    loss = external(outputs, clean, scene, mse_weight) + tv_weight * total_variation(outputs)
     if use_internal:
         loss = loss + internal(outputs, scene, len(clean))
     return loss

@@ -90,8 +90,9 @@ def main(args):
     found = dataset.find(path, args.clean_side)
     print(f"data: {path}: {len(found.scenes)} {found.layout}", flush=True)
 
-    if out.exists() and out.samefile(path if path.is_dir() else path.parent):
-        raise UserError(f"--result_path {out}: holds the pictures to restore; give another folder")
+    source = path if path.is_dir() else path.parent
+    if out.resolve() == source.resolve() or (path.is_dir() and source.resolve() in out.resolve().parents):
+        raise UserError(f"--result_path {out}: lies among the pictures to restore; give another folder")
     gallery = Gallery(out)
     rows, failures = [], [f"{file}: has no partner, so it is left out" for file in found.unpaired]
     with tqdm(total=sum(len(s.rainy) for s in found.scenes), unit="image", disable=None) as bar:
@@ -131,7 +132,8 @@ def main(args):
 def choose_path(args):
     """The folder or file to restore: --path, else DID-MDN-test, else the demo's test pictures."""
     if args.path:
-        return Path(args.path)
+        path = Path(args.path)
+        return path / "DID-MDN-test" if (path / "DID-MDN-test").is_dir() else path
     if Path(DEFAULT_PATH).exists() and not args.demo:
         return Path(DEFAULT_PATH)
     if not args.demo:

@@ -55,6 +55,9 @@ def get_args_parser():
     train.add_argument("--internal_start", type=positive, default=6, help="first epoch of the internal loss")
     train.add_argument("--ema", type=share, default=0.0, help="decay of averaged weights, as 0.999; 0: none")
     train.add_argument(
+        "--mse_weight", type=not_negative, default=1.0, help="of the external loss's MSE (default: 1)"
+    )
+    train.add_argument(
         "--freeze_start",
         type=positive,
         help="first epoch in which BatchNorm keeps its statistics, and so trains as it will be used",
@@ -113,7 +116,13 @@ def main(args):
             optimizer.param_groups[0]["lr"] = warm * run.cosine(args.learning_rate, args.learning_rate_min)
             batch = next(batches)
             run.mention_padded(batch)
-            loss = multi_to_one(net(batch.rainy), batch.clean, batch.scene, epoch >= args.internal_start)
+            loss = multi_to_one(
+                net(batch.rainy),
+                batch.clean,
+                batch.scene,
+                use_internal=epoch >= args.internal_start,
+                mse_weight=args.mse_weight,
+            )
             optimizer.zero_grad()
             loss.backward()
             if args.grad_clip:

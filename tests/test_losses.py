@@ -92,6 +92,9 @@ def test_multi_to_one_is_the_weighted_sum(batch):
     internal = losses.internal(outputs, SCENE, 3)
     torch.testing.assert_close(losses.multi_to_one(outputs, clean, SCENE, use_internal=False), external)
     torch.testing.assert_close(losses.multi_to_one(outputs, clean, SCENE), external + internal)
+    mse = (outputs - clean[SCENE]).square().mean((1, 2, 3)).sum() / 3
+    heavier = losses.multi_to_one(outputs, clean, SCENE, use_internal=False, mse_weight=20)
+    torch.testing.assert_close(heavier, external + 19 * mse)
 
 
 def test_regulariser_is_zero_at_one_hot_with_a_finite_gradient():

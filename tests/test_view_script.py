@@ -271,9 +271,22 @@ def test_mistakes_are_refused_and_no_result_folder_is_made(flags, error, words):
 @pytest.mark.parametrize("path", ["photos", "photos/a.png"])
 def test_the_pictures_themselves_are_not_overwritten(path):
     write_image("photos/a.png", photograph(0))
-    with pytest.raises(UserError, match="--result_path photos: holds the pictures"):
+    with pytest.raises(UserError, match="--result_path photos: lies among the pictures"):
         view(f"--path {path} --result_path ./photos/")
     assert np.array_equal(read_image("photos/a.png"), photograph(0))
+
+
+def test_results_inside_the_pictures_folder_would_be_restored_again(network):
+    write_image("photos/a.png", photograph(0))
+    with pytest.raises(UserError, match="--result_path photos/out: lies among"):
+        view("--path photos --result_path photos/out")
+    assert not Path("photos/out").exists()
+
+
+def test_the_data_sets_root_stands_for_its_test_set(network):
+    write_pairs(Path("Rain1200", "DID-MDN-test"), 2, "right")
+    assert view("--path Rain1200 --result_path out") == 0
+    assert list(table()) == ["0", "1"]
 
 
 def test_a_missing_path_is_one_line_and_status_2_at_the_command_line(folder):

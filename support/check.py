@@ -1,0 +1,375 @@
+"""Is a data set fit to train or to score on? Found out before hours are spent on it, by
+
+    python dataset.py datasets/Rain1200                                        DID-MDN, both its parts
+    python dataset.py rain800/training rain800/test_syn --clean_side left      training and test
+
+Every file is opened once. What is wrong is one line a kind, naming files, and makes the exit status 1; notes
+do not. The thresholds were set on Rain800, DID-MDN's samples and sets made by `support.rain` (4,965
+pairs in all); what they tell apart is said where they stand.
+"""
+
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from dataset import DENSITIES, SIDES, Half, Scene, cut, find, same_pictures, thumbnail
+from losses import SSIM_WINDOW
+from support.errors import UserError
+from support.experiment import Parser
+from support.images import read_image
+
+MATCH = 0.3  # all pairs are above 0.48; 99.9 % of clean images beside another's rain are below 0.24
+SWAPPED = -0.1  # all pairs are above -0.04; swapped, 99.6 % of them are below -0.1
+SAME_CLEAN = 4.0  # mean absolute difference, grey levels, between clean images of one scene; 0 in DID-MDN
+NAMED = 5  # files a line
+CLEAN_DIFFERS = "clean half differs from the first density's"
+DID_MDN = {"DID-MDN-training": 4000, "DID-MDN-test": 1200}  # scenes of three densities; pairs
+
+
+class Finding(NamedTuple):
+    """One line of the report. wrong: it makes the exit status 1; a note does not."""
+
+    text: str
+    wrong: bool = True
+
+
+class Look(NamedTuple):
+    """What a scene shows when it is opened.
+
+    faults: (kind, text) for what keeps it from being used; where there are any, the rest may be missing.
+    size: (height, width) of an image. thumbnail: of the clean image, or of the only one. rain: `rain_score`
+    of each rainy image. match: the least `match` of them.
+    """
+
+    scene: Scene
+    faults: list[tuple[str, str]]
+    size: tuple[int, int] | None = None
+    thumbnail: np.ndarray | None = None
+    rain: list[float] = []
+    match: float = 1.0
+
+
+class Checked(NamedTuple):
+    """A folder and what was found in it."""
+
+    folder: Path
+    looks: list[Look]
+    findings: list[Finding]
+
+
+# --- one scene ----------------------------------------------------------------------------------------------
+
+
+def examine(scene, root):
+    """Scene -> Look. Nothing is raised: a file that cannot be used is one of its faults."""
+    files, faults = {}, []
+    for path in dict.fromkeys(half.path for half in [*scene.rainy, *filter(None, [scene.clean])]):
+        try:
+            files[path] = read_image(path)
+        except UserError as error:
+            faults.append(("unreadable", _named(path, root, str(error).removeprefix(f"{path}: "))))
+    if not faults:
+        faults = [
+            ("odd width, so no two equal halves", _named(path, root, f"{image.shape[1]} pixels"))
+            for path, image in files.items()
+            if scene.clean and scene.clean.side and image.shape[1] % 2
+        ]
+    if faults:
+        return Look(scene, faults)
+    if scene.clean is None:
+        (image,) = files.values()
+        rain, matches = _halves(image)
+        return Look(scene, [], image.shape[:2], thumbnail(image), rain, matches)
+
+    rainy = [cut(files[half.path], half) for half in scene.rainy]
+    # Side by side, each density brings its own copy of the clean image.
+    halves = [Half(h.path, scene.clean.side) for h in scene.rainy] if scene.clean.side else [scene.clean]
+    clean = [cut(files[half.path], half) for half in halves]
+    size = clean[0].shape[:2]
+    faults += [
+        (
+            "size differs from the clean image's",
+            _named(half.path, root, f"{_wh(image.shape)}, not {_wh(size)}"),
+        )
+        for half, image in zip(scene.rainy, rainy, strict=True)
+        if image.shape != clean[0].shape
+    ]
+    if faults:
+        return Look(scene, faults)
+    if min(size) < SSIM_WINDOW:
+        faults.append(
+            (
+                f"under {SSIM_WINDOW} pixels a side, too small to train on",
+                _named(halves[0].path, root, _wh(size)),
+            )
+        )
+    for half, image in zip(halves[1:], clean[1:], strict=True):
+        difference = np.abs(image.astype(np.int16) - clean[0]).mean()
+        if difference > SAME_CLEAN:
+            text = _named(half.path, root, f"by {difference:.0f} grey levels")
+            faults.append((CLEAN_DIFFERS, text))
+    matches = [match(image, clean[0]) for image in rainy]
+    faults += [
+        ("rain over another picture than the clean one", _named(half.path, root, f"match {value:.2f}"))
+        for half, value in zip(scene.rainy, matches, strict=True)
+        if value < MATCH
+    ]
+    rain = [rain_score(image, clean[0]) for image in rainy]
+    return Look(scene, faults, size, thumbnail(clean[0]), rain, min(matches))
+
+
+def match(rainy, clean):
+    """Correlation, -1 to 1, of what two HxWx3 uint8 RGB images show: their detail on a 32x32 grid.
+
+    The grid averages the rain away; taking a blur off leaves out what many pictures share, as a bright sky.
+    It is 1 where the clean image is flat, as nothing can be told.
+    """
+    details = []
+    for image in (rainy, clean):
+        grid = cv2.resize(_luma(image), (32, 32), interpolation=cv2.INTER_AREA)
+        details.append(grid - cv2.GaussianBlur(grid, (0, 0), 2))
+    if min(detail.std() for detail in details) < 0.5:
+        return 1.0
+    return float(np.corrcoef(details[0].ravel(), details[1].ravel())[0, 1])
+
+
+def rain_score(rainy, clean):
+    """How much more `rainy` looks like rain over `clean` than the other way round; HxWx3 uint8 RGB, both.
+
+    Two signs of rain are added, and each turns its sign when the images are swapped: streaks are steep
+    across (the logarithm of the ratio of mean horizontal steps, with half a grey level added to both) and
+    brighter than what is beside them (half the skewness of the difference's detail). Mean brightness is no
+    sign: Rain800 darkens 18 % of its rainy images. Medians: 0.71 in Rain800, 0.42 in DID-MDN's samples.
+    """
+    rainy, clean = _luma(rainy), _luma(clean)
+    steps = [np.abs(np.diff(image, axis=1)).mean() + 0.5 for image in (rainy, clean)]
+    difference = rainy - clean
+    detail = difference - cv2.GaussianBlur(difference, (0, 0), 3)
+    deviation = np.sqrt(np.mean(detail**2))
+    skewness = np.mean(detail**3) / deviation**3 if deviation > 0.1 else 0.0
+    return float(np.log(steps[0] / steps[1]) + skewness / 2)
+
+
+def _halves(image):
+    """(rain scores, match) of a single image's right half over its left: it may be a pair side by side."""
+    middle = image.shape[1] // 2
+    if image.shape[1] % 2 or middle < SSIM_WINDOW:
+        return [], 0.0
+    left, right = image[:, :middle], image[:, middle:]
+    return [rain_score(right, left)], match(right, left)
+
+
+def _luma(image):
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+
+
+# --- one folder ---------------------------------------------------------------------------------------------
+
+
+def check(folder, found):
+    """What is to be said of a folder in which `dataset.find` found `found` -> Checked."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        looks = pool.map(lambda scene: examine(scene, folder), found.scenes)
+        looks = list(tqdm(looks, folder.name, len(found.scenes), leave=False, unit="scene", disable=None))
+    findings = [Finding(text, wrong=False) for text in (*counts(folder, found), *sizes(looks))]
+    if found.unpaired:
+        names = [_relative(path, folder) for path in found.unpaired]
+        findings.append(Finding(f"no partner ({len(names):,}): {_list(names)}"))
+    by_kind = {}
+    for look in looks:
+        for kind, text in look.faults:
+            by_kind.setdefault(kind, []).append(text)
+    side = wrong_side(looks)
+    if side:  # nothing that follows from it is worth a line
+        by_kind.pop(CLEAN_DIFFERS, None)
+        looks = [look._replace(thumbnail=None) for look in looks]
+    findings += [Finding(f"{kind} ({len(texts):,}): {_list(texts)}") for kind, texts in by_kind.items()]
+    findings += side or [*swapped(looks, folder), *side_by_side(looks), *duplicates(looks)]
+    return Checked(folder, looks, findings)
+
+
+def counts(folder, found):
+    """How many files there are, by density, and how many DID-MDN has where it is DID-MDN's layout."""
+    files = [*(half.path for scene in found.scenes for half in scene.rainy), *found.unpaired]
+    by_density = Counter(d for path in files for d in DENSITIES if f"Rain_{d}" in path.parts)
+    if not by_density:
+        yield f"{len(found.scenes):,} {'images' if found.layout == 'single images' else 'pairs'}"
+    else:
+        each = ", ".join(f"{d} {by_density[d]:,}" for d in DENSITIES if d in by_density)
+        yield f"{len(found.scenes):,} scenes; files: {each}"
+    expected = DID_MDN.get("DID-MDN-training" if by_density else folder.name)
+    if expected and (len(found.scenes) != expected or len(by_density) not in (0, len(DENSITIES))):
+        yield f"the whole of DID-MDN has {expected:,} {'scenes in 3 densities' if by_density else 'pairs'}"
+
+
+def sizes(looks):
+    """The smallest, largest and most common size of the images, width x height in pixels."""
+    count = Counter(look.size for look in looks if look.size)
+    if len(count) > 1:
+        ordered = sorted(count, key=lambda size: (size[0] * size[1], size))
+        common, times = count.most_common(1)[0]
+        most = f"most often {_wh(common)} ({times:,} of {count.total():,})"
+        yield f"{len(count)} sizes, {_wh(ordered[0])} to {_wh(ordered[-1])}, {most}"
+    elif count:
+        yield f"all images {_wh(*count)}"
+
+
+def wrong_side(looks):
+    """A list of one Finding where most rain is on the clean side, else an empty one."""
+    scores = [score for _, score in _scores(looks)]
+    below = sum(score < SWAPPED for score in scores)
+    if below <= len(scores) / 2:
+        return []
+    side = next(look.scene.clean.side for look in looks if look.scene.clean)
+    remedy = f"give --clean_side {_other(side)}" if side else "exchange the two folders' names"
+    measured = f"{below:,} of {len(scores):,} images, median rain score {np.median(scores):.2f}"
+    return [Finding(f"the rain is on the clean side ({measured}): {remedy}, and check again")]
+
+
+def swapped(looks, folder):
+    names = [
+        _named(path, folder, f"rain score {score:.2f}") for path, score in _scores(looks) if score < SWAPPED
+    ]
+    if names:
+        yield Finding(f"looks swapped, rain on the clean side ({len(names):,}): {_list(names)}")
+
+
+def side_by_side(looks):
+    """A note where single images look like pairs: which side is clean is a flag, so it is not acted upon."""
+    single = [look for look in looks if look.scene.clean is None]
+    pairs = [look for look in single if look.rain and look.match >= MATCH]
+    if len(pairs) > len(single) / 2:
+        side = "left" if np.median([look.rain[0] for look in pairs]) > 0 else "right"
+        text = f"{len(pairs):,} look like side-by-side pairs, clean half {side}: give --clean_side {side}"
+        yield Finding(text, wrong=False)
+
+
+def duplicates(looks):
+    """A note where one background stands in several scenes."""
+    looks = [look for look in looks if look.thumbnail is not None]
+    groups = _groups(looks)
+    copies = [" = ".join(look.scene.name for look in group) for group in groups if len(group) > 1]
+    if copies:
+        text = f"{len(groups):,} different backgrounds in {len(looks):,} scenes: {_list(copies)}"
+        if any(look.scene.densities for look in looks):
+            text += "; in this layout the split goes by name, so copies may fall into different parts"
+        yield Finding(text, wrong=False)
+
+
+def overlap(training, test):
+    """What is wrong where a background of `test` is in `training` too; both are Checked."""
+    looks = [look for part in (training, test) for look in part.looks if look.thumbnail is not None]
+    of_training = {id(look) for look in training.looks}
+    shared = []
+    for group in _groups(looks):
+        ours = [look.scene.name for look in group if id(look) in of_training]
+        if ours:
+            shared += [f"{look.scene.name} = {ours[0]}" for look in group if id(look) not in of_training]
+    if shared:
+        where = f"background of {test.folder} is in {training.folder} too ({len(shared):,}, test = training)"
+        yield Finding(f"{where}: {_list(shared)}")
+
+
+def _scores(looks):
+    """(file, rain score) of every rainy image that has its own clean one."""
+    return [
+        (half.path, score)
+        for look in looks
+        if look.scene.clean and look.match >= MATCH
+        for half, score in zip(look.scene.rainy, look.rain, strict=True)
+    ]
+
+
+def _groups(looks):
+    """The looks of each background, in a list of lists."""
+    groups = {}
+    firsts = same_pictures([look.thumbnail for look in looks]) if looks else []
+    for look, first in zip(looks, firsts, strict=True):
+        groups.setdefault(first, []).append(look)
+    return list(groups.values())
+
+
+def _list(texts):
+    more = f" and {len(texts) - NAMED:,} more" if len(texts) > NAMED else ""
+    return ", ".join(texts[:NAMED]) + more
+
+
+def _named(path, root, text):
+    return f"{_relative(path, root)} ({text})"
+
+
+def _relative(path, root):
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _wh(size):
+    return f"{size[1]}x{size[0]}"
+
+
+def _other(side):
+    return SIDES[1 - SIDES.index(side)]
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def get_args_parser():
+    parser = Parser(
+        prog="dataset.py",
+        description="Check a data set. Exit status: 0 good, 1 something is wrong, 2 no such data set.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="what to train on, or to check; DID-MDN's root is both")
+    parser.add_argument(
+        "test_folder", metavar="TEST_DIR", nargs="?", help="a test set: no background of DIR may be in it"
+    )
+    parser.add_argument(
+        "--clean_side",
+        nargs="+",
+        default=[],
+        choices=SIDES,
+        help="the clean half of side-by-side files: one for all folders, or one a folder",
+    )
+    return parser
+
+
+def main(args):
+    """Print the report; returns the exit status, 0 or 1. Raises UserError for a folder that is not there."""
+    given = [args.folder, *filter(None, [args.test_folder])]
+    sides = args.clean_side or [None]
+    if len(sides) not in (1, len(given)):
+        raise UserError(
+            f"--clean_side: {len(sides)} given for {len(given)} folder; give one, or one a folder"
+        )
+    sides *= len(given) // len(sides)
+    folders = [(part, side) for path, side in zip(given, sides, strict=True) for part in parts(path)]
+    found = [find(folder, side) for folder, side in folders]  # all, before any takes its time
+    checked, wrong = [], 0
+    for (folder, _), what in zip(folders, found, strict=True):
+        checked.append(check(folder, what))
+        wrong += report(f"{folder}: {what.layout}", checked[-1].findings)
+    usable = [part for part in checked if any(look.thumbnail is not None for look in part.looks)]
+    for test in usable[1:]:
+        shared = list(overlap(usable[0], test))
+        text = f"no background of {test.folder} is in {usable[0].folder}"
+        wrong += report("training and test", shared or [Finding(text, wrong=False)])
+    print(f"{wrong} things are wrong" if wrong > 1 else "1 thing is wrong" if wrong else "nothing is wrong")
+    return 1 if wrong else 0
+
+
+def parts(path):
+    """The folders that `path` stands for: DID-MDN's two where it holds them, training first."""
+    return [Path(path, name) for name in DID_MDN if Path(path, name).is_dir()] or [Path(path)]
+
+
+def report(title, findings):
+    """Print findings; returns how many are wrong."""
+    print(title)
+    for finding in findings:
+        print("  WRONG:" if finding.wrong else "  ", finding.text)
+    return sum(finding.wrong for finding in findings)

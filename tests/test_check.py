@@ -1,0 +1,354 @@
+"""`python dataset.py DIR [TEST_DIR]`: what is wrong with a data set is found, named, and told by the status."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataset import find, read_scene
+from support import check
+from support.check import get_args_parser, main, match, rain_score
+from support.errors import UserError
+from support.images import read_image, write_image
+from support.rain import STYLES, make_scene
+from tests.made import DENSITIES, HEIGHT, WIDTH, photograph, rain_on, write_pairs, write_scenes
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not here")
+
+
+@pytest.fixture
+def run(capsys):
+    """Check folders in this process -> (exit status, the report)."""
+
+    def checked(*args):
+        status = main(get_args_parser().parse_args([str(arg) for arg in args]))
+        return status, capsys.readouterr().out
+
+    return checked
+
+
+def training(folder, density="Heavy"):
+    return folder / "DID-MDN-training" / f"Rain_{density}" / "train2018new"
+
+
+def halves(file):
+    image = read_image(file)
+    return image[:, :WIDTH], image[:, WIDTH:]
+
+
+# --- sets as they should be ---
+
+
+def test_a_clean_set_passes(tmp_path, run):
+    status, report = run(write_pairs(tmp_path / "pairs", 6), "--clean_side", "left")
+    assert status == 0
+    for words in ("side-by-side pairs, clean half left", "6 pairs", "all images 32x24", "nothing is wrong"):
+        assert words in report
+    assert "WRONG" not in report
+
+
+def test_pairs_in_two_folders_pass(tmp_path, run):
+    for i in range(4):
+        write_image(tmp_path / "input" / f"{i}.png", rain_on(photograph(i), i))
+        write_image(tmp_path / "target" / f"{i}.png", photograph(i))
+    status, report = run(tmp_path)
+    assert status == 0
+    assert "pairs in input/ and target/" in report
+
+
+def test_did_mdn_root_is_checked_as_training_and_test(tmp_path, run):
+    write_scenes(tmp_path, 3)
+    write_pairs(tmp_path / "DID-MDN-test", 4, clean_side="right")
+    status, report = run(tmp_path)
+    assert status == 0
+    assert "3 scenes; files: Heavy 3, Medium 3, Light 3" in report
+    assert "4,000 scenes in 3 densities" in report
+    assert "4 pairs" in report
+    assert "1,200 pairs" in report
+    assert "no background of" in report
+    write_pairs(tmp_path / "DID-MDN-test", 1, clean_side="right", first=101)  # the training set's 1.png
+    status, report = run(tmp_path)
+    assert status == 1
+    assert "0 = 1" in report
+
+
+def test_sizes_are_summed_up(tmp_path, run):
+    write_pairs(tmp_path, 5)
+    write_image(tmp_path / "wide.png", np.hstack([photograph(9, 24, 50), rain_on(photograph(9, 24, 50), 9)]))
+    write_image(tmp_path / "low.png", np.hstack([photograph(8, 20, 32), rain_on(photograph(8, 20, 32), 8)]))
+    status, report = run(tmp_path, "--clean_side", "left")
+    assert status == 0
+    assert "3 sizes, 32x20 to 50x24, most often 32x24 (5 of 7)" in report
+
+
+def test_single_images_that_look_like_pairs_are_noted(tmp_path, run):
+    status, report = run(write_pairs(tmp_path, 4, clean_side="right"))
+    assert status == 0
+    assert "4 look like side-by-side pairs, clean half right: give --clean_side right" in report
+
+
+def test_copies_of_a_background_are_noted(tmp_path, run):
+    write_pairs(tmp_path, 4)
+    write_image(tmp_path / "again.png", np.hstack([photograph(2), rain_on(photograph(2), 77)]))
+    status, report = run(tmp_path, "--clean_side", "left")
+    assert status == 0
+    assert "4 different backgrounds in 5 scenes: 2 = again" in report
+
+
+# --- one fault in a set that is good otherwise ---
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 30 // 100])
+
+
+def truncated(folder):
+    write_pairs(folder, 6, suffix=".jpg")
+    cut(folder / "2.jpg")
+    return ["unreadable (1): 2.jpg (is truncated"]
+
+
+def no_image(folder):
+    write_pairs(folder, 6)
+    (folder / "3.png").write_text("no image at all")
+    (folder / "4.png").write_bytes(b"")
+    return ["unreadable (2): 3.png (", "4.png (is empty"]
+
+
+def odd_width(folder):
+    write_pairs(folder, 6)
+    write_image(folder / "1.png", photograph(1, HEIGHT, 63))
+    return ["odd width", "(1): 1.png (63 pixels)"]
+
+
+def too_small(folder):
+    write_pairs(folder, 6)
+    write_image(folder / "1.png", np.hstack([photograph(1, 10, 32)] * 2))
+    return ["under 11 pixels", "1.png (32x10)"]
+
+
+def other_content(folder):
+    write_pairs(folder, 6)
+    write_image(folder / "4.png", np.hstack([photograph(4), rain_on(photograph(5), 1)]))
+    return ["over another picture", "(1): 4.png"]
+
+
+def swapped(folder):
+    write_pairs(folder, 6)
+    write_image(folder / "5.png", np.hstack(halves(folder / "5.png")[::-1]))
+    return ["looks swapped", "(1): 5.png"]
+
+
+@pytest.mark.parametrize("plant", [truncated, no_image, odd_width, too_small, other_content, swapped])
+def test_a_fault_among_side_by_side_pairs_is_found_and_named(tmp_path, run, plant):
+    words = plant(tmp_path)
+    status, report = run(tmp_path, "--clean_side", "left")
+    assert status == 1
+    (line,) = [line for line in report.splitlines() if "WRONG" in line]
+    assert all(word in line for word in words), line
+    assert "1 thing is wrong" in report
+
+
+def density_missing(folder):
+    (training(folder, "Light") / "2.png").unlink()
+    return ["no partner (2): ", "Rain_Heavy/train2018new/2.png", "Rain_Medium/train2018new/2.png"]
+
+
+def other_clean_half(folder):
+    file = training(folder, "Medium") / "1.png"
+    write_image(file, np.hstack([halves(file)[0], photograph(55)]))
+    return ["clean half differs", "(1): Rain_Medium/train2018new/1.png"]
+
+
+def other_size(folder):
+    write_image(training(folder, "Light") / "1.png", np.zeros((HEIGHT, 60, 3), np.uint8))
+    return ["size differs", "(1): Rain_Light/train2018new/1.png (30x24, not 32x24)"]
+
+
+def truncated_density(folder):
+    cut(training(folder, "Light") / "0.png")
+    return ["unreadable (1): Rain_Light/train2018new/0.png"]
+
+
+@pytest.mark.parametrize("plant", [density_missing, other_clean_half, other_size, truncated_density])
+def test_a_fault_among_densities_is_found_and_named(tmp_path, run, plant):
+    write_scenes(tmp_path, 4)
+    words = plant(tmp_path)
+    status, report = run(tmp_path)
+    assert status == 1
+    (line,) = [line for line in report.splitlines() if "WRONG" in line]
+    assert all(word in line for word in words), line
+
+
+def test_sizes_that_differ_and_files_without_partner_in_two_folders(tmp_path, run):
+    for i in range(5):
+        write_image(tmp_path / "input" / f"{i}.png", rain_on(photograph(i), i))
+        write_image(tmp_path / "target" / f"{i}.png", photograph(i))
+    write_image(tmp_path / "input" / "1.png", photograph(1, HEIGHT, WIDTH + 2))
+    (tmp_path / "target" / "3.png").unlink()
+    status, report = run(tmp_path)
+    assert status == 1
+    assert "size differs from the clean image's (1): input/1.png (34x24, not 32x24)" in report
+    assert "no partner (1): input/3.png" in report
+    assert "2 things are wrong" in report
+
+
+def test_at_most_five_files_are_named(tmp_path, run):
+    write_pairs(tmp_path, 8)
+    for i in range(7):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    status, report = run(tmp_path, "--clean_side", "left")
+    assert status == 1
+    assert "unreadable (7): 0.png" in report
+    assert "and 2 more" in report
+    assert "5.png" not in report
+
+
+# --- swapped sides ---
+
+
+@pytest.mark.parametrize(("given", "right"), [("left", "right"), ("right", "left")])
+def test_the_wrong_side_is_one_line_that_says_what_to_give(tmp_path, run, given, right):
+    status, report = run(write_pairs(tmp_path, 6, clean_side=right), "--clean_side", given)
+    assert status == 1
+    (line,) = [line for line in report.splitlines() if "WRONG" in line]
+    assert f"give --clean_side {right}" in line
+
+
+def test_the_wrong_side_of_scenes_is_one_line(tmp_path, run):
+    status, report = run(write_scenes(tmp_path, 4), "--clean_side", "left")
+    assert status == 1
+    (line,) = [line for line in report.splitlines() if "WRONG" in line]
+    assert "give --clean_side right" in line
+
+
+def test_two_folders_the_wrong_way_round(tmp_path, run):
+    for i in range(4):
+        write_image(tmp_path / "input" / f"{i}.png", photograph(i))
+        write_image(tmp_path / "target" / f"{i}.png", rain_on(photograph(i), i))
+    status, report = run(tmp_path)
+    assert status == 1
+    assert "exchange the two folders' names" in report
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_rain_score_tells_rain_of_every_style_and_turns_with_the_sides(style):
+    clean = photograph(3, 120, 160)
+    for density, rainy in make_scene(clean, 5, style).items():
+        score = rain_score(rainy, clean)
+        assert score > -check.SWAPPED, (style, density)
+        assert rain_score(clean, rainy) == pytest.approx(-score, abs=1e-5)
+        assert match(rainy, clean) > check.MATCH
+    assert rain_score(clean, clean) == 0
+
+
+def test_flat_pictures_match_for_want_of_anything_to_compare():
+    flat = np.full((40, 40, 3), 128, np.uint8)
+    assert match(flat, flat) == 1
+    assert match(rain_on(flat, 0), flat) == 1
+
+
+# --- training and test ---
+
+
+def test_a_background_in_training_and_test_is_wrong_and_named(tmp_path, run):
+    write_pairs(tmp_path / "training", 5)
+    write_pairs(tmp_path / "test", 3, clean_side="right", first=4)  # its 0 is the training set's 4
+    status, report = run(tmp_path / "training", tmp_path / "test", "--clean_side", "left", "right")
+    assert status == 1
+    assert "(1, test = training): 0 = 4" in report
+    write_pairs(tmp_path / "other", 3, first=50)
+    status, report = run(tmp_path / "training", tmp_path / "other", "--clean_side", "left")
+    assert status == 0
+    assert f"no background of {tmp_path / 'other'} is in {tmp_path / 'training'}" in report
+
+
+def test_a_folder_against_itself_overlaps(tmp_path, run):
+    write_pairs(tmp_path, 3)
+    status, report = run(tmp_path, tmp_path, "--clean_side", "left")
+    assert status == 1
+    assert "(3, test = training): 0 = 0" in report
+
+
+def test_nothing_is_said_of_an_overlap_where_the_side_is_wrong(tmp_path, run):
+    write_pairs(tmp_path / "a", 3)
+    write_pairs(tmp_path / "b", 3)
+    status, report = run(tmp_path / "a", tmp_path / "b", "--clean_side", "left", "right")
+    assert status == 1
+    assert "no background" not in report
+
+
+# --- the command ---
+
+
+def test_a_users_mistake_is_raised_before_anything_is_read(tmp_path, run):
+    write_pairs(tmp_path / "pairs", 2)
+    with pytest.raises(UserError, match="nothing: no such file or folder"):
+        run(tmp_path / "pairs", tmp_path / "nothing")
+    with pytest.raises(UserError, match="--clean_side: 2 given for 1 folder"):
+        run(tmp_path / "pairs", "--clean_side", "left", "left")
+
+
+def test_the_script_ends_with_status_0_1_and_2(tmp_path):
+    def status(folder):
+        command = [sys.executable, "dataset.py", str(folder), "--clean_side", "left"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode
+
+    write_pairs(tmp_path / "good", 2)
+    write_pairs(tmp_path / "bad", 2)
+    (tmp_path / "bad" / "0.png").write_bytes(b"")
+    assert [status(tmp_path / name) for name in ("good", "bad", "nothing")] == [0, 1, 2]
+
+
+# --- real images ---
+
+
+@needs_data
+def test_did_mdn_samples_pass_and_the_wrong_side_is_told(run):
+    status, report = run(DATA / "did-mdn-sample")
+    assert status == 0
+    assert "all images 512x512" in report
+    status, report = run(DATA / "did-mdn-sample", "--clean_side", "left")
+    assert status == 1
+    assert "9 of 9 images" in report
+    assert "give --clean_side right" in report
+
+
+@needs_data
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rain800_is_told_from_its_mirror(tmp_path, run, side):
+    for file in sorted((DATA / "rain800" / "training").glob("*.jpg"))[::12]:  # 56 of 671
+        (tmp_path / file.name).symlink_to(file)
+    status, report = run(tmp_path, "--clean_side", side)
+    assert status == (0 if side == "left" else 1), report
+    assert ("give --clean_side left" in report) == (side == "right")
+
+
+@needs_data
+def test_rain800_training_shares_one_background_with_its_test_set(tmp_path, run):
+    names = {"training": ["1", "394", "460"], "test": ["6", "10"]}
+    for folder, source in (("training", "training"), ("test", "test_syn")):
+        (tmp_path / folder).mkdir()
+        for name in names[folder]:
+            (tmp_path / folder / f"{name}.jpg").symlink_to(DATA / "rain800" / source / f"{name}.jpg")
+    status, report = run(tmp_path / "training", tmp_path / "test", "--clean_side", "left")
+    assert status == 1
+    assert "2 different backgrounds in 3 scenes: 1 = 394" in report
+    assert "(1, test = training): 6 = 460" in report
+
+
+@needs_data
+def test_real_pairs_lie_above_the_thresholds_and_other_pictures_below():
+    rainy, clean = zip(
+        *(read_scene(s) for s in find(DATA / "rain800" / "training", "left").scenes[::40]), strict=True
+    )
+    for i, (image,) in enumerate(rainy):
+        assert match(image, clean[i]) > check.MATCH
+        assert rain_score(image, clean[i]) > check.SWAPPED
+        assert match(image, clean[i - 1]) < check.MATCH
