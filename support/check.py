@@ -52,7 +52,7 @@ class Look(NamedTuple):
     size: tuple[int, int] | None = None
     thumbnail: np.ndarray | None = None
     rain: list[float] = []
-    match: float = 1.0
+    match: float = 0.0
 
 
 class Checked(NamedTuple):
@@ -252,11 +252,10 @@ def side_by_side(looks):
 
 def duplicates(looks):
     """A note where one background stands in several scenes."""
-    looks = [look for look in looks if look.thumbnail is not None]
     groups = _groups(looks)
     copies = [" = ".join(look.scene.name for look in group) for group in groups if len(group) > 1]
     if copies:
-        text = f"{len(groups):,} different backgrounds in {len(looks):,} scenes: {_list(copies)}"
+        text = f"{len(groups):,} different backgrounds in {sum(map(len, groups)):,} scenes: {_list(copies)}"
         if any(look.scene.densities for look in looks):
             text += "; in this layout the split goes by name, so copies may fall into different parts"
         yield Finding(text, wrong=False)
@@ -264,10 +263,9 @@ def duplicates(looks):
 
 def overlap(training, test):
     """What is wrong where a background of `test` is in `training` too; both are Checked."""
-    looks = [look for part in (training, test) for look in part.looks if look.thumbnail is not None]
     of_training = {id(look) for look in training.looks}
     shared = []
-    for group in _groups(looks):
+    for group in _groups([*training.looks, *test.looks]):
         ours = [look.scene.name for look in group if id(look) in of_training]
         if ours:
             shared += [f"{look.scene.name} = {ours[0]}" for look in group if id(look) not in of_training]
@@ -287,12 +285,17 @@ def _scores(looks):
 
 
 def _groups(looks):
-    """The looks of each background, in a list of lists."""
-    groups = {}
+    """The looks of each background, in a list of lists; those that show none are left out."""
+    looks = [look for look in looks if look.thumbnail is not None]
     firsts = same_pictures([look.thumbnail for look in looks]) if looks else []
+    groups = {}
     for look, first in zip(looks, firsts, strict=True):
         groups.setdefault(first, []).append(look)
     return list(groups.values())
+
+
+def _backgrounds(checked):
+    return any(look.thumbnail is not None for look in checked.looks)
 
 
 def _list(texts):
@@ -353,11 +356,12 @@ def main(args):
     for (folder, _), what in zip(folders, found, strict=True):
         checked.append(check(folder, what))
         wrong += report(f"{folder}: {what.layout}", checked[-1].findings)
-    usable = [part for part in checked if any(look.thumbnail is not None for look in part.looks)]
-    for test in usable[1:]:
-        shared = list(overlap(usable[0], test))
-        text = f"no background of {test.folder} is in {usable[0].folder}"
-        wrong += report("training and test", shared or [Finding(text, wrong=False)])
+    training, *tests = checked
+    for test in tests:
+        if _backgrounds(training) and _backgrounds(test):
+            shared = list(overlap(training, test))
+            text = f"no background of {test.folder} is in {training.folder}"
+            wrong += report("training and test", shared or [Finding(text, wrong=False)])
     print(f"{wrong} things are wrong" if wrong > 1 else "1 thing is wrong" if wrong else "nothing is wrong")
     return 1 if wrong else 0
 
