@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import zlib
 from itertools import islice
 from pathlib import Path
 
@@ -354,8 +355,19 @@ def test_validation_sees_whole_pictures_in_order(tmp_path):
 # --- the parts ---
 
 
+@pytest.fixture
+def pictures_by_name(monkeypatch):
+    """Files need not be there: what is read is noise that depends on the file's name alone."""
+
+    def read(half):
+        rng = np.random.default_rng(zlib.crc32(half.path.name.encode()))
+        return rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+    monkeypatch.setattr(dataset, "read_half", read)
+
+
 def named_scenes(count):
-    """Scenes in DID-MDN's layout; their files are not there, and the split does not need them."""
+    """Scenes in DID-MDN's layout; their files are not there."""
     folder = Path("DID-MDN-training")
     return [
         Scene(
@@ -375,7 +387,7 @@ def part_of(scenes, seed=0):
 @pytest.mark.parametrize(
     ("count", "sizes"), [(4000, [2000, 1800, 200]), (200, [100, 90, 10]), (4, [1, 2, 1]), (3, [1, 1, 1])]
 )
-def test_the_parts_are_50_45_and_5_percent_but_at_least_one_each(count, sizes):
+def test_the_parts_are_50_45_and_5_percent_but_at_least_one_each(count, sizes, pictures_by_name):
     scenes = named_scenes(count)
     parts = split(scenes)
     assert list(parts) == ["weights", "architecture", "validation"]
@@ -385,7 +397,7 @@ def test_the_parts_are_50_45_and_5_percent_but_at_least_one_each(count, sizes):
     )
 
 
-def test_the_split_depends_on_names_and_split_seed_alone():
+def test_the_split_depends_on_names_and_split_seed_alone(pictures_by_name):
     scenes = named_scenes(100)
     expected = part_of(scenes)
     np.random.seed(5)
@@ -395,7 +407,7 @@ def test_the_split_depends_on_names_and_split_seed_alone():
     assert part_of(scenes, seed=1) != expected
 
 
-def test_a_scene_keeps_its_part_under_another_folder():
+def test_a_scene_keeps_its_part_under_another_folder(pictures_by_name):
     moved = [
         scene._replace(clean=scene.clean._replace(path=Path("elsewhere") / scene.clean.path))
         for scene in named_scenes(20)
@@ -420,6 +432,17 @@ def test_one_background_under_two_names_is_in_one_part(tmp_path):
         assert len(part) == 24
         assert all(part[f"{i}"] == part[f"{i}again"] == part[f"a_small_{i}"] for i in range(8))
         assert part_of(scenes[::-1], seed) == part
+
+
+def test_one_background_in_several_scenes_of_did_mdns_layout_is_in_one_part(tmp_path):
+    write_scenes(tmp_path, 6)
+    for folder in (tmp_path / "DID-MDN-training").glob("Rain_*/train2018new"):
+        (folder / "again.png").write_bytes((folder / "3.png").read_bytes())
+    scenes = find_training([tmp_path])
+    for seed in range(5):
+        part = part_of(scenes, seed)
+        assert len(part) == 7
+        assert part["3"] == part["again"]
 
 
 def test_one_background_in_two_folders_is_in_one_part(tmp_path):
