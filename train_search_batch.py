@@ -69,7 +69,7 @@ def get_args_parser():
     arch.add_argument("--arch_weight_decay", type=not_negative, default=1e-3)
     arch.add_argument("--arch_start", type=positive, default=11, help="first epoch of the architecture steps")
     arch.add_argument(
-        "--unrolled", action="store_true", help="second-order steps (DARTS), about 4 times the cost"
+        "--unrolled", action="store_true", help="second-order steps (DARTS), about 8 times the cost"
     )
     arch.add_argument(
         "--arch_batch_statistics",
