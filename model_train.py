@@ -165,9 +165,9 @@ def read(path):
     # torch.load documents no closed list of errors: a damaged file raises UnpicklingError, RuntimeError,
     # EOFError, KeyError, OverflowError and more, and each of them means the same to the user.
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0][:120]
         raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {reason})"
+            f"{path}: cannot be read as a checkpoint ({type(error).__name__}): it is damaged, another "
+            "kind of file, or holds more than plain tensors, numbers and text"
         ) from None
     if not isinstance(payload, dict):
         raise CheckpointError(f"{path}: holds a {type(payload).__name__}, not a checkpoint of this project")
