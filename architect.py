@@ -11,7 +11,7 @@ DARTS replaces the last term, the product of a Hessian and a vector, by a differ
 moved by epsilon along the vector. ReLUs, maximum poolings and BatchNorm make that a poor estimate here: on a
 small supernet in float32, with epsilon from 1e-2 to 1e-8 over the vector's norm, it was off by 0.6 to 256
 percent with running statistics, and by 49 percent or more with batch statistics (DARTS' own 1e-2: by 13 and
-382). So the term is differentiated exactly, by a double backward: as short, twice as slow, and right.
+382). So the term is differentiated exactly, by a double backward: as short, about twice as slow, and right.
 """
 
 import torch
