@@ -308,6 +308,13 @@ def split(scenes, seed=0):
     return {name: [s for s, key in zip(scenes, keys, strict=True) if part[key] == name] for name in PARTS}
 
 
+def spread(scenes, count=None):
+    """`count` of the scenes, evenly over the list: every mixed folder has its share. None: all of them."""
+    if count is None or count >= len(scenes):
+        return scenes
+    return [scenes[i * len(scenes) // count] for i in range(count)]
+
+
 def background_keys(scenes):
     """A text per scene that is equal for scenes of one background.
 

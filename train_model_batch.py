@@ -92,6 +92,7 @@ def main(args):
         tracked["ema"] = averaged
     run.start(**tracked)
     run.describe(parts)
+    validation = dataset.spread(parts["validation"], args.val_scenes)
     genotypes.write_json(net.genotype, run.folder / "genotype.json")
 
     shipped = averaged.module if averaged else net  # what is scored and kept
@@ -132,7 +133,7 @@ def main(args):
                 averaged.update_parameters(net)
             run.count(loss=loss)
 
-        scores, panel = experiment.validate(shipped, parts["validation"][: args.val_scenes], run.device)
+        scores, panel = experiment.validate(shipped, validation, run.device)
         run.panel(*panel)
         run.finish_epoch(
             epoch, scores, partial(model_train.save, shipped), learning_rate=optimizer.param_groups[0]["lr"]

@@ -101,6 +101,7 @@ def main(args):
     optimizer, arch_optimizer = make_optimizers(net, args)
     run.start(net=net, optimizer=optimizer, arch_optimizer=arch_optimizer)
     run.describe(parts)
+    validation = dataset.spread(parts["validation"], args.val_scenes)
     if args.arch_start > args.epochs:
         log.warning("--arch_start %d is after the last epoch: NOTHING IS SEARCHED", args.arch_start)
 
@@ -145,7 +146,7 @@ def main(args):
             optimizer.step()
             run.count(loss=training_loss)
 
-        scores, panel = experiment.validate(net, parts["validation"][: args.val_scenes], run.device)
+        scores, panel = experiment.validate(net, validation, run.device)
         run.panel(*panel)
         genotype = net.genotype()
         genotypes.write_json(genotype, run.folder / f"genotype_{epoch:03d}.json")

@@ -122,7 +122,9 @@ def add_arguments(parser):
     data.add_argument("--demo", action="store_true", help="a small run on photographs at hand; no download")
     data.add_argument("--split_seed", type=int, default=0, help="of the split into parts (default: 0)")
     data.add_argument(
-        "--val_scenes", type=positive, help="score only so many validation scenes (default: all)"
+        "--val_scenes",
+        type=positive,
+        help="score only so many validation scenes, evenly spread (default: all)",
     )
     cores = os.cpu_count() or 2
     data.add_argument(

@@ -653,3 +653,9 @@ def test_as_many_sides_as_folders_or_one(tmp_path, sides):
         find_training(folders, sides)
     assert len(find_training(folders, ["left"])) == 3
     assert len(find_training(folders, ["left", "right", "left"])) == 3
+
+
+def test_spread_takes_its_scenes_from_every_mixed_folder():
+    scenes = [*range(10), *range(100, 105)]
+    assert dataset.spread(scenes, 3) == [0, 5, 100]
+    assert dataset.spread(scenes) == dataset.spread(scenes, 99) == scenes
