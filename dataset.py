@@ -378,6 +378,22 @@ class Batch(NamedTuple):
         rainy = rainy.to(memory_format=torch.channels_last)  # as the networks: the faster layout
         return self._replace(rainy=rainy.float() / 255, clean=clean.float() / 255, scene=scene)
 
+    def parts(self, count):
+        """The batch as up to `count` smaller ones of whole scenes: a list of (share of the scenes, Batch)."""
+        divided = []
+        for scenes in torch.arange(len(self.clean)).chunk(count):
+            first, last = scenes[0].item(), scenes[-1].item()
+            mine = (self.scene >= first) & (self.scene <= last)
+            part = Batch(
+                self.rainy[mine],
+                self.clean[first : last + 1],
+                self.scene[mine] - first,
+                self.names[first : last + 1],
+                self.padded,
+            )
+            divided.append((len(scenes) / len(self.clean), part))
+        return divided
+
 
 class ScenePatches(Dataset):
     """Draw number n -> a random crop of one scene, all densities cut, flipped and rotated alike.

@@ -5,10 +5,12 @@ a LongTensor of N indices into B that says which scene each output belongs to. A
 densities; the terms are vectorised over all of them. Images are in [0, 1]. Source: Cai et al., TCSVT 2023.
 """
 
+import copy
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
@@ -52,18 +54,30 @@ def internal(outputs, scene, scenes):
 
     Uses sum_{d<e} |O_d - O_e|^2 = D * sum_d |O_d - mean of O|^2, which needs no pairs.
     """
-    count = torch.bincount(scene, minlength=scenes).to(outputs.dtype)
+    count = _images_of(scene, scenes, outputs)
     total = outputs.new_zeros(scenes, *outputs.shape[1:]).index_add(0, scene, outputs)
     mean = total / count.clamp(min=1).view(-1, 1, 1, 1)
     spread = (outputs - mean[scene]).square().mean((1, 2, 3))
     return (count[scene] * spread).sum() / scenes
 
 
-def total_variation(outputs):
-    """2 * (mean squared vertical + mean squared horizontal difference) of NxCxHxW."""
-    vertical = outputs.diff(dim=2).square().mean()
-    horizontal = outputs.diff(dim=3).square().mean()
-    return 2 * (vertical + horizontal)
+def _images_of(scene, scenes, like):
+    """How many images each scene has; torch.bincount would wait for the GPU."""
+    return like.new_zeros(scenes).index_add(0, scene, like.new_ones(len(scene)))
+
+
+def total_variation(outputs, scene=None, scenes=None):
+    """2 * (mean squared vertical + mean squared horizontal difference) of NxCxHxW, averaged over the images.
+
+    scene, scenes: average over the images of each scene and then over the scenes, which differs where they
+        have unequal numbers: then the loss of a batch is the mean of its scenes' losses, however divided.
+    """
+    vertical = outputs.diff(dim=2).square().mean((1, 2, 3))
+    horizontal = outputs.diff(dim=3).square().mean((1, 2, 3))
+    each = 2 * (vertical + horizontal)
+    if scene is None:
+        return each.mean()
+    return (each / _images_of(scene, scenes, outputs)[scene]).sum() / scenes
 
 
 def multi_to_one(outputs, clean, scene, use_internal=True, tv_weight=1e-4, mse_weight=1.0):
@@ -71,7 +85,9 @@ def multi_to_one(outputs, clean, scene, use_internal=True, tv_weight=1e-4, mse_w
 
     With one rainy image a scene (one-to-one training) the internal term is zero.
     """
-    loss = external(outputs, clean, scene, mse_weight) + tv_weight * total_variation(outputs)
+    loss = external(outputs, clean, scene, mse_weight) + tv_weight * total_variation(
+        outputs, scene, len(clean)
+    )
     if use_internal:
         loss = loss + internal(outputs, scene, len(clean))
     return loss
@@ -106,11 +122,30 @@ def complexity(distributions, sizes):
     return torch.cat(relative).mean()
 
 
-def count_parameters(module):
+def count_parameters(module, inputs=None):
     """Learnable parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
 
-def choice_sizes(choices):
-    """RxK float tensor of the parameters of each candidate, from R lists of K modules (alpha's or beta's)."""
-    return torch.tensor([[float(count_parameters(module)) for module in row] for row in choices])
+def count_macs(module, inputs):
+    """Multiply-adds of a module's convolutions on `inputs`, a tensor or a list of them.
+
+    Counted as they run, by PyTorch's FlopCounterMode, on tensors of these shapes without data.
+    """
+    module = copy.deepcopy(module).to("meta").eval()
+    inputs = [x.to("meta") for x in inputs] if isinstance(inputs, list) else inputs.to("meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(inputs)
+    return counter.get_total_flops() // 2
+
+
+MEASURES = {"params": count_parameters, "macs": count_macs}
+
+
+def choice_sizes(choices, inputs, measure=count_parameters):
+    """RxK float tensor of the size of each candidate, from R lists of K modules (alpha's or beta's).
+
+    inputs: what the candidates of each row are given. measure: one of `MEASURES`.
+    """
+    rows = zip(choices, inputs, strict=True)
+    return torch.tensor([[float(measure(module, given)) for module in row] for row, given in rows])

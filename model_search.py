@@ -17,6 +17,7 @@ from genotypes import (
 )
 from operations import (
     MULTI_SCALE,
+    MULTIPLE,
     NODES,
     OPERATIONS,
     AttentionModule,
@@ -126,6 +127,16 @@ class SearchNetwork(nn.Module):
         """Per row of beta the list of its candidate operations, in the order of its columns."""
         edges = [edge for cell in self.cells for attention in cell.attention for edge in attention.edges]
         return [list(edge.operations.values()) for edge in edges]
+
+    def choice_inputs(self, size):
+        """What the candidates of each row of (alpha, beta) are given for one size x size picture: tensors
+        without data, a list of them, one a branch, for a row of alpha.
+        """
+        side = size + -size % MULTIPLE
+        maps = [torch.empty(1, c, side >> k, side >> k, device="meta") for k, c in enumerate(self.channels)]
+        modules = [maps[:branches] for branches in BRANCHES for _ in range(MODULES_PER_CELL)]
+        groups = [x.chunk(NODES, 1)[0] for branches in BRANCHES for x in maps[:branches]]
+        return modules, [group for group in groups for _ in range(EDGES)]
 
     def genotype(self):
         """The architecture that alpha and beta say now: the strongest kind of each module and operation of

@@ -22,7 +22,7 @@ from torch import nn
 import dataset
 import genotypes
 from architect import Architect
-from losses import architecture_regulariser, choice_sizes, complexity, multi_to_one
+from losses import MEASURES, architecture_regulariser, choice_sizes, complexity, multi_to_one
 from model_search import SearchNetwork
 from model_train import write_whole
 from support import experiment
@@ -38,6 +38,10 @@ DEMO = {
     "arch_start": 2,
     "val_scenes": 1,
 }
+
+# The unrolled step's double backward goes over the batch in so many parts: it would take 2.6 times the memory
+# of a first-order step in one.
+HESSIAN_PARTS = 2
 
 
 def get_args_parser():
@@ -80,6 +84,7 @@ def get_args_parser():
         "--lambda_arch", type=not_negative, default=0.01, help="of the architecture regulariser"
     )
     arch.add_argument("--lambda_comp", type=not_negative, default=0.01, help="of the model complexity")
+    arch.add_argument("--complexity", choices=MEASURES, default="params", help="parameters or multiply-adds")
     experiment.add_arguments(parser)
     return parser
 
@@ -116,6 +121,7 @@ def main(args):
         make_penalty(net, args),
         weight_optimizer=optimizer if args.unrolled else None,
         batch_statistics=args.arch_batch_statistics,
+        divide=lambda batch: batch.parts(HESSIAN_PARTS),
     )
     draw = partial(
         dataset.batches,
@@ -199,7 +205,9 @@ def make_optimizers(net, args):
 def make_penalty(net, args):
     """The part of the search's loss that depends on alpha and beta alone: regulariser and complexity."""
     choices = net.module_choices(), net.operation_choices()
-    sizes = [choice_sizes(c).to(net.alpha) for c in choices]
+    inputs = net.choice_inputs(args.patch_size)
+    measure = MEASURES[args.complexity]
+    sizes = [choice_sizes(c, i, measure).to(net.alpha) for c, i in zip(choices, inputs, strict=True)]
 
     def penalty():
         distributions = [parameter.softmax(-1) for parameter in net.architecture()]

@@ -226,7 +226,14 @@ def search_step(net, batch, arch_batch, options, weights=False, architecture=Fal
         return multi_to_one(output, batch.clean, batch.scene)
 
     penalty = train_search_batch.make_penalty(net, options)
-    architect = Architect(net, arch_optimizer, loss, penalty, optimizer if unrolled else None)
+    architect = Architect(
+        net,
+        arch_optimizer,
+        loss,
+        penalty,
+        optimizer if unrolled else None,
+        divide=lambda batch: batch.parts(train_search_batch.HESSIAN_PARTS),
+    )
     net.train()
 
     def step():
@@ -448,7 +455,8 @@ def conclude(rows, workers):
     if {"arch_step", "arch_step_unrolled"} <= rows.keys():
         first, unrolled = rows["arch_step"], rows["arch_step_unrolled"]
         ratio, plain = unrolled["ms"] / first["ms"], unrolled["plain_ms"] / first["plain_ms"]
-        print(f"unrolled : first order = {ratio:.2f} (plain {plain:.2f})")
+        print(f"unrolled : first order = {ratio:.2f} (plain {plain:.2f})", end="")
+        print(f", in memory {unrolled['mb'] / first['mb']:.2f}" if first["mb"] else "")
     if "loader" in rows:
         loaded = rows["loader"]["scenes_per_second"]
         print(f"the loader alone gives {loaded:.1f} scenes a second with --workers {workers}")

@@ -7,6 +7,7 @@ import torch
 from torch.func import functional_call
 
 from architect import Architect
+from dataset import Batch
 from losses import architecture_regulariser, multi_to_one
 from model_search import SearchNetwork
 
@@ -99,6 +100,32 @@ def test_hessian_vector_product_is_the_slope_of_the_gradient(search):
         gradients.append(torch.autograd.grad(loss(moved, training_batch), moved.architecture()))
     slope = [(after - before) / (2 * epsilon) for after, before in zip(*gradients, strict=True)]
     assert relative_error(found, slope) < 1e-3
+
+
+def test_the_product_summed_over_parts_of_the_batch_is_the_whole_one(search):
+    net, optimizer = search
+    net.eval()
+    rainy, clean = make_batch(11, torch.float64)
+    whole = Batch(rainy, clean, SCENES, ["a", "b"], [])
+    vector = [torch.randn_like(w) for w in net.weights()]
+
+    def batch_loss(forward, batch):
+        return multi_to_one(forward(batch.rainy), batch.clean, batch.scene)
+
+    architect = architect_of(net, optimizer)
+    architect.loss = batch_loss
+    expected = architect.hessian_vector_product(vector, whole)
+    sizes = []
+    architect.divide = lambda batch: batch.parts(2)
+    architect.loss = lambda forward, batch: sizes.append(len(batch.rainy)) or batch_loss(forward, batch)
+    assert relative_error(architect.hessian_vector_product(vector, whole), expected) < 1e-12
+    assert sizes == [2, 2]
+
+
+def test_a_batch_whose_statistics_count_is_not_divided(search):
+    net, _ = search
+    adam = torch.optim.Adam(net.architecture())
+    assert Architect(net, adam, loss, batch_statistics=True, divide=lambda batch: []).divide is None
 
 
 def test_virtual_step_is_the_optimizers(search):

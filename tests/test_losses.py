@@ -7,12 +7,14 @@ import torch
 from skimage.metrics import structural_similarity
 
 import losses
+from dataset import Batch
 from genotypes import MODULES
 from model_search import SearchNetwork
 from model_train import DerainNetwork
 from tests.test_genotypes import random_genotype
 from tests.test_models import SMALL, make_one_hot, weight_count
 
+SIDE = 16  # of the pictures that multiply-adds are counted for
 SCENE = torch.tensor([0, 0, 0, 1, 2, 2])  # scenes of three densities, one image and two
 
 
@@ -86,9 +88,28 @@ def test_total_variation_against_a_loop(batch):
     assert losses.total_variation(torch.tensor(outputs)).item() == pytest.approx(expected)
 
 
+def test_total_variation_by_scene_is_the_mean_over_scenes_of_the_mean_over_their_images(batch):
+    outputs, _ = batch
+    expected = sum(losses.total_variation(outputs[s == SCENE]) for s in range(3)) / 3
+    torch.testing.assert_close(losses.total_variation(outputs, SCENE, 3), expected)
+
+
+@pytest.mark.parametrize("use_internal", [False, True])
+def test_the_loss_of_a_batch_is_the_sum_over_its_parts(batch, use_internal):
+    outputs, clean = batch
+    whole = losses.multi_to_one(outputs, clean, SCENE, use_internal)
+    parts = Batch(outputs, clean, SCENE, ["a", "b", "c"], []).parts(2)
+    assert [part.names for _, part in parts] == [["a", "b"], ["c"]]
+    summed = sum(
+        share * losses.multi_to_one(part.rainy, part.clean, part.scene, use_internal) for share, part in parts
+    )
+    torch.testing.assert_close(summed, whole)
+
+
 def test_multi_to_one_is_the_weighted_sum(batch):
     outputs, clean = batch
-    external = losses.external(outputs, clean, SCENE) + 1e-4 * losses.total_variation(outputs)
+    external = losses.external(outputs, clean, SCENE)
+    external = external + 1e-4 * losses.total_variation(outputs, SCENE, 3)
     internal = losses.internal(outputs, SCENE, 3)
     torch.testing.assert_close(losses.multi_to_one(outputs, clean, SCENE, use_internal=False), external)
     torch.testing.assert_close(losses.multi_to_one(outputs, clean, SCENE), external + internal)
@@ -116,8 +137,10 @@ def test_regulariser_at_uniform_has_its_closed_form(choices):
     assert losses.architecture_regulariser(uniform, uniform).item() == pytest.approx(2 * expected)
 
 
-def sizes_of(net):
-    return [losses.choice_sizes(net.module_choices()), losses.choice_sizes(net.operation_choices())]
+def sizes_of(net, measure=losses.count_parameters, size=SIDE):
+    choices = net.module_choices(), net.operation_choices()
+    inputs = net.choice_inputs(size)
+    return [losses.choice_sizes(c, i, measure) for c, i in zip(choices, inputs, strict=True)]
 
 
 def distributions_of(net):
@@ -133,6 +156,43 @@ def test_expected_parameters_at_one_hot_are_those_of_the_fixed_network(seed):
     chosen = sum(s.sum() for s in sizes_of(net))  # every candidate
     shared = weight_count(net.weights()) - chosen
     assert expected + shared == weight_count(DerainNetwork(genotype, SMALL).parameters())
+
+
+def macs_by_hooks(net, size):
+    """Multiply-adds of a network's convolutions, by their definition, from the shapes that hooks see."""
+    total = 0
+
+    def count(conv, inputs, output):
+        nonlocal total
+        total += output.numel() * (conv.in_channels // conv.groups) * math.prod(conv.kernel_size)
+
+    hooks = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    with torch.no_grad():
+        net.eval()(torch.zeros(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+@pytest.mark.parametrize("size", [SIDE, 20])  # 20 runs as 24
+def test_expected_multiply_adds_at_one_hot_are_those_of_the_fixed_network(size):
+    """What two fixed networks differ by: the rest of them is the same."""
+    expected, counted = [], []
+    for seed in range(3):
+        genotype = random_genotype(seed)
+        net = SearchNetwork(SMALL)
+        make_one_hot(net, genotype)
+        sizes = sizes_of(net, losses.count_macs, size)
+        expected.append(sum((a * s).sum() for a, s in zip(distributions_of(net), sizes, strict=True)).item())
+        counted.append(macs_by_hooks(DerainNetwork(genotype, SMALL), size))
+    assert len(set(counted)) == 3
+    assert [e - expected[0] for e in expected] == [c - counted[0] for c in counted]
+
+
+def test_counting_leaves_the_module_as_it_was():
+    module = SearchNetwork(SMALL).module_choices()[0][0]
+    losses.count_macs(module, SearchNetwork(SMALL).choice_inputs(SIDE)[0][0])
+    assert {p.device.type for p in module.parameters()} == {"cpu"} and module.training
 
 
 def test_complexity_against_a_loop():
@@ -152,11 +212,12 @@ def test_complexity_against_a_loop():
     assert losses.complexity(distributions_of(net), sizes_of(net)).item() == pytest.approx(np.mean(terms))
 
 
-def test_complexity_alone_leads_to_the_smallest_network():
+@pytest.mark.parametrize("measure", losses.MEASURES.values(), ids=losses.MEASURES)
+def test_complexity_alone_leads_to_the_smallest_network(measure):
     torch.manual_seed(0)
     net = SearchNetwork(SMALL)
     optimizer = torch.optim.Adam(net.architecture(), 0.1)
-    sizes = sizes_of(net)
+    sizes = sizes_of(net, measure)
     for _ in range(200):
         optimizer.zero_grad()
         losses.complexity(distributions_of(net), sizes).backward()

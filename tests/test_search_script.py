@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import dataset
 import genotypes
+import losses
 import train_search_batch
 from architect import Architect
 from genotypes import MODULES, PRIMITIVES, GenotypeError
@@ -331,3 +332,18 @@ def test_the_next_command_takes_the_genotype_by_its_name_and_by_default(finished
     for run in (default, finished.folder / "named"):
         assert genotypes.read_json(run / "genotype.json") == genotype
         assert genotypes.check(state(run, "best_psnr.pt")["genotype"]) == genotype
+
+
+@pytest.mark.parametrize("complexity", ["params", "macs"])
+def test_complexity_flag_chooses_what_is_counted(complexity):
+    parse = train_search_batch.get_args_parser().parse_args
+    net = SearchNetwork((4, 4, 4, 4))
+    alone = "--lambda_arch 0 --lambda_comp 1 --patch_size 20".split()
+    penalty = train_search_batch.make_penalty(net, parse([*alone, "--complexity", complexity]))()
+    measure = losses.MEASURES[complexity]
+    choices, inputs = (net.module_choices(), net.operation_choices()), net.choice_inputs(20)
+    sizes = [losses.choice_sizes(c, i, measure) for c, i in zip(choices, inputs, strict=True)]
+    distributions = [p.softmax(-1) for p in net.architecture()]
+    assert penalty.item() == pytest.approx(losses.complexity(distributions, sizes).item())
+    other = train_search_batch.make_penalty(net, parse(alone))()
+    assert (penalty.item() == pytest.approx(other.item(), rel=1e-6)) == (complexity == "params")

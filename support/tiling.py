@@ -1,0 +1,82 @@
+"""What tiling costs: how far a picture restored in tiles is from the same picture restored whole.
+
+    python -m support.tiling PICTURE [PICTURE ...]
+    python -m support.tiling --tiles 512 --overlaps 0 32 64 128 PICTURE
+
+Gates that pool over the whole picture (SE, SE_A_M, CBAM) see one tile's statistics at a time, so tiles are
+not exact. For each side of the tiles and overlap: RGB PSNR of tiled against whole, mean and worst of the
+pictures, the worst mean difference of a 16x16 block in grey levels, and the time beside the whole pictures'.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+from skimage.metrics import peak_signal_noise_ratio
+
+from model_train import load
+from support import experiment, images
+from support.restore import OVERLAP, TILE, restore
+
+SHIPPED = Path(__file__).parents[1] / "eval-EXP" / "derain.pt"
+BLOCK = 16
+
+
+def multiple_of_8(text):
+    value = experiment.natural(text)
+    if value % 8:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 8")
+    return value
+
+
+def get_args_parser():
+    parser = experiment.Parser(
+        prog="python -m support.tiling", description="What tiling costs, against whole pictures."
+    )
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files larger than the tiles")
+    parser.add_argument("--tiles", type=multiple_of_8, nargs="+", default=[256, 384, TILE, 768, 1024])
+    parser.add_argument("--overlaps", type=multiple_of_8, nargs="+", default=[OVERLAP])
+    parser.add_argument("--ckt_path", default=SHIPPED, help="checkpoint (default: what ships)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
+    return parser
+
+
+def main(args):
+    device = experiment.pick_device(args.device)
+    net = load(args.ckt_path, device)
+    rainy = [images.load(path).rgb for path in args.pictures]
+    wholes, whole_seconds = zip(*(timed(net, image, device, tile=0) for image in rainy), strict=True)
+    for path, image, seconds in zip(args.pictures, rainy, whole_seconds, strict=True):
+        print(f"{path}: {image.shape[1]}x{image.shape[0]}, whole in {seconds:.1f} s")
+    print(f"\n{'tile':>5} {'overlap':>7} {'PSNR, dB':>9} {'worst':>6} {'block':>6} {'time':>5}")
+    for tile in args.tiles:
+        for overlap in args.overlaps:
+            tiled, seconds = zip(
+                *(timed(net, image, device, tile=tile, overlap=overlap) for image in rainy), strict=True
+            )
+            pairs = list(zip(wholes, tiled, strict=True))
+            psnr = [peak_signal_noise_ratio(*pair, data_range=255) for pair in pairs]
+            block = max(worst_block(*pair) for pair in pairs)
+            ratio = sum(seconds) / sum(whole_seconds)
+            print(
+                f"{tile:5} {overlap:7} {np.mean(psnr):9.2f} {min(psnr):6.2f} {block:6.1f} {ratio:5.2f}",
+                flush=True,
+            )
+
+
+def timed(net, image, device, **how):
+    begin = time.perf_counter()
+    restored = restore(net, image, device, **how)
+    return restored, time.perf_counter() - begin
+
+
+def worst_block(a, b, size=BLOCK):
+    """The largest mean absolute difference, in grey levels, of a size x size block of two HxWx3."""
+    difference = np.abs(a.astype(np.float32) - b).mean(2)
+    return float(cv2.blur(difference, (size, size), borderType=cv2.BORDER_REFLECT_101).max())
+
+
+if __name__ == "__main__":
+    experiment.command(main, get_args_parser())
