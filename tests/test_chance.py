@@ -1,0 +1,86 @@
+"""Searched against random genotypes: what is trained, what is trained only once, and what is reported."""
+
+import re
+
+import pytest
+import torch
+
+import genotypes
+import train_search_batch
+from model_search import SearchNetwork
+from model_train import from_supernet
+from support import chance
+from support.errors import UserError
+from tests.made import session, write_pairs
+from tests.test_genotypes import random_genotype
+
+FLAGS = (
+    "--data pairs --clean_side left --channels 2 2 2 2 --patch_size 16 --batch_size 2 --epochs 1 "
+    "--steps_per_epoch 2 --val_scenes 1 --workers 0 --device cpu"
+)
+
+
+def compare(flags):
+    with session():
+        chance.main(chance.get_args_parser().parse_args(flags.split()))
+
+
+def test_every_genotype_is_trained_alike_and_once(folder, monkeypatch, capsys):
+    write_pairs(folder / "pairs", 6)
+    for seed, name in enumerate(("found", "random_0", "random_1", "random_2")):
+        monkeypatch.setattr(genotypes, name, random_genotype(seed), raising=False)
+    torch.manual_seed(0)
+    train_search_batch.save_supernet(SearchNetwork((2, 2, 2, 2)), "supernet.pt")
+    command = f"--searched found --random random_* --seeds 0 1 --runs runs --supernet supernet.pt -- {FLAGS}"
+    compare(command)
+    first = capsys.readouterr().out
+    summaries = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")}
+    assert len(summaries) == 8
+    compare(command)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")} == summaries
+    again = capsys.readouterr().out
+    assert again.strip() in first  # read from the summaries, the table is the same
+    rows = re.findall(r"^ +\d+\. (\w+) +(searched|random) +[\d,]+ +([\d.]+) ([\d.]+) +([\d.]+)", again, re.M)
+    assert {(name, group) for name, group, *_ in rows} == {
+        ("found", "searched"),
+        *((f"random_{i}", "random") for i in range(3)),
+    }
+    assert [float(mean) for *_, mean in rows] == sorted((float(mean) for *_, mean in rows), reverse=True)
+    for *_, one, two, mean in rows:
+        assert (float(one) + float(two)) / 2 == pytest.approx(float(mean), abs=2e-3)
+    assert "rank correlation of PSNR with PSNR with shared weights" in again
+
+
+def test_report_gives_mean_spread_interval_and_rank_correlation():
+    psnr = {"a": [20.0, 22.0], "b": [24.0, 24.0], "c": [26.0, 28.0], "s": [25.0, 25.0]}
+    groups = {"a": "random", "b": "random", "c": "random", "s": "searched"}
+    parameters = {"a": 300, "b": 200, "c": 100, "s": 1000}
+    text = chance.report(groups, psnr, parameters, {"a": 1.0, "b": 2.0, "c": 3.0, "s": 9.0})
+    # 21, 24, 27: SD 3; t of 2 degrees of freedom is 4.303, so 4.303 * 3 / sqrt(3)
+    assert "random      3 genotypes: mean 24.000 dB, SD 3.000, 95 % interval of the mean +-7.452" in text
+    assert "21.000 to 27.000; 200 parameters on average" in text
+    assert "searched    1 genotypes: mean 25.000 dB, a single one" in text
+    assert "with parameters: -1.00" in text and "with shared weights: +1.00" in text
+
+
+def test_choose_makes_the_supernet_derive_the_genotype():
+    net = SearchNetwork((2, 2, 2, 2))
+    for seed in range(5):
+        chance.choose(net, random_genotype(seed))
+        assert net.genotype() == random_genotype(seed)
+
+
+def test_a_supernet_is_loaded_as_it_was_saved(tmp_path):
+    net = SearchNetwork((2, 2, 2, 2), residual=True)
+    train_search_batch.save_supernet(net, tmp_path / "net.pt")
+    loaded = chance.load_supernet(tmp_path / "net.pt")
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(from_supernet(loaded).eval()(x), from_supernet(net).eval()(x))
+    torch.save({"format": "manas-network-1"}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt: not a supernet"):
+        chance.load_supernet(tmp_path / "other.pt")
+
+
+def test_an_unknown_name_is_an_error():
+    with pytest.raises(UserError, match=r"nobody_\*: no such genotype"):
+        chance.matching("nobody_*")
