@@ -1,6 +1,7 @@
 """Stage 1 from its command line to the genotype: what it learns from what, writes, refuses, continues."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,8 +19,12 @@ import train_search_batch
 from architect import Architect
 from genotypes import MODULES, PRIMITIVES, GenotypeError
 from model_search import SearchNetwork
+from model_train import from_supernet
+from support import experiment
+from support.draw import svg
 from support.errors import UserError
 from support.experiment import BEST, Interrupted
+from support.health import ALPHA_ROWS, BETA_ROWS
 from tests.made import assert_same, interrupt, scalars, session, write_pairs, write_scenes
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +93,7 @@ def finished(tmp_path_factory):
 def test_the_run_folder_holds_what_a_search_found(finished):
     files = {file.name for file in finished.run.iterdir()}
     expected = {"log.txt", "options.json", "summary.json", "last.pt", "last.prev.pt", *BEST.values()}
-    expected |= {"genotype_001.json", "genotype_002.json", "genotype.json"}
+    expected |= {"genotype_001.json", "genotype_002.json", "genotype.json", "genotype.svg"}
     events = {name for name in files if name.startswith("events.out.tfevents.")}
     assert len(events) == 1
     assert files - events == expected
@@ -97,6 +102,7 @@ def test_the_run_folder_holds_what_a_search_found(finished):
     summary = json.loads((finished.run / "summary.json").read_text())
     assert summary["steps"] == 4
     assert genotypes.check(summary["genotype"]) == genotype
+    assert summary["collapse"] is None
     log = (finished.run / "log.txt").read_text()
     assert genotypes.literal(genotype) in log
     assert "python train_model_batch.py --arch found" in log
@@ -127,15 +133,18 @@ def test_the_genotype_is_appended_under_its_name_with_its_origin(finished):
 
 def test_tensorboard_shows_losses_scores_rates_choices_and_pictures(finished):
     found = scalars(finished.run)
-    assert {tag: [step for step, _ in values] for tag, values in found.items() if tag != "arch_loss"} == {
-        tag: [2, 4]
-        for tag in (
-            *("loss", "val_psnr", "val_ssim", "val_loss", "learning_rate", "arch_learning_rate"),
-            *("entropy_alpha", "entropy_beta"),
-            *(f"winners/{name}" for name in (*MODULES, *PRIMITIVES)),
-        )
+    in_each_epoch = {
+        *("loss", "val_psnr", "val_ssim", "val_loss", "learning_rate", "arch_learning_rate"),
+        *("entropy_alpha", "entropy_beta", "margin_alpha", "margin_beta"),
+        *("margin_alpha_min", "margin_beta_min"),
+        *(f"{kind}_alpha/{row}" for kind in ("entropy", "margin") for row in ALPHA_ROWS),
+        *(f"{kind}_beta/{row}" for kind in ("entropy", "margin") for row in BETA_ROWS),
+        *(f"winners/{name}" for name in (*MODULES, *PRIMITIVES)),
     }
-    assert [step for step, _ in found["arch_loss"]] == [4]
+    in_the_second = {"arch_loss", "changed/modules", "changed/edges"}
+    assert found.keys() == in_each_epoch | in_the_second
+    for tag, values in found.items():
+        assert [step for step, _ in values] == ([2, 4] if tag in in_each_epoch else [4]), tag
     assert [value for _, value in found["arch_learning_rate"]] == pytest.approx([0, 3e-4])
     rates = [value for _, value in found["learning_rate"]]
     assert 0.002 > rates[0] > rates[1] > 1e-4
@@ -147,10 +156,57 @@ def test_tensorboard_shows_losses_scores_rates_choices_and_pictures(finished):
     assert sum(found[f"winners/{name}"][-1][1] for name in PRIMITIVES) == 27
     events = EventAccumulator(str(finished.run))
     events.Reload()
-    (tag,) = events.Tags()["images"]
-    assert tag == "rain | restored | clean"
-    panel = events.Images(tag)[-1]
+    assert set(events.Tags()["images"]) == {"rain | restored | clean", "alpha", "beta"}
+    assert [event.step for event in events.Images("beta")] == [2, 4]
+    panel = events.Images("rain | restored | clean")[-1]
     assert panel.width > 3 * 32 and panel.height >= 24
+
+
+def test_health_is_one_line_an_epoch_with_the_rows_means_and_what_changed(finished):
+    lines = [text for text in (finished.run / "log.txt").read_text().splitlines() if " health: " in text]
+    assert len(lines) == 2
+    net = SearchNetwork(CHANNELS)
+    net.load_state_dict(state(finished.run)["parts"]["net"])
+    beta = net.beta.detach().double().softmax(-1)
+    margins = beta.sort().values[:, -1] - beta.sort().values[:, -2]
+    expected = f"beta {margins.mean():.4f} (least {margins.min():.4f})"
+    assert expected in lines[1]
+    found = scalars(finished.run)
+    assert found["margin_beta/cell 3 scale 1/8 U1-U2"][-1] == (4, pytest.approx(margins[-1].item()))
+    row = -(beta[0] * beta[0].log()).sum() / math.log(9)
+    assert found["entropy_beta/cell 1 scale 1 F1-U1"][-1] == (4, pytest.approx(row.item()))
+    first, second = (genotypes.read_json(finished.run / f"genotype_00{i}.json") for i in (1, 2))
+    pairs = [
+        (x, y)
+        for old, new in zip(first.modules, second.modules, strict=True)
+        for x, y in zip(old, new, strict=True)
+    ]
+    assert found["changed/modules"] == [(4, sum(x != y for x, y in pairs))]
+    assert "changed" not in lines[0]
+    edges = int(found["changed/edges"][0][1])
+    assert edges > 0
+    assert f"changed {sum(x != y for x, y in pairs)} modules {edges} edges" in lines[1]
+
+
+def test_the_discretisation_gap_is_that_of_the_supernet_and_its_own_choices(finished):
+    net = SearchNetwork(CHANNELS)
+    net.load_state_dict(state(finished.run)["parts"]["net"])
+    (scenes,) = {scene for seen in finished.validated for scene in seen}
+    fixed = from_supernet(net)
+    psnr = json.loads((finished.run / "summary.json").read_text())["validation_psnr"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(finished.folder)
+        for name, network in (("supernet", net), ("chosen", fixed)):
+            scores, _ = experiment.validate(network, [scenes], torch.device("cpu"))
+            assert psnr[name] == pytest.approx(scores["psnr"], abs=1e-4)
+    assert psnr["supernet"] != psnr["chosen"]
+    gap = psnr["supernet"] - psnr["chosen"]
+    assert f"discretisation gap {gap:.2f} dB" in (finished.run / "log.txt").read_text()
+
+
+def test_the_run_folder_has_a_picture_of_the_genotype(finished):
+    genotype = genotypes.read_json(finished.run / "genotype.json")
+    assert (finished.run / "genotype.svg").read_text(encoding="utf-8") == svg(genotype, "found", CHANNELS)
 
 
 # --- what it learns from what ---
@@ -162,7 +218,7 @@ def test_weights_architecture_and_validation_have_scenes_of_their_own(finished):
     (weights, weight_batches), (architecture, arch_batches) = finished.opened
     assert [scene.name for scene in weights] == parts["weights"]
     assert [scene.name for scene in architecture] == parts["architecture"]
-    assert [[s.name for s in seen] for seen in finished.validated] == 2 * [parts["validation"][:1]]
+    assert [[s.name for s in seen] for seen in finished.validated] == 4 * [parts["validation"][:1]]
     files = [{half.path for s in part for half in s.rainy} for part in (weights, architecture)]
     assert not files[0] & files[1]
     assert len(weight_batches) == 4
@@ -229,7 +285,7 @@ def test_a_search_stopped_twice_is_bit_equal_to_one_that_was_not(finished, vocab
     whole, parts = state(finished.run), state("run")
     for name in ("parts", "best", "totals", "step"):  # weights, alpha, beta and both optimizers are parts
         assert_same(parts[name], whole[name], name)
-    assert {"net", "optimizer", "arch_optimizer"} == whole["parts"].keys()
+    assert {"net", "optimizer", "arch_optimizer", "health"} == whole["parts"].keys()
     assert whole["parts"]["arch_optimizer"]["state"][0]["step"] == 2
     assert "momentum_buffer" in whole["parts"]["optimizer"]["state"][0]
     for file in BEST.values():
