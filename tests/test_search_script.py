@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import dataset
 import genotypes
+import train_model_batch
 import train_search_batch
 from architect import Architect
 from genotypes import MODULES, PRIMITIVES, GenotypeError
 from model_search import SearchNetwork
 from model_train import from_supernet
-from support import experiment
+from support import experiment, health
 from support.draw import svg
 from support.errors import UserError
 from support.experiment import BEST, Interrupted
@@ -35,8 +39,8 @@ MIXED = "--data scenes pairs --clean_side right left"
 HERE = "--workers 0 --device cpu"
 
 
-def search(flags):
-    train_search_batch.main(train_search_batch.get_args_parser().parse_args(f"{flags} {HERE}".split()))
+def search(flags, here=HERE):
+    return train_search_batch.main(train_search_batch.get_args_parser().parse_args(f"{flags} {here}".split()))
 
 
 def state(run, file="last.pt"):
@@ -294,6 +298,155 @@ def test_a_search_stopped_twice_is_bit_equal_to_one_that_was_not(finished, vocab
         assert Path("run", file).read_text() == (finished.run / file).read_text()
     assert scalars("run") == scalars(finished.run)
     assert "found_in_parts = Genotype(" in vocabulary.read_text(encoding="utf-8")
+
+
+# --- collapsed ---
+
+
+COLLAPSING = (
+    "--data pairs --clean_side left --channels 2 2 2 2 --patch_size 16 --batch_size 2 --epochs 4 "
+    "--steps_per_epoch 1 --val_scenes 1 --name found --save run --stop_on_collapse"
+)
+
+
+def test_a_collapsed_search_ends_with_its_last_healthy_genotype(vocabulary, monkeypatch):
+    """Stopped in its second epoch, where skip_connect is then made to win, and again at its end."""
+    write_pairs(Path("pairs"), 6)
+    with monkeypatch.context() as patch:
+        interrupt(patch, dataset, 2)
+        with pytest.raises(Interrupted):
+            search(f"{COLLAPSING} --arch_start 1")
+    crafted = state("run")
+    crafted["parts"]["net"]["beta"][:, PRIMITIVES.index("skip_connect")] = 9
+    torch.save(crafted, "run/last.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_search_batch, "discretisation_gap", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            search("--resume run")
+    assert search("--resume run") == 0
+
+    log = Path("run", "log.txt").read_text()
+    said = "27 of 27 edges are skip_connect or none"
+    assert log.count(f"COLLAPSED in epoch 2: {said}") == 1
+    assert f"stopped, collapsed: {said}; epoch 1's genotype is kept" in log
+    assert state("run")["step"] == 2
+    healthy = genotypes.read_json("run/genotype_001.json")
+    assert genotypes.read_json("run/genotype.json") == healthy
+    assert genotypes.read_json("run/genotype_002.json") != healthy
+    summary = json.loads(Path("run", "summary.json").read_text())
+    assert summary["collapse"] == said
+    assert genotypes.check(summary["genotype"]) == healthy
+    text = vocabulary.read_text(encoding="utf-8")
+    assert text.endswith(f"found = {genotypes.literal(healthy)}\n")
+    assert "collapsed, genotype of epoch 1" in " ".join(text.split())
+
+
+def test_a_search_that_was_never_healthy_leaves_no_genotype(vocabulary, monkeypatch):
+    """Frozen, as alpha and beta have no learning rate; not judged before their steps begin in epoch 2."""
+    monkeypatch.setattr(health, "WINDOW", 1)
+    before = vocabulary.read_bytes()
+    write_pairs(Path("pairs"), 6)
+    assert search(f"{COLLAPSING} --arch_start 2 --arch_learning_rate 0") == 1
+    lines = Path("run", "log.txt").read_text().splitlines()
+    (named,) = [line for line in lines if "COLLAPSED" in line]
+    assert "COLLAPSED in epoch 2: beta's entropy has stood still for 1 epochs" in named
+    assert "no epoch was healthy: no genotype is kept" in lines[-1]
+    assert state("run")["step"] == 2
+    assert not Path("run", "genotype.json").exists()
+    assert vocabulary.read_bytes() == before
+
+
+def test_a_search_not_told_to_stop_goes_on_and_says_so_once(vocabulary, monkeypatch):
+    monkeypatch.setattr(health, "WINDOW", 1)
+    write_pairs(Path("pairs"), 6)
+    flags = COLLAPSING.replace("--stop_on_collapse", "").replace("--epochs 4", "--epochs 2")
+    assert search(f"{flags} --arch_start 1 --arch_learning_rate 0") == 0
+    (named,) = [line for line in Path("run", "log.txt").read_text().splitlines() if "COLLAPSED" in line]
+    assert "COLLAPSED in epoch 1: " in named
+    assert state("run")["step"] == 2
+    assert "found = Genotype(" in vocabulary.read_text(encoding="utf-8")
+
+
+# --- repeated ---
+
+
+@pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_the_same_seed_gives_the_same_search_to_the_bit_with_any_number_of_workers(vocabulary, steps):
+    write_scenes(Path("scenes"), 6)
+    flags = (
+        "--data scenes --clean_side right --channels 2 2 2 2 --patch_size 16 --batch_size 2 --val_scenes 1"
+    )
+    flags += f" --epochs 1 --steps_per_epoch {steps} --arch_start 1 --arch_learning_rate 0.1"
+    for workers in (0, 3):
+        search(f"{flags} --name with_{workers} --save with_{workers}", f"--workers {workers} --device cpu")
+    whole, parts = (state(f"with_{workers}")["parts"]["net"] for workers in (0, 3))
+    assert_same(parts, whole)
+    torch.manual_seed(0)
+    assert (whole["beta"] != SearchNetwork(CHANNELS).state_dict()["beta"]).all()  # it did search
+    assert Path("with_0", "genotype.json").read_text() == Path("with_3", "genotype.json").read_text()
+
+
+def test_deterministic_has_pytorch_choose_such_kernels(vocabulary, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    write_pairs(Path("pairs"), 3)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*deterministic implementation.*")
+            search(f"--data pairs --clean_side left {ONE_STEP} --arch_start 1 --name found --deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.backends.cudnn.deterministic
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert train_model_batch.get_args_parser().parse_args(["--deterministic"]).deterministic
+
+
+# --- random instead of searched ---
+
+
+def random_names(vocabulary):
+    text = vocabulary.read_text(encoding="utf-8")
+    return re.findall(r"^((?:random|chance)\w+) = Genotype", text, re.MULTILINE)
+
+
+def test_random_genotypes_are_written_with_their_origin_and_no_data_is_opened(vocabulary, folder, capsys):
+    before = set(folder.iterdir())
+    assert search_random("--random 3 --seed 5") == 0
+    assert set(folder.iterdir()) == before
+    names = [f"random_s5_0{i}" for i in range(3)]
+    assert random_names(vocabulary) == names
+    drawn = genotypes.draw_random(3, seed=5)
+    text = vocabulary.read_text(encoding="utf-8")
+    for name, genotype in zip(names, drawn, strict=True):
+        assert f"\n{name} = {genotypes.literal(genotype)}\n" in text
+    assert text.count("# drawn at random, not searched; seed 5, commit ") == 3
+    assert "--arch random_s5_00" in capsys.readouterr().out
+
+    after = vocabulary.read_bytes()
+    with pytest.raises(GenotypeError, match="random_s5_00: already taken"):
+        search_random("--random 3 --seed 5")
+    with pytest.raises(UserError, match="--random: .*not --data"):
+        search_random("--random 3 --data nowhere")
+    assert vocabulary.read_bytes() == after
+    search_random("--random 101 --name chance")
+    assert random_names(vocabulary)[3:] == [f"chance_{i:03d}" for i in range(101)]
+
+
+def test_random_genotypes_wait_for_their_turn(vocabulary):
+    with genotypes._locked(vocabulary):
+        writer = threading.Thread(target=search_random, args=["--random 2"])
+        writer.start()
+        writer.join(1)
+        assert writer.is_alive()
+        assert random_names(vocabulary) == []
+    writer.join()
+    assert random_names(vocabulary) == ["random_s0_00", "random_s0_01"]
+
+
+def search_random(flags):
+    return search(flags, here="")
 
 
 # --- refused before anything is written ---
