@@ -63,14 +63,9 @@ class Page:
         ET.SubElement(self.root, "title").text = title
 
     def add(self, tag, **attributes):
-        """An element; `stroke_width=2` is the attribute stroke-width, numbers are rounded to 0.1."""
-        texts = {
-            name.replace("_", "-"): f"{value:.1f}".removesuffix(".0")
-            if isinstance(value, float)
-            else str(value)
-            for name, value in attributes.items()
-        }
-        return ET.SubElement(self.root, tag, texts)
+        """An element; `stroke_width=2` is the attribute stroke-width."""
+        texts = {k: v if isinstance(v, str) else f"{v:g}" for k, v in attributes.items()}
+        return ET.SubElement(self.root, tag, {k.replace("_", "-"): text for k, text in texts.items()})
 
     def box(self, x, y, width, height, fill, stroke="none", radius=6, **style):
         self.add("rect", x=x, y=y, width=width, height=height, rx=radius, fill=fill, stroke=stroke, **style)
@@ -91,7 +86,7 @@ class Page:
     def text(self, x, y, text, size=13, fill=INK, anchor="middle", **style):
         """One line, centred on the height y."""
         style = {"text_anchor": anchor, "font_size": size, "fill": fill, **style}
-        self.add("text", x=x, y=float(y + 0.35 * size), **style).text = text
+        self.add("text", x=x, y=y + 0.35 * size, **style).text = text
 
     def pill(self, x, y, name, width=84):
         """An operation's label, centred."""
@@ -111,11 +106,8 @@ def svg(genotype, name, channels=(32, 64, 128, 256)):
     note = f"{count:,} parameters with {', '.join(map(str, channels))} channels"
     page.text(MARGIN, 62, note, 15, FAINT, "start")
 
-    x = MARGIN
-    _bar(page, x, STEM - 22, "rain", "stem", 1)
-    x += STEM - 22
-    ends = [x]  # where each branch's line has come to, finest first
-    x += 22
+    ends = [_stem(page, MARGIN)]  # where each branch's line has come to, finest first
+    x = MARGIN + STEM
     for cell, (kinds, attention) in enumerate(zip(genotype.modules, genotype.attention, strict=True)):
         x += TRANSITION
         ends = _cell(page, x, cell, kinds, attention, ends)
@@ -131,12 +123,13 @@ def row(branch):
     return TOP + ROW * branch + ROW / 2
 
 
-def _bar(page, x, width, above, text, branches):
-    """The stem: what comes in, and a block."""
-    y = row(0)
-    page.text(x + width / 2, y - BLOCK / 2 - 12, above, fill=FAINT)
+def _stem(page, x):
+    """What comes in, and the stem; returns where it ends."""
+    y, width = row(0), STEM - 22
+    page.text(x + width / 2, y - BLOCK / 2 - 16, "rain", fill=FAINT)
     page.box(x, y - BLOCK / 2, width, BLOCK, "#eceff2", LINE)
-    page.text(x + width / 2, y, text)
+    page.text(x + width / 2, y, "stem")
+    return x + width
 
 
 def _cell(page, x, cell, kinds, attention, ends):

@@ -81,12 +81,11 @@ class Health:
         )
         log.info(
             "health: entropy alpha %.4f beta %.4f, margin alpha %.4f (least %.4f) beta %.4f (least %.4f)%s, "
-            "%d of %d edges skip_connect or none",
+            "winners %s",
             *(scalars[f"entropy_{letter}"] for letter in ("alpha", "beta")),
             *(scalars[f"margin_{tag}"] for tag in ("alpha", "alpha_min", "beta", "beta_min")),
             changed,
-            weak_edges(genotype),
-            len(BETA_ROWS),
+            " ".join(f"{name} {count}" for name, count in winners(genotype).items()),
         )
         if epoch >= self.arch_start:
             self.judge(epoch, genotype, scalars["entropy_beta"], scalars["margin_beta"])

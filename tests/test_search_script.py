@@ -190,6 +190,19 @@ def test_health_is_one_line_an_epoch_with_the_rows_means_and_what_changed(finish
     edges = int(found["changed/edges"][0][1])
     assert edges > 0
     assert f"changed {sum(x != y for x, y in pairs)} modules {edges} edges" in lines[1]
+    names = (*MODULES, *PRIMITIVES)
+    counts = " ".join(f"{name} {found[f'winners/{name}'][-1][1]:g}" for name in names)
+    assert lines[1].endswith(f"winners {counts}")
+
+
+def test_a_search_begun_before_its_health_was_kept_goes_on(finished, vocabulary):
+    for folder in ("scenes", "pairs", "run"):
+        shutil.copytree(finished.folder / folder, folder)
+    old = state("run")
+    del old["parts"]["health"]
+    torch.save(old, "run/last.pt")
+    assert search("--resume run") == 0
+    assert "found = Genotype(" in vocabulary.read_text(encoding="utf-8")
 
 
 def test_the_discretisation_gap_is_that_of_the_supernet_and_its_own_choices(finished):
