@@ -60,7 +60,7 @@ class Health:
 
     def examine(self, run, epoch, net, genotype):
         """Write an epoch's health to TensorBoard and, in one line, to the log; judge it."""
-        alpha, beta = (parameter.detach().double().softmax(-1).cpu() for parameter in net.architecture())
+        alpha, beta = (parameter.detach().cpu().double().softmax(-1) for parameter in net.architecture())
         scalars = {f"winners/{name}": count for name, count in winners(genotype).items()}
         for letter, rows, distribution in (("alpha", ALPHA_ROWS, alpha), ("beta", BETA_ROWS, beta)):
             for kind, values in (("entropy", entropy(distribution)), ("margin", margin(distribution))):
