@@ -10,6 +10,7 @@ import builtins
 import json
 import keyword
 import os
+import random
 import textwrap
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,6 +131,34 @@ def named():
     return {name: value for name, value in globals().items() if isinstance(value, Genotype)}
 
 
+def draw_random(count, seed):
+    """`count` different random genotypes, none of which has a name yet; the same `seed` gives the same ones.
+
+    They are spread as what the search derives from alpha and beta drawn at random, all entries alike and
+    independent: each module's kind and each edge's operation is any with equal chances, and a node all of
+    whose edges came out as `none` gets one of the other operations, all alike, on one of its edges. So node
+    U_1's edge is never `none`, and node U_2's are both there in 64 of 81 modules and one of them in 17.
+    """
+    rng = random.Random(seed)
+
+    def edges():
+        names = [rng.choice(PRIMITIVES) for _ in range(EDGES)]
+        for indices in NODE_EDGES:
+            if all(names[i] == "none" for i in indices):
+                names[rng.choice(indices)] = rng.choice([name for name in PRIMITIVES if name != "none"])
+        return tuple(names)
+
+    known, drawn = set(named().values()), []
+    while len(drawn) < count:
+        modules = tuple(tuple(rng.choice(MODULES) for _ in range(MODULES_PER_CELL)) for _ in range(CELLS))
+        attention = tuple(tuple(edges() for _ in range(branches)) for branches in BRANCHES)
+        genotype = Genotype(modules, attention)
+        if genotype not in known:
+            known.add(genotype)
+            drawn.append(genotype)
+    return drawn
+
+
 def find(arch=None):
     """(name, Genotype) of an architecture: a name in this file, a path to a genotype.json, or the newest.
 
@@ -183,12 +212,20 @@ def append(name, genotype, comment, path=None):
     The file is valid Python at every instant, and a lock makes two searches that end together take turns.
     Raises GenotypeError where the name is taken or no identifier.
     """
+    append_all({name: (genotype, comment)}, path)
+
+
+def append_all(entries, path=None):
+    """As `append` of each name's (genotype, comment); all are added, or, where one cannot be, none."""
     path = Path(path or FILE)
     with _locked(path):
-        check_new_name(name, path)
-        text = path.read_text(encoding="utf-8").rstrip("\n")
-        comment = "\n".join(f"# {line}" for line in textwrap.wrap(comment, 108))
-        _replace(path, f"{text}\n\n{comment}\n{name} = {literal(genotype)}\n")
+        for name in entries:
+            check_new_name(name, path)
+        text = path.read_text(encoding="utf-8").rstrip("\n") + "\n"
+        for name, (genotype, comment) in entries.items():
+            comment = "\n".join(f"# {line}" for line in textwrap.wrap(comment, 108))
+            text += f"\n{comment}\n{name} = {literal(genotype)}\n"
+        _replace(path, text)
 
 
 @contextmanager

@@ -84,9 +84,9 @@ class DerainNetwork(nn.Module):
         return output[..., :height, :width]
 
 
-def from_supernet(net):
-    """The fixed network of the supernet's genotype, with copies of the supernet's own weights."""
-    genotype = net.genotype()
+def from_supernet(net, genotype=None):
+    """The fixed network of a genotype (default: the supernet's), with copies of the supernet's weights."""
+    genotype = genotype or net.genotype()
     fixed = DerainNetwork(genotype, net.channels, net.residual)
     chosen = fixed.state_dict()
     kinds = [kind for cell in genotype.modules for kind in cell]

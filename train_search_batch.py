@@ -4,10 +4,12 @@
     python train_search_batch.py --demo                            # minutes on a laptop, no download
     python train_search_batch.py --data MY_PAIRS --clean_side left --name my_search
     python train_search_batch.py --resume search-EXP-20260101-1200
+    python train_search_batch.py --random 12                       # no search: random genotypes instead
 
 The weights of the supernet are trained on one half of the training scenes; from --arch_start on, every step
 is preceded by one step on alpha and beta on the other half; checkpoints are chosen on a third part. At the
-end the strongest choices are written to genotypes.py under --name.
+end the strongest choices are written to genotypes.py under --name. How to tell whether a search is well, from
+its log and TensorBoard: support/health.py.
 """
 
 import argparse
@@ -24,9 +26,12 @@ import genotypes
 from architect import Architect
 from losses import MEASURES, architecture_regulariser, choice_sizes, complexity, multi_to_one
 from model_search import SearchNetwork
-from model_train import write_whole
+from model_train import from_supernet, write_whole
 from support import experiment
+from support.draw import draw_genotype
+from support.errors import UserError
 from support.experiment import Experiment, even, log, not_negative, patch, positive, share
+from support.health import Health
 
 # The demo: the whole method in under 5 minutes on two cores, the warm-ups scaled with the schedule.
 DEMO = {
@@ -52,6 +57,12 @@ def get_args_parser():
     )
     search = parser.add_argument_group("search")
     search.add_argument("--name", help="of the genotype in genotypes.py (default: search_<time>)")
+    search.add_argument(
+        "--random",
+        type=positive,
+        metavar="N",
+        help="search nothing: write N random genotypes, <name>_00 and so on (default name: random_s<seed>)",
+    )
     search.add_argument("--epochs", type=positive, default=200)
     search.add_argument("--steps_per_epoch", type=positive, default=1000)
     search.add_argument("--batch_size", type=positive, default=16, help="scenes a step (default: 16)")
@@ -83,6 +94,11 @@ def get_args_parser():
     arch.add_argument(
         "--lambda_arch", type=not_negative, default=0.01, help="of the architecture regulariser"
     )
+    arch.add_argument(
+        "--stop_on_collapse",
+        action="store_true",
+        help="end a search that collapses (as support/health.py says) and keep the last healthy genotype",
+    )
     arch.add_argument("--lambda_comp", type=not_negative, default=0.01, help="of the model complexity")
     arch.add_argument("--complexity", choices=MEASURES, default="params", help="parameters or multiply-adds")
     experiment.add_arguments(parser)
@@ -90,6 +106,9 @@ def get_args_parser():
 
 
 def main(args):
+    if args.random:
+        write_random(args)
+        return 0
     run = Experiment("search", args, get_args_parser(), DEMO)
     args = run.args
     args.name = args.name or time.strftime("search_%Y%m%d_%H%M%S")
@@ -104,7 +123,8 @@ def main(args):
     net = SearchNetwork(args.channels, args.residual)
     net.to(run.device, memory_format=torch.channels_last)
     optimizer, arch_optimizer = make_optimizers(net, args)
-    run.start(net=net, optimizer=optimizer, arch_optimizer=arch_optimizer)
+    health = Health(args.arch_start)
+    run.start(net=net, optimizer=optimizer, arch_optimizer=arch_optimizer, health=health)
     run.describe(parts)
     validation = dataset.spread(parts["validation"], args.val_scenes)
     if args.arch_start > args.epochs:
@@ -137,6 +157,8 @@ def main(args):
     arch_batches = draw(parts["architecture"], first_step=max(run.step, first_arch_step))
 
     for epoch in run.epochs():
+        if args.stop_on_collapse and health.collapse:
+            break
         net.train()
         for _ in run.steps(epoch):
             optimizer.param_groups[0]["lr"] = run.cosine(args.learning_rate, args.learning_rate_min)
@@ -156,30 +178,38 @@ def main(args):
         run.panel(*panel)
         genotype = net.genotype()
         genotypes.write_json(genotype, run.folder / f"genotype_{epoch:03d}.json")
-        alpha, beta = (parameter.detach().softmax(-1) for parameter in net.architecture())
+        draw_genotype(genotype, run.folder / "genotype.svg", f"{args.name}, epoch {epoch}", args.channels)
         run.writer.add_text("genotype", f"```\n{genotypes.literal(genotype)}\n```", run.step)
-        for name, count in winners(genotype).items():
-            run.writer.add_scalar(f"winners/{name}", count, run.step)
+        health.examine(run, epoch, net, genotype)
         run.finish_epoch(
             epoch,
             scores,
             partial(save_supernet, net),
             learning_rate=optimizer.param_groups[0]["lr"],
             arch_learning_rate=args.arch_learning_rate if epoch >= args.arch_start else 0.0,
-            entropy_alpha=entropy(alpha),
-            entropy_beta=entropy(beta),
         )
 
-    genotype = net.genotype()
+    genotype, origin = net.genotype(), provenance(run)
+    if args.stop_on_collapse and health.collapse:
+        if health.healthy is None:
+            run.finish(collapse=health.collapse)
+            log.error("stopped, collapsed: %s; no epoch was healthy: no genotype is kept", health.collapse)
+            return 1
+        log.warning("stopped, collapsed: %s; epoch %d's genotype is kept", health.collapse, health.healthy)
+        genotype = genotypes.read_json(run.folder / f"genotype_{health.healthy:03d}.json")
+        origin += f"; collapsed, genotype of epoch {health.healthy}"
     genotypes.write_json(genotype, run.folder / "genotype.json")
-    run.finish(genotype=genotype._asdict())
+    draw_genotype(genotype, run.folder / "genotype.svg", args.name, args.channels)
+    gap = discretisation_gap(net, genotype, validation, run.device)
+    run.finish(genotype=genotype._asdict(), collapse=health.collapse, validation_psnr=gap)
     arch = args.name
     if args.demo:
         arch = run.folder / "genotype.json"
     else:
-        genotypes.append(args.name, genotype, provenance(run))
+        genotypes.append(args.name, genotype, origin)
     log.info("derived architecture:\n%s = %s", args.name, genotypes.literal(genotype))
     log.info("retrain it with: python train_model_batch.py --arch %s", arch)
+    return 0
 
 
 def provenance(run):
@@ -217,17 +247,34 @@ def make_penalty(net, args):
     return penalty
 
 
-def winners(genotype):
-    """How often each kind of module and each operation was chosen."""
-    words = [kind for cell in genotype.modules for kind in cell]
-    words += [name for cell in genotype.attention for branch in cell for name in branch]
-    return {name: words.count(name) for name in (*genotypes.MODULES, *genotypes.PRIMITIVES)}
+def discretisation_gap(net, genotype, validation, device):
+    """Validation PSNR in dB of the supernet, and of a genotype's network with the supernet's weights."""
+    psnr = {
+        name: experiment.validate(forward, validation, device)[0]["psnr"]
+        for name, forward in (("supernet", net), ("chosen", from_supernet(net, genotype)))
+    }
+    log.info(
+        "discretisation gap %.2f dB: validation psnr %.3f as a supernet, %.3f with the choices made",
+        psnr["supernet"] - psnr["chosen"],
+        psnr["supernet"],
+        psnr["chosen"],
+    )
+    return psnr
 
 
-def entropy(distribution):
-    """Mean entropy of the rows, as a share of the largest possible: 1 undecided, 0 decided."""
-    rows = torch.special.entr(distribution).sum(-1)
-    return (rows.mean() / torch.tensor(distribution.shape[-1]).log()).item()
+def write_random(args):
+    """Add --random genotypes to genotypes.py, to be retrained like any that was searched; opens no data."""
+    surplus = args.given - {"random", "name", "seed"}
+    if surplus:
+        raise UserError(f"--random: takes --name and --seed alone, not --{sorted(surplus)[0]}")
+    stem = args.name or f"random_s{args.seed}"
+    digits = max(2, len(str(args.random - 1)))
+    origin = f"drawn at random, not searched; seed {args.seed}, commit {experiment.commit()}"
+    drawn = genotypes.draw_random(args.random, args.seed)
+    entries = {f"{stem}_{i:0{digits}d}": (genotype, origin) for i, genotype in enumerate(drawn)}
+    genotypes.append_all(entries)
+    print(f"random genotypes in {genotypes.FILE.name}: {' '.join(entries)}")
+    print(f"retrain one with: python train_model_batch.py --arch {next(iter(entries))}")
 
 
 def save_supernet(net, path):

@@ -17,14 +17,12 @@ import math
 from itertools import islice
 from pathlib import Path
 
-import torch
 from scipy import stats
 from torch.optim.swa_utils import update_bn
 
 import dataset
 import genotypes
 import train_model_batch
-from genotypes import MODULES, PRIMITIVES
 from model_search import SearchNetwork
 from model_train import from_supernet, read
 from support import experiment
@@ -99,8 +97,7 @@ def shared_scores(path, names, options):
     supernet = load_supernet(path)
     scores = {}
     for name in names:
-        choose(supernet, genotypes.find(name)[1])
-        net = from_supernet(supernet).to(device)
+        net = from_supernet(supernet, genotypes.find(name)[1]).to(device)
         batches = dataset.batches(
             parts["weights"], options.patch_size, options.batch_size, options.seed, device, options.workers
         )
@@ -117,16 +114,6 @@ def load_supernet(path):
     net = SearchNetwork(payload["channels"], payload["residual"])
     net.load_state_dict(payload["weights"])
     return net
-
-
-@torch.no_grad()
-def choose(net, genotype):
-    """Set alpha and beta so that they choose `genotype`."""
-    kinds = [MODULES.index(kind) for cell in genotype.modules for kind in cell]
-    edges = [PRIMITIVES.index(name) for cell in genotype.attention for branch in cell for name in branch]
-    for parameter, chosen in zip(net.architecture(), (kinds, edges), strict=True):
-        parameter.zero_()
-        parameter[torch.arange(len(chosen)), chosen] = 1.0
 
 
 # --- what is said -------------------------------------------------------------------------------------------

@@ -144,6 +144,11 @@ def add_arguments(parser):
     )
     run.add_argument("--seed", type=seed, default=0, help="of the weights, crops and flips (default: 0)")
     run.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
+    run.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="CUDA kernels that repeat to the bit, where there are such; slower",
+    )
     run.add_argument("--max_minutes", type=above_zero, help="fit the cosine schedule to this time")
     run.add_argument(
         "--save_every", type=above_zero, default=10, help="minutes between checkpoints (default: 10)"
@@ -184,6 +189,18 @@ def pick_device(name=None):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device
+
+
+def be_deterministic():
+    """Have PyTorch choose kernels that give the same bits each time; before CUDA is first used.
+
+    Nothing that the networks and losses use lacks one, by PyTorch's documentation; should an operation, it
+    warns by name. An error instead might come days into a run, when another loss joins in.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants for it
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def device_name(device):
@@ -245,6 +262,8 @@ class Experiment:
             self.args = self._begin(args, demo)
         else:
             self.args = self._continue(args)
+        if self.args.deterministic:
+            be_deterministic()
         self.device = pick_device(self.args.device)
         self.steps_in_all = self.args.epochs * self.args.steps_per_epoch
         self.clock = time.monotonic()
@@ -307,7 +326,8 @@ class Experiment:
         options = {k: v for k, v in vars(self.args).items() if k not in ("resume", "save")}
         if self.state:
             for name, part in parts.items():
-                part.load_state_dict(self.state["parts"][name])
+                if name in self.state["parts"]:  # else the run was begun before there was such a part
+                    part.load_state_dict(self.state["parts"][name])
             self.state = None
             log.info("continuing %s after step %d", self.folder, self.step)
         else:

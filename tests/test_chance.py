@@ -63,13 +63,6 @@ def test_report_gives_mean_spread_interval_and_rank_correlation():
     assert "with parameters: -1.00" in text and "with shared weights: +1.00" in text
 
 
-def test_choose_makes_the_supernet_derive_the_genotype():
-    net = SearchNetwork((2, 2, 2, 2))
-    for seed in range(5):
-        chance.choose(net, random_genotype(seed))
-        assert net.genotype() == random_genotype(seed)
-
-
 def test_a_supernet_is_loaded_as_it_was_saved(tmp_path):
     net = SearchNetwork((2, 2, 2, 2), residual=True)
     train_search_batch.save_supernet(net, tmp_path / "net.pt")

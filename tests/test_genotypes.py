@@ -135,3 +135,50 @@ def test_searches_that_end_together_lose_nothing(vocabulary):
     tree = ast.parse(vocabulary.read_text(encoding="utf-8"))
     names = [node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)]
     assert {f"found_{number}" for number in range(4)} <= set(names)
+
+
+# --- random ones ---
+
+
+def test_random_genotypes_are_valid_distinct_and_repeatable():
+    drawn = genotypes.draw_random(200, seed=3)
+    assert len(drawn) == len(set(drawn)) == 200
+    assert all(genotypes.check(genotype) == genotype for genotype in drawn)
+    assert genotypes.draw_random(200, seed=3) == drawn
+    assert genotypes.draw_random(20, seed=3) == drawn[:20]
+    assert not set(genotypes.draw_random(200, seed=4)) & set(drawn)
+
+
+def test_random_genotypes_are_none_that_has_a_name(monkeypatch):
+    first, second = genotypes.draw_random(2, seed=0)
+    monkeypatch.setattr(genotypes, "known", first, raising=False)
+    assert genotypes.draw_random(1, seed=0) == [second]
+
+
+def test_random_genotypes_are_spread_as_the_search_would_derive_them():
+    drawn = genotypes.draw_random(4000, seed=0)
+    kinds = [kind for genotype in drawn for cell in genotype.modules for kind in cell]
+    assert kinds.count("fusion") / len(kinds) == pytest.approx(1 / 2, abs=0.01)
+    modules = [edges for genotype in drawn for cell in genotype.attention for edges in cell]
+    first = [edges[0] for edges in modules]
+    for name in PRIMITIVES[1:]:
+        assert first.count(name) / len(modules) == pytest.approx(1 / 8, abs=0.01)
+    assert "none" not in first
+    both = sum("none" not in edges[1:] for edges in modules)
+    assert both / len(modules) == pytest.approx(64 / 81, abs=0.01)
+    assert not any(edges[1:] == ("none", "none") for edges in modules)
+    for edge in (1, 2):  # 1/9 is `none`; of the 1/81 with two, half get an operation here
+        share = sum(edges[edge] == "none" for edges in modules) / len(modules)
+        assert share == pytest.approx(1 / 9 - 1 / 162, abs=0.01)
+        for name in PRIMITIVES[1:]:
+            share = sum(edges[edge] == name for edges in modules) / len(modules)
+            assert share == pytest.approx((1 - 1 / 9 + 1 / 162) / 8, abs=0.01)
+
+
+def test_where_one_name_is_taken_none_is_added(vocabulary):
+    genotypes.append("found_1", random_genotype(3), "", vocabulary)
+    before = vocabulary.read_text(encoding="utf-8")
+    entries = {f"found_{i}": (random_genotype(i), "") for i in range(3)}
+    with pytest.raises(GenotypeError, match="found_1: already taken"):
+        genotypes.append_all(entries, vocabulary)
+    assert vocabulary.read_text(encoding="utf-8") == before

@@ -1,10 +1,14 @@
 """Stage 1 from its command line to the genotype: what it learns from what, writes, refuses, continues."""
 
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +19,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dataset
 import genotypes
 import losses
+import train_model_batch
 import train_search_batch
 from architect import Architect
 from genotypes import MODULES, PRIMITIVES, GenotypeError
 from model_search import SearchNetwork
+from model_train import from_supernet
+from support import experiment, health
+from support.draw import svg
 from support.errors import UserError
 from support.experiment import BEST, Interrupted
+from support.health import ALPHA_ROWS, BETA_ROWS
 from tests.made import assert_same, interrupt, scalars, session, write_pairs, write_scenes
 
 ROOT = Path(__file__).parents[1]
@@ -31,8 +40,8 @@ MIXED = "--data scenes pairs --clean_side right left"
 HERE = "--workers 0 --device cpu"
 
 
-def search(flags):
-    train_search_batch.main(train_search_batch.get_args_parser().parse_args(f"{flags} {HERE}".split()))
+def search(flags, here=HERE):
+    return train_search_batch.main(train_search_batch.get_args_parser().parse_args(f"{flags} {here}".split()))
 
 
 def state(run, file="last.pt"):
@@ -89,7 +98,7 @@ def finished(tmp_path_factory):
 def test_the_run_folder_holds_what_a_search_found(finished):
     files = {file.name for file in finished.run.iterdir()}
     expected = {"log.txt", "options.json", "summary.json", "last.pt", "last.prev.pt", *BEST.values()}
-    expected |= {"genotype_001.json", "genotype_002.json", "genotype.json"}
+    expected |= {"genotype_001.json", "genotype_002.json", "genotype.json", "genotype.svg"}
     events = {name for name in files if name.startswith("events.out.tfevents.")}
     assert len(events) == 1
     assert files - events == expected
@@ -98,6 +107,7 @@ def test_the_run_folder_holds_what_a_search_found(finished):
     summary = json.loads((finished.run / "summary.json").read_text())
     assert summary["steps"] == 4
     assert genotypes.check(summary["genotype"]) == genotype
+    assert summary["collapse"] is None
     log = (finished.run / "log.txt").read_text()
     assert genotypes.literal(genotype) in log
     assert "python train_model_batch.py --arch found" in log
@@ -128,15 +138,18 @@ def test_the_genotype_is_appended_under_its_name_with_its_origin(finished):
 
 def test_tensorboard_shows_losses_scores_rates_choices_and_pictures(finished):
     found = scalars(finished.run)
-    assert {tag: [step for step, _ in values] for tag, values in found.items() if tag != "arch_loss"} == {
-        tag: [2, 4]
-        for tag in (
-            *("loss", "val_psnr", "val_ssim", "val_loss", "learning_rate", "arch_learning_rate"),
-            *("entropy_alpha", "entropy_beta"),
-            *(f"winners/{name}" for name in (*MODULES, *PRIMITIVES)),
-        )
+    in_each_epoch = {
+        *("loss", "val_psnr", "val_ssim", "val_loss", "learning_rate", "arch_learning_rate"),
+        *("entropy_alpha", "entropy_beta", "margin_alpha", "margin_beta"),
+        *("margin_alpha_min", "margin_beta_min"),
+        *(f"{kind}_alpha/{row}" for kind in ("entropy", "margin") for row in ALPHA_ROWS),
+        *(f"{kind}_beta/{row}" for kind in ("entropy", "margin") for row in BETA_ROWS),
+        *(f"winners/{name}" for name in (*MODULES, *PRIMITIVES)),
     }
-    assert [step for step, _ in found["arch_loss"]] == [4]
+    in_the_second = {"arch_loss", "changed/modules", "changed/edges"}
+    assert found.keys() == in_each_epoch | in_the_second
+    for tag, values in found.items():
+        assert [step for step, _ in values] == ([2, 4] if tag in in_each_epoch else [4]), tag
     assert [value for _, value in found["arch_learning_rate"]] == pytest.approx([0, 3e-4])
     rates = [value for _, value in found["learning_rate"]]
     assert 0.002 > rates[0] > rates[1] > 1e-4
@@ -148,10 +161,70 @@ def test_tensorboard_shows_losses_scores_rates_choices_and_pictures(finished):
     assert sum(found[f"winners/{name}"][-1][1] for name in PRIMITIVES) == 27
     events = EventAccumulator(str(finished.run))
     events.Reload()
-    (tag,) = events.Tags()["images"]
-    assert tag == "rain | restored | clean"
-    panel = events.Images(tag)[-1]
+    assert set(events.Tags()["images"]) == {"rain | restored | clean", "alpha", "beta"}
+    assert [event.step for event in events.Images("beta")] == [2, 4]
+    panel = events.Images("rain | restored | clean")[-1]
     assert panel.width > 3 * 32 and panel.height >= 24
+
+
+def test_health_is_one_line_an_epoch_with_the_rows_means_and_what_changed(finished):
+    lines = [text for text in (finished.run / "log.txt").read_text().splitlines() if " health: " in text]
+    assert len(lines) == 2
+    net = SearchNetwork(CHANNELS)
+    net.load_state_dict(state(finished.run)["parts"]["net"])
+    beta = net.beta.detach().double().softmax(-1)
+    margins = beta.sort().values[:, -1] - beta.sort().values[:, -2]
+    expected = f"beta {margins.mean():.4f} (least {margins.min():.4f})"
+    assert expected in lines[1]
+    found = scalars(finished.run)
+    assert found["margin_beta/cell 3 scale 1/8 U1-U2"][-1] == (4, pytest.approx(margins[-1].item()))
+    row = -(beta[0] * beta[0].log()).sum() / math.log(9)
+    assert found["entropy_beta/cell 1 scale 1 F1-U1"][-1] == (4, pytest.approx(row.item()))
+    first, second = (genotypes.read_json(finished.run / f"genotype_00{i}.json") for i in (1, 2))
+    pairs = [
+        (x, y)
+        for old, new in zip(first.modules, second.modules, strict=True)
+        for x, y in zip(old, new, strict=True)
+    ]
+    assert found["changed/modules"] == [(4, sum(x != y for x, y in pairs))]
+    assert "changed" not in lines[0]
+    edges = int(found["changed/edges"][0][1])
+    assert edges > 0
+    assert f"changed {sum(x != y for x, y in pairs)} modules {edges} edges" in lines[1]
+    names = (*MODULES, *PRIMITIVES)
+    counts = " ".join(f"{name} {found[f'winners/{name}'][-1][1]:g}" for name in names)
+    assert lines[1].endswith(f"winners {counts}")
+
+
+def test_a_search_begun_before_its_health_was_kept_goes_on(finished, vocabulary):
+    for folder in ("scenes", "pairs", "run"):
+        shutil.copytree(finished.folder / folder, folder)
+    old = state("run")
+    del old["parts"]["health"]
+    torch.save(old, "run/last.pt")
+    assert search("--resume run") == 0
+    assert "found = Genotype(" in vocabulary.read_text(encoding="utf-8")
+
+
+def test_the_discretisation_gap_is_that_of_the_supernet_and_its_own_choices(finished):
+    net = SearchNetwork(CHANNELS)
+    net.load_state_dict(state(finished.run)["parts"]["net"])
+    (scenes,) = {scene for seen in finished.validated for scene in seen}
+    fixed = from_supernet(net)
+    psnr = json.loads((finished.run / "summary.json").read_text())["validation_psnr"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(finished.folder)
+        for name, network in (("supernet", net), ("chosen", fixed)):
+            scores, _ = experiment.validate(network, [scenes], torch.device("cpu"))
+            assert psnr[name] == pytest.approx(scores["psnr"], abs=1e-4)
+    assert psnr["supernet"] != psnr["chosen"]
+    gap = psnr["supernet"] - psnr["chosen"]
+    assert f"discretisation gap {gap:.2f} dB" in (finished.run / "log.txt").read_text()
+
+
+def test_the_run_folder_has_a_picture_of_the_genotype(finished):
+    genotype = genotypes.read_json(finished.run / "genotype.json")
+    assert (finished.run / "genotype.svg").read_text(encoding="utf-8") == svg(genotype, "found", CHANNELS)
 
 
 # --- what it learns from what ---
@@ -163,7 +236,7 @@ def test_weights_architecture_and_validation_have_scenes_of_their_own(finished):
     (weights, weight_batches), (architecture, arch_batches) = finished.opened
     assert [scene.name for scene in weights] == parts["weights"]
     assert [scene.name for scene in architecture] == parts["architecture"]
-    assert [[s.name for s in seen] for seen in finished.validated] == 2 * [parts["validation"][:1]]
+    assert [[s.name for s in seen] for seen in finished.validated] == 4 * [parts["validation"][:1]]
     files = [{half.path for s in part for half in s.rainy} for part in (weights, architecture)]
     assert not files[0] & files[1]
     assert len(weight_batches) == 4
@@ -230,7 +303,7 @@ def test_a_search_stopped_twice_is_bit_equal_to_one_that_was_not(finished, vocab
     whole, parts = state(finished.run), state("run")
     for name in ("parts", "best", "totals", "step"):  # weights, alpha, beta and both optimizers are parts
         assert_same(parts[name], whole[name], name)
-    assert {"net", "optimizer", "arch_optimizer"} == whole["parts"].keys()
+    assert {"net", "optimizer", "arch_optimizer", "health"} == whole["parts"].keys()
     assert whole["parts"]["arch_optimizer"]["state"][0]["step"] == 2
     assert "momentum_buffer" in whole["parts"]["optimizer"]["state"][0]
     for file in BEST.values():
@@ -239,6 +312,155 @@ def test_a_search_stopped_twice_is_bit_equal_to_one_that_was_not(finished, vocab
         assert Path("run", file).read_text() == (finished.run / file).read_text()
     assert scalars("run") == scalars(finished.run)
     assert "found_in_parts = Genotype(" in vocabulary.read_text(encoding="utf-8")
+
+
+# --- collapsed ---
+
+
+COLLAPSING = (
+    "--data pairs --clean_side left --channels 2 2 2 2 --patch_size 16 --batch_size 2 --epochs 4 "
+    "--steps_per_epoch 1 --val_scenes 1 --name found --save run --stop_on_collapse"
+)
+
+
+def test_a_collapsed_search_ends_with_its_last_healthy_genotype(vocabulary, monkeypatch):
+    """Stopped in its second epoch, where skip_connect is then made to win, and again at its end."""
+    write_pairs(Path("pairs"), 6)
+    with monkeypatch.context() as patch:
+        interrupt(patch, dataset, 2)
+        with pytest.raises(Interrupted):
+            search(f"{COLLAPSING} --arch_start 1")
+    crafted = state("run")
+    crafted["parts"]["net"]["beta"][:, PRIMITIVES.index("skip_connect")] = 9
+    torch.save(crafted, "run/last.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_search_batch, "discretisation_gap", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            search("--resume run")
+    assert search("--resume run") == 0
+
+    log = Path("run", "log.txt").read_text()
+    said = "27 of 27 edges are skip_connect or none"
+    assert log.count(f"COLLAPSED in epoch 2: {said}") == 1
+    assert f"stopped, collapsed: {said}; epoch 1's genotype is kept" in log
+    assert state("run")["step"] == 2
+    healthy = genotypes.read_json("run/genotype_001.json")
+    assert genotypes.read_json("run/genotype.json") == healthy
+    assert genotypes.read_json("run/genotype_002.json") != healthy
+    summary = json.loads(Path("run", "summary.json").read_text())
+    assert summary["collapse"] == said
+    assert genotypes.check(summary["genotype"]) == healthy
+    text = vocabulary.read_text(encoding="utf-8")
+    assert text.endswith(f"found = {genotypes.literal(healthy)}\n")
+    assert "collapsed, genotype of epoch 1" in " ".join(text.split())
+
+
+def test_a_search_that_was_never_healthy_leaves_no_genotype(vocabulary, monkeypatch):
+    """Frozen, as alpha and beta have no learning rate; not judged before their steps begin in epoch 2."""
+    monkeypatch.setattr(health, "WINDOW", 1)
+    before = vocabulary.read_bytes()
+    write_pairs(Path("pairs"), 6)
+    assert search(f"{COLLAPSING} --arch_start 2 --arch_learning_rate 0") == 1
+    lines = Path("run", "log.txt").read_text().splitlines()
+    (named,) = [line for line in lines if "COLLAPSED" in line]
+    assert "COLLAPSED in epoch 2: beta's entropy has stood still for 1 epochs" in named
+    assert "no epoch was healthy: no genotype is kept" in lines[-1]
+    assert state("run")["step"] == 2
+    assert not Path("run", "genotype.json").exists()
+    assert vocabulary.read_bytes() == before
+
+
+def test_a_search_not_told_to_stop_goes_on_and_says_so_once(vocabulary, monkeypatch):
+    monkeypatch.setattr(health, "WINDOW", 1)
+    write_pairs(Path("pairs"), 6)
+    flags = COLLAPSING.replace("--stop_on_collapse", "").replace("--epochs 4", "--epochs 2")
+    assert search(f"{flags} --arch_start 1 --arch_learning_rate 0") == 0
+    (named,) = [line for line in Path("run", "log.txt").read_text().splitlines() if "COLLAPSED" in line]
+    assert "COLLAPSED in epoch 1: " in named
+    assert state("run")["step"] == 2
+    assert "found = Genotype(" in vocabulary.read_text(encoding="utf-8")
+
+
+# --- repeated ---
+
+
+@pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_the_same_seed_gives_the_same_search_to_the_bit_with_any_number_of_workers(vocabulary, steps):
+    write_scenes(Path("scenes"), 6)
+    flags = (
+        "--data scenes --clean_side right --channels 2 2 2 2 --patch_size 16 --batch_size 2 --val_scenes 1"
+    )
+    flags += f" --epochs 1 --steps_per_epoch {steps} --arch_start 1 --arch_learning_rate 0.1"
+    for workers in (0, 3):
+        search(f"{flags} --name with_{workers} --save with_{workers}", f"--workers {workers} --device cpu")
+    whole, parts = (state(f"with_{workers}")["parts"]["net"] for workers in (0, 3))
+    assert_same(parts, whole)
+    torch.manual_seed(0)
+    assert (whole["beta"] != SearchNetwork(CHANNELS).state_dict()["beta"]).all()  # it did search
+    assert Path("with_0", "genotype.json").read_text() == Path("with_3", "genotype.json").read_text()
+
+
+def test_deterministic_has_pytorch_choose_such_kernels(vocabulary, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    write_pairs(Path("pairs"), 3)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*deterministic implementation.*")
+            search(f"--data pairs --clean_side left {ONE_STEP} --arch_start 1 --name found --deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.backends.cudnn.deterministic
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert train_model_batch.get_args_parser().parse_args(["--deterministic"]).deterministic
+
+
+# --- random instead of searched ---
+
+
+def random_names(vocabulary):
+    text = vocabulary.read_text(encoding="utf-8")
+    return re.findall(r"^((?:random|chance)\w+) = Genotype", text, re.MULTILINE)
+
+
+def test_random_genotypes_are_written_with_their_origin_and_no_data_is_opened(vocabulary, folder, capsys):
+    before = set(folder.iterdir())
+    assert search_random("--random 3 --seed 5") == 0
+    assert set(folder.iterdir()) == before
+    names = [f"random_s5_0{i}" for i in range(3)]
+    assert random_names(vocabulary) == names
+    drawn = genotypes.draw_random(3, seed=5)
+    text = vocabulary.read_text(encoding="utf-8")
+    for name, genotype in zip(names, drawn, strict=True):
+        assert f"\n{name} = {genotypes.literal(genotype)}\n" in text
+    assert text.count("# drawn at random, not searched; seed 5, commit ") == 3
+    assert "--arch random_s5_00" in capsys.readouterr().out
+
+    after = vocabulary.read_bytes()
+    with pytest.raises(GenotypeError, match="random_s5_00: already taken"):
+        search_random("--random 3 --seed 5")
+    with pytest.raises(UserError, match="--random: .*not --data"):
+        search_random("--random 3 --data nowhere")
+    assert vocabulary.read_bytes() == after
+    search_random("--random 101 --name chance")
+    assert random_names(vocabulary)[3:] == [f"chance_{i:03d}" for i in range(101)]
+
+
+def test_random_genotypes_wait_for_their_turn(vocabulary):
+    with genotypes._locked(vocabulary):
+        writer = threading.Thread(target=search_random, args=["--random 2"])
+        writer.start()
+        writer.join(1)
+        assert writer.is_alive()
+        assert random_names(vocabulary) == []
+    writer.join()
+    assert random_names(vocabulary) == ["random_s0_00", "random_s0_01"]
+
+
+def search_random(flags):
+    return search(flags, here="")
 
 
 # --- refused before anything is written ---
