@@ -181,12 +181,15 @@ def append(name, genotype, comment, path=None):
     """Add a named genotype at the end of the file at `path` (default: `FILE`), a comment above it.
 
     The file is valid Python at every instant, and a lock makes two searches that end together take turns.
+    This very genotype under this very name is not added again: a search was killed right after it had been.
     Raises GenotypeError where the name is taken or no identifier.
     """
     path = Path(path or FILE)
     with _locked(path):
-        check_new_name(name, path)
         text = path.read_text(encoding="utf-8").rstrip("\n")
+        if f"\n{name} = {literal(genotype)}\n" in f"{text}\n":
+            return
+        check_new_name(name, path)
         comment = "\n".join(f"# {line}" for line in textwrap.wrap(comment, 108))
         _replace(path, f"{text}\n\n{comment}\n{name} = {literal(genotype)}\n")
 

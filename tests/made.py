@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import threading
 from contextlib import contextmanager
 
 import cv2
@@ -55,6 +56,7 @@ def session():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        threading.excepthook = threading.__excepthook__
         log = logging.getLogger("manas")
         for handler in log.handlers:
             handler.close()

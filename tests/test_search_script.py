@@ -67,9 +67,9 @@ def finished(tmp_path_factory):
             drawn.append(batch)
             yield batch
 
-    def seen(scenes):
+    def seen(scenes, bad):
         validated.append(scenes)
-        return full_images(scenes)
+        return full_images(scenes, bad)
 
     with pytest.MonkeyPatch.context() as patch, session():
         patch.chdir(folder)
@@ -127,15 +127,19 @@ def test_the_genotype_is_appended_under_its_name_with_its_origin(finished):
 
 def test_tensorboard_shows_losses_scores_rates_choices_and_pictures(finished):
     found = scalars(finished.run)
-    assert {tag: [step for step, _ in values] for tag, values in found.items() if tag != "arch_loss"} == {
+    of_architecture = ("arch_loss", "arch_gradient_norm")
+    assert {
+        tag: [step for step, _ in values] for tag, values in found.items() if tag not in of_architecture
+    } == {
         tag: [2, 4]
         for tag in (
-            *("loss", "val_psnr", "val_ssim", "val_loss", "learning_rate", "arch_learning_rate"),
+            *("loss", "gradient_norm", "clipped", "val_psnr", "val_ssim", "val_loss"),
+            *("learning_rate", "arch_learning_rate"),
             *("entropy_alpha", "entropy_beta"),
             *(f"winners/{name}" for name in (*MODULES, *PRIMITIVES)),
         )
     }
-    assert [step for step, _ in found["arch_loss"]] == [4]
+    assert all([step for step, _ in found[tag]] == [4] for tag in of_architecture)
     assert [value for _, value in found["arch_learning_rate"]] == pytest.approx([0, 3e-4])
     rates = [value for _, value in found["learning_rate"]]
     assert 0.002 > rates[0] > rates[1] > 1e-4

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 import dataset
 import genotypes
@@ -17,7 +18,7 @@ from genotypes import GenotypeError
 from model_train import CheckpointError, DerainNetwork
 from support import experiment
 from support.errors import UserError
-from support.experiment import BEST, Experiment, Interrupted
+from support.experiment import BEST, Interrupted
 from tests.made import assert_same, interrupt, scalars, write_pairs, write_scenes
 from tests.test_genotypes import random_genotype
 
@@ -74,7 +75,8 @@ def test_scenes_and_pairs_train_a_network_that_loads(data):
     assert summary["steps"] == 4
     assert summary["parameters"] == sum(p.numel() for p in net.parameters())
     found = scalars("run")
-    assert set(found) == {"loss", "val_psnr", "val_ssim", "val_loss", "learning_rate"}
+    tags = {"loss", "gradient_norm", "clipped", "val_psnr", "val_ssim", "val_loss", "learning_rate"}
+    assert set(found) == tags
     assert [step for step, _ in found["val_psnr"]] == [2, 4]
     assert max(found["val_psnr"], key=lambda point: point[1])[1] == pytest.approx(summary["best"]["psnr"])
     rates = [value for _, value in found["learning_rate"]]
@@ -86,7 +88,7 @@ def test_all_but_the_validation_scenes_are_trained_on_whatever_the_seed(data, mo
     opened = []
     batches, full_images = dataset.batches, dataset.full_images
     monkeypatch.setattr(dataset, "batches", lambda s, **options: opened.append(s) or batches(s, **options))
-    monkeypatch.setattr(dataset, "full_images", lambda s: opened.append(s) or full_images(s))
+    monkeypatch.setattr(dataset, "full_images", lambda s, bad: opened.append(s) or full_images(s, bad))
     for seed in (0, 1):
         train(f"{MIXED} {ONE_STEP} --seed {seed} --save run{seed}")
     parts = dataset.split(dataset.find_training(["scenes", "pairs"], ["right", "left"]))
@@ -117,11 +119,11 @@ def test_a_seed_fixes_every_weight_whatever_the_workers(data):
 def test_ema_keeps_and_scores_the_averaged_weights(data, monkeypatch):
     after_step = []
 
-    def spied(run, count=Experiment.count, **values):
-        after_step.append({k: v.clone() for k, v in run.parts["net"].state_dict().items()})
-        count(run, **values)
+    def spied(averaged, net, update=AveragedModel.update_parameters):
+        after_step.append({k: v.clone() for k, v in net.state_dict().items()})
+        update(averaged, net)
 
-    monkeypatch.setattr(Experiment, "count", spied)
+    monkeypatch.setattr(AveragedModel, "update_parameters", spied)
     train(f"{PAIRS} {ONE_STEP} --steps_per_epoch 2 --ema 0.75 --save run")
     kept = state("run", "best_psnr.pt")["weights"]
     first, second = after_step
