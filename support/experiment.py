@@ -44,6 +44,8 @@ BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
 # What may differ when a run is resumed: it changes where, when and how long the run computes, not what.
 FREE_OPTIONS = {"resume", "save", "name", "device", "workers", "save_every", "max_minutes"}
 FREE_OPTIONS |= {"max_bad_steps", "allow_bad"}
+# Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
+UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.json)")
 MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -418,8 +420,9 @@ class Experiment:
         last = self.folder / STATES[0]
         if self.damaged and last.exists():  # or the next save would keep it in the place of the whole one
             os.replace(last, self.folder / "last.damaged.pt")
-        for unfinished in self.folder.glob(".*.pt.*"):
-            unfinished.unlink()
+        for path in self.folder.glob(".*"):
+            if UNFINISHED.fullmatch(path.name):
+                path.unlink()
         for path in self._growing() if "written" in self.state else []:
             written = self.state["written"].get(path.name)
             if written is None:

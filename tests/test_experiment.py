@@ -582,7 +582,10 @@ def test_what_a_killed_run_wrote_after_its_state_is_written_once(folder):
     run.save = run.writer.flush
     run.finish_epoch(1, scores(), partial(write, "1"))
     Path("run", "events.out.tfevents.2.other").write_bytes(b"of a session that was killed before it saved")
-    Path("run", ".last.pt.77").write_bytes(b"half of a state")
+    unfinished = (".last.pt.77", ".last.pt.77.link", ".genotype_001.json.77", f".{'0af9' * 8}.json")
+    for name in unfinished:
+        Path("run", name).write_bytes(b"half of a file")
+    Path("run", ".mine").touch()
     assert "epoch 1" in Path("run", "log.txt").read_text()
     run = resumed("--resume", "run")
     run.start(net=net)
@@ -591,7 +594,7 @@ def test_what_a_killed_run_wrote_after_its_state_is_written_once(folder):
             assert Path("run", name).read_bytes() == content, name
     assert Path("run", "log.txt").read_bytes().startswith(saved["log.txt"])
     assert "epoch 1" not in Path("run", "log.txt").read_text()
-    assert not Path("run", ".last.pt.77").exists()
+    assert [file.name for file in Path("run").glob(".*")] == [".mine"]
     train(run, net)
     log = Path("run", "log.txt").read_text()
     assert [log.count(f"epoch {epoch} step") for epoch in (1, 2, 3)] == [1, 1, 1]
