@@ -78,6 +78,21 @@ def interrupt(monkeypatch, module, draw):
     monkeypatch.setattr(module, "batches", wrapped)
 
 
+def spoil(monkeypatch, module, draws, value=float("nan"), loader=1):
+    """Have the batches `draws`, counted from 1, of loader number `loader` hold one pixel of that value."""
+    batches, opened = module.batches, []
+
+    def wrapped(*args, **options):
+        opened.append(None)
+        spoilt = draws if len(opened) == loader else ()
+        for number, batch in enumerate(batches(*args, **options), start=1):
+            if number in spoilt:
+                batch.rainy[0, 0, 3, 3] = value
+            yield batch
+
+    monkeypatch.setattr(module, "batches", wrapped)
+
+
 def scalars(folder):
     """{tag: [(step, value), ...]} of a run's TensorBoard events, as TensorBoard shows them."""
     events = EventAccumulator(str(folder))

@@ -135,3 +135,29 @@ def test_searches_that_end_together_lose_nothing(vocabulary):
     tree = ast.parse(vocabulary.read_text(encoding="utf-8"))
     names = [node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)]
     assert {f"found_{number}" for number in range(4)} <= set(names)
+
+
+def test_the_file_is_valid_python_at_every_instant(vocabulary):
+    """Read as fast as can be while another process appends to it."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=append_many, args=(vocabulary,))
+    process.start()
+    seen = set()
+    while process.is_alive():
+        tree = ast.parse(vocabulary.read_text(encoding="utf-8"))
+        seen.add(sum(isinstance(node, ast.Assign) for node in tree.body))
+    assert process.exitcode == 0
+    assert len(seen) > 3
+    assert max(seen) >= min(seen) + 20
+
+
+def append_many(path):
+    for number in range(40):
+        append_one(path, number)
+
+
+def test_what_a_killed_search_appended_already_is_not_appended_again(vocabulary):
+    genotypes.append("found", random_genotype(3), "", vocabulary)
+    once = vocabulary.read_text(encoding="utf-8")
+    genotypes.append("found", random_genotype(3), "", vocabulary)
+    assert vocabulary.read_text(encoding="utf-8") == once

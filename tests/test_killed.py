@@ -12,13 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import genotypes
 import train_model_batch
 import train_search_batch
-from support.experiment import BEST, STATES
+from support.experiment import BEST, STATES, Experiment
 from tests.made import assert_same, scalars, write_pairs, write_scenes
 from tests.test_genotypes import random_genotype
 
@@ -58,8 +59,14 @@ def run_script(stage, folder, flags, fatal, counted):
         change()
         fsync(file)
 
+    def draw(run, batches, draw=Experiment.draw):
+        for generator in (torch.seed, np.random.seed, random.seed):
+            generator()  # anew: there is no state of theirs that a resumed run would have to have
+        return draw(run, batches)
+
     sys.addaudithook(audit)
     os.fsync = fsync
+    Experiment.draw = draw
     script = SCRIPTS[stage]
     script.main(script.get_args_parser().parse_args(flags.split()))
     counted.send(changes)
