@@ -217,6 +217,9 @@ def _replace(path, text):
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk's has none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

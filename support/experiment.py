@@ -188,10 +188,14 @@ def command(main, parser):
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        file = error.filename or "a file of the run"
-        free = shutil.disk_usage(Path(error.filename or "x").absolute().parent).free
-        text = f"error: {file}: cannot be written: {error.strerror}; {free:,} bytes free"
-        sys.exit(_report(parser, text, 2))
+        sys.exit(_report(parser, f"error: {_full_disk(error)}", 2))
+
+
+def _full_disk(error):
+    if error.filename is None:
+        return f"a file cannot be written: {error.strerror}"
+    free = shutil.disk_usage(Path(error.filename).absolute().parent).free
+    return f"{error.filename}: cannot be written: {error.strerror}; {free:,} bytes are free"
 
 
 def _report(parser, text, status):

@@ -692,7 +692,7 @@ def test_a_full_disk_while_logging_is_one_line_too(folder, full, monkeypatch, ca
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("train.py: error: ")
     assert "cannot be written: File too large; " in line
-    assert line.endswith(" bytes free")
+    assert line.endswith(" bytes are free")
     assert f"run/{full}" in line
 
 

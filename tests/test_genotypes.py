@@ -1,4 +1,5 @@
 import ast
+import errno
 import json
 import multiprocessing
 import random
@@ -161,3 +162,16 @@ def test_what_a_killed_search_appended_already_is_not_appended_again(vocabulary)
     once = vocabulary.read_text(encoding="utf-8")
     genotypes.append("found", random_genotype(3), "", vocabulary)
     assert vocabulary.read_text(encoding="utf-8") == once
+
+
+def test_a_full_disk_is_told_with_the_files_name(vocabulary, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = vocabulary.read_text(encoding="utf-8")
+    monkeypatch.setattr(genotypes.os, "fsync", full)
+    with pytest.raises(OSError) as error:
+        genotypes.append("found", random_genotype(3), "", vocabulary)
+    assert error.value.filename == str(vocabulary)
+    assert vocabulary.read_text(encoding="utf-8") == before
+    assert not list(vocabulary.parent.glob(".*"))

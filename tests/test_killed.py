@@ -141,7 +141,7 @@ def epochs_logged(folder):
     )
 
 
-def test_killed_at_random_moments_and_resumed_it_is_the_same(whole, processes, tmp_path, seed=5, kills=3):
+def test_killed_at_random_moments_and_resumed_it_is_the_same(whole, processes, tmp_path, seed=5, kills=2):
     stage, expected, changes = whole
     folder = prepare(tmp_path)
     rng = random.Random(f"{seed} {stage}")
