@@ -1,7 +1,9 @@
 """Stage 2 from its command line to the checkpoint: what it trains, keeps, refuses, and how it continues."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -232,6 +234,26 @@ def test_a_training_stopped_twice_is_bit_equal_to_one_that_was_not(data, monkeyp
     for file in BEST.values():
         assert_same(state("parts", file), state("whole", file), file)
     assert scalars("parts") == scalars("whole")
+
+
+def test_a_signal_during_validation_does_not_wait_for_its_end(data, monkeypatch):
+    """Slurm kills half a minute after SIGTERM; the scores are made when the run goes on."""
+    write_pairs(data / "pairs", 40)
+    seen = []
+
+    def stopping(scenes, bad, full_images=dataset.full_images):
+        for images in full_images(scenes, bad):
+            seen.append(images)
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield images
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "full_images", stopping)
+        with pytest.raises(Interrupted, match="SIGTERM after step 1"):
+            train(f"{PAIRS} {ONE_STEP} --save run")
+    assert len(seen) == 1 < len(files_of("validation"))
+    train("--resume run")
+    assert [step for step, _ in scalars("run")["val_psnr"]] == [1]
 
 
 # --- numbers and files gone wrong ---
