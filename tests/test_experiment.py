@@ -562,6 +562,22 @@ def test_with_last_pt_gone_a_run_is_still_found_and_not_overwritten(folder):
         new("--save", "run")
 
 
+def test_there_is_a_whole_last_pt_between_any_two_renames(folder, monkeypatch):
+    run, net = begun()
+    run.save()
+    steps = []
+
+    def looked(source, target, replace=os.replace):
+        steps.append(torch.load("run/last.pt", weights_only=True)["step"])
+        replace(source, target)
+        steps.append(torch.load("run/last.pt", weights_only=True)["step"])
+
+    monkeypatch.setattr(os, "replace", looked)
+    run.step = 1
+    run.save()
+    assert steps == [0, 0, 0, 1]
+
+
 def test_where_there_are_no_hard_links_the_one_before_is_kept_too(folder, monkeypatch):
     def no_links(*paths):
         raise PermissionError(1, "Operation not permitted")
