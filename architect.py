@@ -16,6 +16,7 @@ percent with running statistics, and by 49 percent or more with batch statistics
 
 import torch
 from torch.func import functional_call
+from torch.nn.utils import get_total_norm
 
 
 class Architect:
@@ -52,11 +53,12 @@ class Architect:
         self.batch_statistics = batch_statistics
         self.divide = None if batch_statistics else divide
 
-    def step(self, batch, training_batch=None):
+    def step(self, batch, training_batch=None, allow=None):
         """One step of the optimizer; returns the validation loss before it, penalty included, as a tensor.
 
         The gradients and values of the weights and BatchNorm's statistics are left as they were.
-        training_batch is the batch of the virtual step, needed by the unrolled step only.
+        training_batch is the batch of the virtual step, needed by the unrolled step only. Where
+        allow(arch_loss=, arch_gradient_norm=) is given and false, alpha and beta are left as they were too.
         """
         was_training = self.net.training
         self.net.train(self.batch_statistics)
@@ -67,10 +69,11 @@ class Architect:
                 loss, gradient = self.unrolled(batch, training_batch)
         finally:
             self.net.train(was_training)
-        for parameter, g in zip(self.net.architecture(), gradient, strict=True):
-            parameter.grad = g
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if allow is None or allow(arch_loss=loss, arch_gradient_norm=get_total_norm(gradient)):
+            for parameter, g in zip(self.net.architecture(), gradient, strict=True):
+                parameter.grad = g
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         return loss
 
     def first_order(self, batch):

@@ -12,8 +12,11 @@ layouts that `find` knows, by the names of the folders alone:
 """
 
 import hashlib
+import multiprocessing
 import os
 import re
+import signal
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -44,6 +47,7 @@ CLEAN_FOLDERS = {
 }
 SIDES = ("left", "right")
 PARTS = {"weights": 0.50, "architecture": 0.45, "validation": 0.05}
+GIVE_UP = 100  # scenes in a row that cannot be read: the disk is gone, not some files
 
 
 class Half(NamedTuple):
@@ -60,6 +64,17 @@ class Scene(NamedTuple):
     rainy: tuple[Half, ...]
     clean: Half | None
     densities: tuple[str, ...] = ()
+
+    @property
+    def key(self):
+        """The path of its first rainy image, which is no other scene's."""
+        return str(self.rainy[0].path)
+
+    @property
+    def files(self):
+        """Its files as text, each once."""
+        halves = (*self.rainy, self.clean) if self.clean else self.rainy
+        return list(dict.fromkeys(str(half.path) for half in halves))
 
 
 class Found(NamedTuple):
@@ -358,6 +373,19 @@ def same_pictures(thumbnails, threshold=0.998):
     return first
 
 
+def plain(scene):
+    """The scene as lists and text, which `from_plain` takes back."""
+    halves = [*scene.rainy, scene.clean]
+    return [scene.name, [[str(half.path), half.side] for half in halves], list(scene.densities)]
+
+
+def from_plain(fields):
+    """The Scene of a list of `plain`."""
+    name, halves, densities = fields
+    *rainy, clean = (Half(Path(path), side) for path, side in halves)
+    return Scene(name, tuple(rainy), clean, tuple(densities))
+
+
 # --- the training batches -----------------------------------------------------------------------------------
 
 
@@ -365,6 +393,7 @@ class Batch(NamedTuple):
     """Whole scenes: rainy Nx3xPxP and clean Sx3xPxP, uint8 from the loader, float32 in [0, 1] after `to`.
 
     scene: N indices into clean. names: the S scenes' names. padded: names of scenes smaller than the patch.
+    files: of the scenes. bad: (key of a scene, why it cannot be read) of those that others took the place of.
     """
 
     rainy: torch.Tensor
@@ -372,6 +401,8 @@ class Batch(NamedTuple):
     scene: torch.Tensor
     names: list[str]
     padded: list[str]
+    files: list[str] = []
+    bad: list[tuple[str, str]] = []
 
     def to(self, device):
         rainy, clean, scene = (t.to(device, non_blocking=True) for t in self[:3])
@@ -395,6 +426,16 @@ class Batch(NamedTuple):
         return divided
 
 
+class Patches(NamedTuple):
+    """One draw: rainy Dx3xPxP and clean 3xPxP of a scene, uint8; padded: it is smaller; bad: as in Batch."""
+
+    rainy: torch.Tensor
+    clean: torch.Tensor
+    scene: Scene
+    padded: bool
+    bad: list[tuple[str, str]]
+
+
 class ScenePatches(Dataset):
     """Draw number n -> a random crop of one scene, all densities cut, flipped and rotated alike.
 
@@ -402,23 +443,25 @@ class ScenePatches(Dataset):
     number), so a run continues exactly from a number alone, whatever the workers. A scene smaller than the
     patch is padded by mirroring its border. With `clean_inputs` > 0 that share of the draws has one rainy
     image replaced by the clean one, which teaches the network to leave dry pictures alone.
+
+    A scene that cannot be read is left out from then on, as those whose keys are in `bad` are from the
+    beginning: the next one of the shuffle that can be read takes its place.
     """
 
-    def __init__(self, scenes, patch_size, seed, clean_inputs=0.0):
+    def __init__(self, scenes, patch_size, seed, clean_inputs=0.0, bad=()):
         self.scenes = scenes
         self.patch_size = patch_size
         self.seed = seed
         self.clean_inputs = clean_inputs
+        # Shared with the loader's workers: what one of them could not read, all of them leave out.
+        self.bad = torch.tensor([scene.key in bad for scene in scenes]).share_memory_()
 
     def __len__(self):
         return len(self.scenes)
 
     def __getitem__(self, draw):
-        scene = self.scenes[
-            shuffled(self.seed, draw // len(self.scenes), len(self.scenes))[draw % len(self.scenes)]
-        ]
         try:
-            rainy, clean = read_scene(scene)
+            scene, rainy, clean, bad = self.read(draw)
         except UserError as error:  # returned, since a loader's worker would wrap it in its own traceback
             return error
         random = np.random.default_rng((self.seed, draw))
@@ -428,7 +471,25 @@ class ScenePatches(Dataset):
         if random.random() < self.clean_inputs:
             images[random.integers(len(rainy))] = images[-1]
         tensor = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-        return tensor[:-1], tensor[-1], scene.name, padded
+        return Patches(tensor[:-1], tensor[-1], scene, padded, bad)
+
+    def read(self, draw):
+        """(scene, rainy, clean, bad) of a draw; UserError where scene after scene cannot be read."""
+        shuffle, place = divmod(draw, len(self))
+        bad = []
+        for index in np.roll(shuffled(self.seed, shuffle, len(self)), -place):
+            if self.bad[index]:
+                continue
+            scene = self.scenes[index]
+            try:
+                return scene, *read_scene(scene), bad
+            except UserError as error:
+                bad.append((scene.key, str(error)))
+                self.bad[index] = True
+            if len(bad) == GIVE_UP:
+                break
+        reason = f"{bad[0][1]}; and all of {len(bad)} scenes in a row" if bad else "--data: every scene"
+        raise UserError(f"{reason} cannot be read")
 
 
 @lru_cache(maxsize=4)
@@ -472,24 +533,26 @@ def collate(items):
     for item in items:
         if isinstance(item, UserError):
             return item
-    rainy, clean, names, padded = zip(*items, strict=True)
+    rainy, clean, scenes, padded, bad = zip(*items, strict=True)
     counts = torch.tensor([len(images) for images in rainy])
     return Batch(
         torch.cat(rainy),
         torch.stack(clean),
         torch.arange(len(items)).repeat_interleave(counts),
-        list(names),
-        [name for name, small in zip(names, padded, strict=True) if small],
+        [scene.name for scene in scenes],
+        [scene.name for scene, small in zip(scenes, padded, strict=True) if small],
+        [file for scene in scenes for file in scene.files],
+        [one for several in bad for one in several],
     )
 
 
-def batches(scenes, patch_size, batch_size, seed, device, workers=0, first_step=0, clean_inputs=0.0):
+def batches(scenes, patch_size, batch_size, seed, device, workers=0, first_step=0, clean_inputs=0.0, bad=()):
     """An endless iterator over Batches of `batch_size` scenes on `device`, beginning with step `first_step`.
 
-    Raises UserError, naming the file, when an image cannot be read.
+    bad: keys of scenes to leave out. Raises UserError when scene after scene cannot be read.
     """
     loader = DataLoader(
-        ScenePatches(scenes, patch_size, seed, clean_inputs),
+        ScenePatches(scenes, patch_size, seed, clean_inputs, bad),
         batch_sampler=Draws(batch_size, first_step),
         collate_fn=collate,
         num_workers=workers,
@@ -503,15 +566,37 @@ def batches(scenes, patch_size, batch_size, seed, device, workers=0, first_step=
 
 
 def _start_worker(number):
+    """Signals to the whole group (Ctrl-C, `timeout`) or job (Slurm, systemd) are the run's affair: it needs
+    its workers to end its step. SIGTERM from the run itself ends a worker, as PyTorch counts on.
+    """
     cv2.setNumThreads(0)
     if hasattr(os, "setpgrp"):
-        os.setpgrp()  # Ctrl-C and `timeout` signal the whole group: the run needs its workers to end its step
+        os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux: it tells who sent the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_the_runs_sigterm, daemon=True).start()
 
 
-def full_images(scenes):
-    """Per scene, for validation: (Dx3xHxW rainy, 1x3xHxW clean), float32 in [0, 1], whole pictures."""
+def _await_the_runs_sigterm():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+        pass
+    os._exit(0)
+
+
+def full_images(scenes, bad=None):
+    """Per scene, for validation: (Dx3xHxW rainy, 1x3xHxW clean), float32 in [0, 1], whole pictures.
+
+    bad: a list, to which (key of a scene, why it cannot be read) is added; None: UserError is raised.
+    """
     for scene in scenes:
-        rainy, clean = read_scene(scene)
+        try:
+            rainy, clean = read_scene(scene)
+        except UserError as error:
+            if bad is None:
+                raise
+            bad.append((scene.key, str(error)))
+            continue
         yield to_tensor(np.stack(rainy)), to_tensor(clean[None])
 
 

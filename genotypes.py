@@ -210,6 +210,7 @@ def append(name, genotype, comment, path=None):
     """Add a named genotype at the end of the file at `path` (default: `FILE`), a comment above it.
 
     The file is valid Python at every instant, and a lock makes two searches that end together take turns.
+    This very genotype under this very name is not added again: a search was killed right after it had been.
     Raises GenotypeError where the name is taken or no identifier.
     """
     append_all({name: (genotype, comment)}, path)
@@ -219,10 +220,11 @@ def append_all(entries, path=None):
     """As `append` of each name's (genotype, comment); all are added, or, where one cannot be, none."""
     path = Path(path or FILE)
     with _locked(path):
-        for name in entries:
-            check_new_name(name, path)
         text = path.read_text(encoding="utf-8").rstrip("\n") + "\n"
         for name, (genotype, comment) in entries.items():
+            if f"\n{name} = {literal(genotype)}\n" in text:
+                continue
+            check_new_name(name, path)
             comment = "\n".join(f"# {line}" for line in textwrap.wrap(comment, 108))
             text += f"\n{comment}\n{name} = {literal(genotype)}\n"
         _replace(path, text)
@@ -251,6 +253,9 @@ def _replace(path, text):
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk's has none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

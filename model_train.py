@@ -1,6 +1,8 @@
 """The fixed network of a genotype: only what was chosen exists. Saving and loading its checkpoints."""
 
+import io
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -129,20 +131,46 @@ def save(net, path):
 def write_whole(payload, path, previous=None):
     """torch.save to a temporary file, synced and then renamed: what is at `path` is whole at every instant.
 
-    previous: where to keep the file that was at `path`. Raises OSError where the file cannot be written.
+    previous: where to keep the file that was at `path`. Raises CheckpointError, one line with the bytes that
+    are needed and free, where the file cannot be written; what was at `path` is still there then.
     """
     path = Path(path)
+    content = io.BytesIO()  # so that its size is known before the disk is touched
+    torch.save(payload, content)
+    try:
+        _write_and_rename(content.getbuffer(), path, previous)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        raise CheckpointError(
+            f"{path}: cannot be written: {error.strerror}; {content.tell():,} bytes are needed, {free:,} free"
+        ) from None
+
+
+def _write_and_rename(content, path, previous):
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            torch.save(payload, file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
-            os.replace(path, previous)
+            _keep(path, previous)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+
+
+def _keep(path, previous):
+    """Let `previous` be the file at `path` too: there is one at `path` at every instant."""
+    link = path.with_name(f".{path.name}.{os.getpid()}.link")
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links: for an instant there is the one before only
+        os.replace(path, previous)
+        return
+    os.replace(link, previous)
+    link.unlink(missing_ok=True)  # it stays where both were one file already
 
 
 def load(path, device="cpu"):

@@ -81,7 +81,7 @@ def main(args):
     args = run.args
     net = build(run)
     print(f"data: {' '.join(args.data)}", flush=True)
-    parts = dataset.split(dataset.find_training(args.data, args.clean_side), args.split_seed)
+    parts = run.scenes or dataset.split(dataset.find_training(args.data, args.clean_side), args.split_seed)
 
     net.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), args.learning_rate, weight_decay=args.weight_decay)
@@ -105,6 +105,7 @@ def main(args):
         workers=args.workers,
         first_step=run.step,
         clean_inputs=args.clean_inputs,
+        bad=run.bad,
     )
     for epoch in run.epochs():
         net.train()
@@ -115,8 +116,7 @@ def main(args):
         for step in run.steps(epoch):
             warm = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
             optimizer.param_groups[0]["lr"] = warm * run.cosine(args.learning_rate, args.learning_rate_min)
-            batch = next(batches)
-            run.mention_padded(batch)
+            batch = run.draw(batches)
             loss = multi_to_one(
                 net(batch.rainy),
                 batch.clean,
@@ -126,14 +126,13 @@ def main(args):
             )
             optimizer.zero_grad()
             loss.backward()
-            if args.grad_clip:
-                nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
-            optimizer.step()
-            if averaged:
-                averaged.update_parameters(net)
-            run.count(loss=loss)
+            clipping = experiment.clip(net.parameters(), args.grad_clip)
+            if run.allow(batch, loss=loss, **clipping):
+                optimizer.step()
+                if averaged:
+                    averaged.update_parameters(net)
 
-        scores, panel = experiment.validate(shipped, validation, run.device)
+        scores, panel = run.validate(shipped, validation)
         run.panel(*panel)
         run.finish_epoch(
             epoch, scores, partial(model_train.save, shipped), learning_rate=optimizer.param_groups[0]["lr"]

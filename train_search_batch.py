@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import dataset
 import genotypes
@@ -112,12 +111,11 @@ def main(args):
     run = Experiment("search", args, get_args_parser(), DEMO)
     args = run.args
     args.name = args.name or time.strftime("search_%Y%m%d_%H%M%S")
-    if not args.demo:
+    if not (args.demo or run.done()):
         genotypes.check_new_name(args.name)
     print(f"genotype: {'in the run folder (demo)' if args.demo else args.name}")
     print(f"data: {' '.join(args.data)}", flush=True)
-    scenes = dataset.find_training(args.data, args.clean_side)
-    parts = dataset.split(scenes, args.split_seed)
+    parts = run.scenes or dataset.split(dataset.find_training(args.data, args.clean_side), args.split_seed)
 
     torch.manual_seed(args.seed)
     net = SearchNetwork(args.channels, args.residual)
@@ -151,6 +149,7 @@ def main(args):
         device=run.device,
         workers=args.workers,
         clean_inputs=args.clean_inputs,
+        bad=run.bad,
     )
     weight_batches = draw(parts["weights"], first_step=run.step)
     first_arch_step = (args.arch_start - 1) * args.steps_per_epoch
@@ -162,19 +161,18 @@ def main(args):
         net.train()
         for _ in run.steps(epoch):
             optimizer.param_groups[0]["lr"] = run.cosine(args.learning_rate, args.learning_rate_min)
-            batch = next(weight_batches)
-            run.mention_padded(batch)
+            batch = run.draw(weight_batches)
             if epoch >= args.arch_start:
-                run.count(arch_loss=architect.step(next(arch_batches), batch))
+                arch_batch = run.draw(arch_batches)
+                architect.step(arch_batch, batch, allow=partial(run.allow, arch_batch))
             training_loss = loss(net, batch)
             optimizer.zero_grad()
             training_loss.backward(inputs=net.weights())
-            if args.grad_clip:
-                nn.utils.clip_grad_norm_(net.weights(), args.grad_clip)
-            optimizer.step()
-            run.count(loss=training_loss)
+            clipping = experiment.clip(net.weights(), args.grad_clip)
+            if run.allow(batch, loss=training_loss, **clipping):
+                optimizer.step()
 
-        scores, panel = experiment.validate(net, validation, run.device)
+        scores, panel = run.validate(net, validation)
         run.panel(*panel)
         genotype = net.genotype()
         genotypes.write_json(genotype, run.folder / f"genotype_{epoch:03d}.json")
@@ -201,13 +199,13 @@ def main(args):
     genotypes.write_json(genotype, run.folder / "genotype.json")
     draw_genotype(genotype, run.folder / "genotype.svg", args.name, args.channels)
     gap = discretisation_gap(net, genotype, validation, run.device)
-    run.finish(genotype=genotype._asdict(), collapse=health.collapse, validation_psnr=gap)
+    log.info("derived architecture:\n%s = %s", args.name, genotypes.literal(genotype))
     arch = args.name
     if args.demo:
         arch = run.folder / "genotype.json"
     else:
         genotypes.append(args.name, genotype, origin)
-    log.info("derived architecture:\n%s = %s", args.name, genotypes.literal(genotype))
+    run.finish(genotype=genotype._asdict(), collapse=health.collapse, validation_psnr=gap)
     log.info("retrain it with: python train_model_batch.py --arch %s", arch)
     return 0
 

@@ -3,19 +3,27 @@ resume.
 """
 
 import argparse
+import errno
 import json
 import logging
 import math
 import os
 import platform
 import re
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import threading
 import time
+import zipfile
+import zlib
+from collections import defaultdict
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -25,14 +33,21 @@ from genotypes import GenotypeError
 from losses import SSIM_WINDOW, external, ssim
 from model_train import CheckpointError, read, write_whole
 from support.errors import UserError
+from support.images import write_bytes
 from support.rain import demo_set
 
 DEFAULT_DATA = "datasets/Rain1200"
 DEMO_DATA = "datasets/demo"
 FORMAT = "manas-run-1"
+STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
-# What may differ when a run is resumed: it changes where and when the run computes, not what.
-FREE_OPTIONS = {"resume", "save", "device", "workers", "save_every", "max_minutes"}
+# What may differ when a run is resumed: it changes where, when and how long the run computes, not what.
+FREE_OPTIONS = {"resume", "save", "name", "device", "workers", "save_every", "max_minutes"}
+FREE_OPTIONS |= {"max_bad_steps", "allow_bad"}
+# Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
+UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.json)")
+MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 log = logging.getLogger("manas")
 
@@ -153,6 +168,18 @@ def add_arguments(parser):
     run.add_argument(
         "--save_every", type=above_zero, default=10, help="minutes between checkpoints (default: 10)"
     )
+    run.add_argument(
+        "--max_bad_steps",
+        type=positive,
+        default=20,
+        metavar="N",
+        help="stop after N steps in a row whose loss or gradient is not finite (default: 20)",
+    )
+    run.add_argument(
+        "--allow_bad",
+        action="store_true",
+        help=f"go on when more than {MOST_BAD:.0%} of the files turn out to be unreadable",
+    )
 
 
 def command(main, parser):
@@ -163,6 +190,17 @@ def command(main, parser):
         sys.exit(_report(parser, f"error: {error}", 2))
     except Interrupted as stop:
         sys.exit(_report(parser, str(stop), 130))
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        sys.exit(_report(parser, f"error: {_full_disk(error)}", 2))
+
+
+def _full_disk(error):
+    if error.filename is None:
+        return f"a file cannot be written: {error.strerror}"
+    free = shutil.disk_usage(Path(error.filename).absolute().parent).free
+    return f"{error.filename}: cannot be written: {error.strerror}; {free:,} bytes are free"
 
 
 def _report(parser, text, status):
@@ -220,10 +258,17 @@ def newest(kind, file, demo=None):
     """
     found = {}
     for summary in Path().glob(f"{kind}-EXP-*/summary.json"):
-        options = json.loads((summary.parent / "options.json").read_text(encoding="utf-8"))
-        if (summary.parent / file).exists() and demo in (None, options["demo"]):
+        if (summary.parent / file).exists() and (demo is None or _was_demo(summary.parent) == demo):
             found[summary.stat().st_mtime] = summary.parent / file
     return found[max(found)] if found else None
+
+
+def _was_demo(folder):
+    """Whether a run was a demo; None where its options are missing or damaged."""
+    try:
+        return json.loads((folder / "options.json").read_text(encoding="utf-8"))["demo"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def commit():
@@ -252,7 +297,13 @@ class Experiment:
         self.before = 0.0  # seconds of the sessions before this one
         self.best = {"psnr": -math.inf, "ssim": -math.inf, "loss": math.inf}
         self.totals = {}  # sums of the epoch's losses so far
+        self.skipped = 0  # steps that were not finite, in all
+        self.in_a_row = {}  # and without a good one between them, by kind of step
+        self.bad = {}  # scenes left out: why, by key
+        self.scenes = None  # those of each part
+        self.saved = 0  # the step that last.pt is of
         self.state = None
+        self.damaged = None  # why the newest state cannot be gone on from
         self.stopping = None
         self.padded_mentioned = False
         self.parser = parser
@@ -267,6 +318,8 @@ class Experiment:
         self.device = pick_device(self.args.device)
         self.steps_in_all = self.args.epochs * self.args.steps_per_epoch
         self.clock = time.monotonic()
+        if self.state and self.done() and (self.folder / "summary.json").exists():
+            raise UserError(f"--resume {self.folder}: this run has finished, with step {self.step}")
 
     def _begin(self, args, demo):
         if args.data is None and not args.demo and not Path(DEFAULT_DATA).exists():
@@ -281,61 +334,138 @@ class Experiment:
         if args.data is None:
             args.data = [DEMO_DATA if args.demo else DEFAULT_DATA]
         self.folder = Path(args.save or time.strftime(f"{self.kind}-EXP-%Y%m%d-%H%M%S"))
-        if (self.folder / "last.pt").exists():
+        if any((self.folder / file).exists() for file in STATES):
             raise UserError(
                 f"--save {self.folder}: holds a run; go on with --resume, or choose another folder"
             )
         return args
 
     def _continue(self, args):
-        runs = sorted(Path().glob(f"{self.kind}-EXP-*/last.pt"), key=lambda path: path.stat().st_mtime)
+        runs = [path for file in STATES for path in Path().glob(f"{self.kind}-EXP-*/{file}")]
+        runs.sort(key=lambda path: path.stat().st_mtime)
         self.folder = Path(args.resume or args.save or (runs[-1].parent if runs else f"{self.kind}-EXP-*"))
-        path = self.folder / "last.pt"
-        self.state = read(path)
+        path, self.state, self.damaged = read_state(self.folder)
         if self.state.get("format") != FORMAT or self.state.get("kind") != self.kind:
             raise UserError(f"{path}: not the checkpoint of a {self.kind} run of this project")
         defaults = {name: self.parser.get_default(name) for name in vars(args)}  # of flags added since
         begun = argparse.Namespace(**{**defaults, **self.state["options"]})
+        differing = []
         for name, value in vars(args).items():
             if name in FREE_OPTIONS:
                 if name in self.given or name in ("workers", "device"):
                     setattr(begun, name, value)
             elif name in self.given and value != getattr(begun, name):
-                raise UserError(
+                differing.append(
                     f"--{name} {_text(value)}: the run in {self.folder} was begun with "
-                    f"{_text(getattr(begun, name))}; leave the flag out, or begin a new run"
+                    f"{_text(getattr(begun, name))}"
                 )
-        self.step = self.state["step"]
+        if differing:
+            flags = "flag" if len(differing) == 1 else "flags"
+            raise UserError(f"{'; '.join(differing)}; leave the {flags} out, or begin a new run")
+        self.step = self.saved = self.state["step"]
         self.before = self.state["seconds"]
         self.best = self.state["best"]
         self.totals = self.state["totals"]
+        self.skipped = self.state.get("skipped", 0)  # states of older runs lack what follows
+        self.in_a_row = self.state.get("in_a_row", {})
+        self.bad = self.state.get("bad", {})
+        if self.state.get("scenes"):
+            missing = [folder for folder in begun.data if not Path(folder).exists()]
+            if missing:
+                raise UserError(f"{missing[0]}: no such file or folder")
+            self.scenes = {
+                part: [dataset.from_plain(fields) for fields in scenes]
+                for part, scenes in self.state["scenes"].items()
+            }
         return begun
 
     def start(self, **parts):
-        """Open the folder, log and TensorBoard, and track `parts`, whose state_dict is saved and loaded."""
+        """Open the folder, log and TensorBoard, and track `parts`, whose state_dict is saved and loaded.
+
+        parts["net"] is the network whose BatchNorm must not keep the statistics of a bad step.
+        """
         self.parts = parts
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--save {self.folder}: cannot be made: {error.strerror}") from None
-        log.setLevel(logging.INFO)
-        log.handlers = [_TqdmHandler(), logging.FileHandler(self.folder / "log.txt", encoding="utf-8")]
-        for handler in log.handlers:
-            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if self.state else None)
         options = {k: v for k, v in vars(self.args).items() if k not in ("resume", "save")}
+        self._make_folder()
+        try:
+            if self.state:
+                self._cut_back()
+            else:
+                write_bytes(self.folder / "options.json", (json.dumps(options, indent=1) + "\n").encode())
+            self._open_log()
+            # Events of an epoch's end stand at the step that ended it, with which its totals begin anew.
+            redone = self.step + (not self.totals)
+            self.writer = SummaryWriter(self.folder, purge_step=redone if self.state else None)
+        except OSError as error:
+            raise UserError(f"--save {self.folder}: cannot be written: {error.strerror}") from None
         if self.state:
             for name, part in parts.items():
                 if name in self.state["parts"]:  # else the run was begun before there was such a part
                     part.load_state_dict(self.state["parts"][name])
             self.state = None
+            if self.damaged:
+                log.warning("%s; going on from %s", self.damaged, self.folder / STATES[1])
             log.info("continuing %s after step %d", self.folder, self.step)
         else:
-            (self.folder / "options.json").write_text(json.dumps(options, indent=1) + "\n")
             log.info("run folder %s on %s", self.folder, self.device)
             log.info("options: %s", " ".join(f"--{k} {_text(v)}" for k, v in options.items()))
+        self.buffers = _Buffers(parts["net"])
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
+
+    def _make_folder(self):
+        """Two runs that begin in one second, unnamed, get folders of their own."""
+        named, unnamed = bool(self.args.save or self.state), self.folder
+        for number in range(2, 1000):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=named)
+                return
+            except OSError as error:
+                if named or not isinstance(error, FileExistsError):
+                    raise UserError(f"--save {self.folder}: cannot be made: {error.strerror}") from None
+            self.folder = unnamed.with_name(f"{unnamed.name}-{number}")
+
+    def _open_log(self):
+        log.setLevel(logging.INFO)
+        log.handlers = [_TqdmHandler(), _FileHandler(self.folder / "log.txt", encoding="utf-8")]
+        for handler in log.handlers:
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        threading.excepthook = self._leave_to_main
+
+    def _leave_to_main(self, caught):
+        """TensorBoard's thread keeps what stops it, as a full disk, for the main one, which raises it."""
+        if isinstance(caught.exc_value, OSError):
+            caught.exc_value.filename = str(self.folder / "events.out.tfevents")
+        else:
+            threading.__excepthook__(caught)
+
+    def _cut_back(self):
+        """Leave in the folder what was there when the state was saved: what came after is done again."""
+        last = self.folder / STATES[0]
+        if self.damaged and last.exists():  # or the next save would keep it in the place of the whole one
+            os.replace(last, self.folder / "last.damaged.pt")
+        for path in self.folder.glob(".*"):
+            if UNFINISHED.fullmatch(path.name):
+                path.unlink()
+        for path in self._growing() if "written" in self.state else []:
+            written = self.state["written"].get(path.name)
+            if written is None:
+                path.unlink()
+            else:
+                os.truncate(path, min(written, path.stat().st_size))
+
+    def _growing(self):
+        return [*self.folder.glob("log.txt"), *self.folder.glob("events.out.tfevents.*")]
+
+    def _written(self):
+        """{name: bytes} of the files that grow, which are on the disk by now."""
+        self.writer.flush()
+        sizes = {}
+        for path in self._growing():
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
+                sizes[path.name] = os.fstat(file.fileno()).st_size
+        return sizes
 
     def _stop(self, number, frame):
         if self.stopping:  # asked twice: at once
@@ -344,16 +474,9 @@ class Experiment:
         self.stopping = signal.Signals(number).name
 
     def describe(self, parts):
-        """Log how many scenes each part of the split has."""
+        """Log how many scenes each part of the split has. A resumed run keeps them, whatever files came."""
+        self.scenes = parts
         log.info("scenes: %s", ", ".join(f"{len(scenes)} {name}" for name, scenes in parts.items()))
-
-    def mention_padded(self, batch):
-        """Say once that scenes smaller than the patch are padded."""
-        if batch.padded and not self.padded_mentioned:
-            self.padded_mentioned = True
-            log.warning(
-                "%s is smaller than --patch_size: such scenes are padded by mirroring", batch.padded[0]
-            )
 
     # --- time ---
 
@@ -371,9 +494,15 @@ class Experiment:
         """The learning rate now: from `highest` to `lowest` on half a cosine over the run."""
         return lowest + (highest - lowest) * (1 + math.cos(math.pi * self.progress())) / 2
 
+    def done(self):
+        """Whether the last epoch has its scores."""
+        return not self.totals and self.progress() >= 1
+
     def epochs(self):
         """Numbers of the epochs that remain, from 1; one that a stopped run left without scores is first."""
-        while self.totals or self.progress() < 1:
+        if not (self.folder / "last.pt").exists():
+            self.save()  # from now on a run that is killed can be resumed
+        while not self.done():
             yield (self.step - bool(self.totals)) // self.args.steps_per_epoch + 1
 
     def steps(self, epoch):
@@ -386,18 +515,99 @@ class Experiment:
         saved = time.monotonic()
         with bar:
             while self.step < end and self.progress() < 1:
+                self.buffers.keep()
                 yield self.step
                 self.step += 1
                 bar.update()
-                if self.stopping:
-                    self.save()
-                    raise Interrupted(
-                        f"stopped by {self.stopping} after step {self.step}; "
-                        f"go on with: python {self.parser.prog} --resume {self.folder}"
-                    )
+                self.stop_if_asked()
                 if time.monotonic() - saved > 60 * self.args.save_every:
                     self.save()
                     saved = time.monotonic()
+
+    def stop_if_asked(self):
+        """Save and raise Interrupted after SIGINT or SIGTERM."""
+        if self.stopping:
+            self.save()
+            raise Interrupted(f"stopped by {self.stopping} after step {self.step}; {self.how_to_go_on()}")
+
+    def give_up(self, reason):
+        """Save, and raise UserError."""
+        self.save()
+        raise UserError(f"{reason}; saved after step {self.step}; {self.how_to_go_on()}")
+
+    def how_to_go_on(self):
+        return f"go on with: python {self.parser.prog} --resume {self.folder}"
+
+    # --- what can go wrong ---
+
+    def draw(self, batches):
+        """The next of the batches. Names, once, the files that it had to do without."""
+        try:
+            batch = next(batches)
+        except UserError as error:
+            self.give_up(error)
+        self.leave_out(batch.bad)
+        if batch.padded and not self.padded_mentioned:
+            self.padded_mentioned = True
+            log.warning(
+                "%s is smaller than --patch_size: such scenes are padded by mirroring", batch.padded[0]
+            )
+        return batch
+
+    def leave_out(self, bad):
+        """Do without scenes from now on: (key, why it cannot be read). Gives up where they are too many.
+
+        What made it give up is not saved as bad: the disk may be back when the run is resumed.
+        """
+        reasons = dict.fromkeys(why for key, why in bad if why not in self.bad.values())
+        if not bad:
+            return
+        files = {file for scenes in self.scenes.values() for scene in scenes for file in scene.files}
+        count = len({*self.bad.values(), *reasons})
+        if count > MOST_BAD * len(files) and not self.args.allow_bad:
+            self.give_up(
+                f"{'; '.join([*reasons][:3])}: {count} of {len(files)} files cannot be read, more than "
+                f"{MOST_BAD:.0%}; --allow_bad does without them"
+            )
+        for why in reasons:
+            log.warning("left out from now on: %s", why)
+        self.bad.update(bad)
+
+    def allow(self, batch, **values):
+        """Whether a step can be taken: its loss and its gradient's norm, scalar tensors, are finite.
+
+        Then they are counted. If not, the batch's files are logged, BatchNorm's statistics are put back, and
+        --max_bad_steps in a row end the run, without another save. It waits for the GPU, once.
+        """
+        kind = next(iter(values))
+        if torch.stack([value.detach() for value in values.values()]).isfinite().all():
+            self.in_a_row.pop(kind, None)
+            self.count(**values)
+            return True
+        self.buffers.put_back()
+        self.count(skipped=torch.ones(()))
+        self.skipped += 1
+        self.in_a_row[kind] = self.in_a_row.get(kind, 0) + 1
+        found = ", ".join(f"{name} {value.item():g}" for name, value in values.items())
+        log.warning("step %d skipped: %s; its files: %s", self.step + 1, found, " ".join(batch.files))
+        if self.in_a_row[kind] >= self.args.max_bad_steps:
+            raise UserError(
+                f"--max_bad_steps: {self.in_a_row[kind]} in a row were not finite ({found}; log.txt names "
+                f"their files); {self.folder / STATES[0]} is that of step {self.saved}; {self.how_to_go_on()}"
+            )
+        return False
+
+    def validate(self, net, scenes):
+        """`validate`, without the scenes that cannot be read. SIGINT and SIGTERM stop it between two."""
+        bad = []
+        try:
+            scores, panel = validate(
+                net, [s for s in scenes if s.key not in self.bad], self.device, bad, self.stop_if_asked
+            )
+        except UserError as error:
+            self.give_up(error)
+        self.leave_out(bad)
+        return scores, panel
 
     # --- what is written ---
 
@@ -413,6 +623,7 @@ class Experiment:
         scores: validation's "psnr", "ssim" and "loss"; write_best(path) writes the network; scalars: for
         TensorBoard, by tag.
         """
+        skipped = self.totals.pop("skipped", (0, 0))[1]
         means = {name: float(total) / number for name, (total, number) in self.totals.items()}
         self.totals = {}
         for name, value in {**means, **{f"val_{k}": v for k, v in scores.items()}, **scalars}.items():
@@ -430,6 +641,10 @@ class Experiment:
             _duration(self.seconds()),
             _duration(left),
         )
+        if skipped or self.bad:
+            log.warning(
+                "epoch %d: %d steps skipped; %d scenes left out so far", epoch, skipped, len(self.bad)
+            )
         for name, file in BEST.items():
             better = scores[name] < self.best[name] if name == "loss" else scores[name] > self.best[name]
             if better:
@@ -445,32 +660,119 @@ class Experiment:
 
     def save(self):
         """Write last.pt: all that continuing needs, in plain tensors, numbers and text."""
-        last = self.folder / "last.pt"
-        write_whole(
-            {
-                "format": FORMAT,
-                "kind": self.kind,
-                "options": vars(self.args),
-                "step": self.step,
-                "seconds": self.seconds(),
-                "best": self.best,
-                "totals": {name: (float(total), number) for name, (total, number) in self.totals.items()},
-                "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            },
-            last,
-            previous=self.folder / "last.prev.pt",
-        )
-        self.writer.flush()
+        last, previous = (self.folder / file for file in STATES)
+        scenes = self.scenes or {}
+        state = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "options": vars(self.args),
+            "step": self.step,
+            "seconds": self.seconds(),
+            "best": self.best,
+            "totals": {name: (float(total), number) for name, (total, number) in self.totals.items()},
+            "skipped": self.skipped,
+            "in_a_row": self.in_a_row,
+            "bad": self.bad,
+            "scenes": {part: [dataset.plain(scene) for scene in scenes[part]] for part in scenes},
+            "written": self._written(),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
+        try:
+            write_whole(state, last, previous)
+        except CheckpointError as error:
+            raise UserError(f"{error}; last.pt, after step {self.saved}, is kept") from None
+        self.saved = self.step
 
     def finish(self, **summary):
         """Mark the run as finished: summary.json with the steps, the minutes and the best scores."""
-        summary = {"steps": self.step, "minutes": round(self.seconds() / 60, 1), "best": self.best, **summary}
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        summary = {
+            "steps": self.step,
+            "minutes": round(self.seconds() / 60, 1),
+            "best": self.best,
+            "skipped_steps": self.skipped,
+            "left_out": self.bad,
+            **summary,
+        }
+        write_bytes(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
         self.writer.close()
         best = ", ".join(f"{name} {value:.4f}" for name, value in self.best.items())
         log.info(
             "finished %d steps in %s; best on validation: %s", self.step, _duration(self.seconds()), best
         )
+        if self.skipped or self.bad:
+            log.warning("in all %d steps skipped and %d scenes left out", self.skipped, len(self.bad))
+
+
+def read_state(folder):
+    """(path, state, None) of the run's last.pt or, where that is damaged or gone, (path, state, why it is not
+    last.pt's) of the one before it. CheckpointError where there is neither.
+    """
+    last, previous = (folder / file for file in STATES)
+    try:
+        return last, _read_state(last), None
+    except CheckpointError as error:
+        if not previous.exists():
+            raise
+        try:
+            return previous, _read_state(previous), str(error)
+        except CheckpointError as older:
+            raise CheckpointError(f"{error}; {older}") from None
+
+
+def _read_state(path):
+    state = read(path)
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load does not look at the checksums
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        OSError,
+        EOFError,
+        ValueError,
+        RuntimeError,
+    ) as error:
+        damaged = str(error)
+    if damaged:
+        raise CheckpointError(f"{path}: is damaged: {damaged}")
+    return state
+
+
+def clip(parameters, largest):
+    """Scale the gradient to a norm of at most `largest`; 0: leave it. Returns what to log, as scalar tensors:
+    its norm before, and whether it was clipped.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, largest or math.inf)
+    return {"gradient_norm": norm, "clipped": (norm > (largest or math.inf)).float()}
+
+
+class _Buffers:
+    """The buffers of a network, which a forward pass changes, to be put back when its step was bad."""
+
+    def __init__(self, net):
+        by_type = defaultdict(list)
+        for buffer in net.buffers():
+            by_type[buffer.dtype].append(buffer)
+        self.pairs = [([b.clone() for b in buffers], buffers) for buffers in by_type.values()]
+
+    def keep(self):
+        for kept, buffers in self.pairs:
+            torch._foreach_copy_(kept, buffers)  # a copy each would start a thousand kernels
+
+    def put_back(self):
+        for kept, buffers in self.pairs:
+            torch._foreach_copy_(buffers, kept)
+
+
+class _FileHandler(logging.FileHandler):
+    """A full disk ends the run, with one line, where logging would print a traceback and go on."""
+
+    def handleError(self, record):
+        error = sys.exception()
+        if isinstance(error, OSError):
+            error.filename = self.baseFilename
+        raise error
 
 
 class _TqdmHandler(logging.Handler):
@@ -496,16 +798,17 @@ def _duration(seconds):
 
 
 @torch.inference_mode()
-def validate(net, scenes, device):
+def validate(net, scenes, device, bad=None, between=None):
     """Mean RGB PSNR (dB) and SSIM over the images, as saved in 8 bits, and mean external loss over the
     scenes.
 
     Whole pictures, one at a time. Returns ({"psnr", "ssim", "loss"}, (rainy, restored, clean) of the first).
+    bad: a list for those that cannot be read, as in `dataset.full_images`; between() is called after each.
     """
     was_training = net.training
     net.eval()
     psnr, similarity, loss, panel = [], [], [], None
-    for rainy, clean in dataset.full_images(scenes):
+    for rainy, clean in dataset.full_images(scenes, bad):
         clean = clean.to(device)
         outputs = torch.cat([net(image[None].to(device)).float() for image in rainy])
         saved = (outputs.clamp(0, 1) * 255).round() / 255
@@ -514,6 +817,10 @@ def validate(net, scenes, device):
         similarity += [ssim(saved, target)]
         loss += [external(outputs, clean, torch.zeros(len(outputs), dtype=torch.long, device=device))]
         panel = panel or (rainy[0], saved[0].cpu(), clean[0].cpu())
+        if between:
+            between()
     net.train(was_training)
+    if not psnr:
+        raise UserError(f"{bad[0][1] if bad else '--data'}; no validation picture can be read any more")
     scores = {"psnr": torch.cat(psnr), "ssim": torch.cat(similarity), "loss": torch.stack(loss)}
     return {name: value.mean().item() for name, value in scores.items()}, panel

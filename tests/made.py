@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import threading
 from contextlib import contextmanager
 
 import cv2
@@ -55,6 +56,7 @@ def session():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        threading.excepthook = threading.__excepthook__
         log = logging.getLogger("manas")
         for handler in log.handlers:
             handler.close()
@@ -71,6 +73,21 @@ def interrupt(monkeypatch, module, draw):
         for number, batch in enumerate(batches(*args, **options), start=1):
             if first and number == draw:
                 os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(module, "batches", wrapped)
+
+
+def spoil(monkeypatch, module, draws, value=float("nan"), loader=1):
+    """Have the batches `draws`, counted from 1, of loader number `loader` hold one pixel of that value."""
+    batches, opened = module.batches, []
+
+    def wrapped(*args, **options):
+        opened.append(None)
+        spoilt = draws if len(opened) == loader else ()
+        for number, batch in enumerate(batches(*args, **options), start=1):
+            if number in spoilt:
+                batch.rainy[0, 0, 3, 3] = value
             yield batch
 
     monkeypatch.setattr(module, "batches", wrapped)

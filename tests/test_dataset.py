@@ -1,7 +1,12 @@
 """From files to batches: the layouts, the parts, the draws, and what is said of files that are no good."""
 
+import json
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import time
 import zlib
 from itertools import islice
 from pathlib import Path
@@ -185,8 +190,8 @@ def test_real_layouts_are_recognised():
 def test_all_densities_are_cropped_flipped_and_turned_alike(tmp_path):
     scenes = find_training([write_coordinates(tmp_path)])
     ways, corners = set(), set()
-    for rainy, clean, name, padded in draws(scenes, 100):
-        assert name == "scene"
+    for rainy, clean, scene, padded, _ in draws(scenes, 100):
+        assert scene.name == "scene"
         assert not padded
         assert rainy.shape == (3, 3, 16, 16)
         assert clean.shape == (3, 16, 16)
@@ -211,7 +216,7 @@ def test_all_densities_are_cropped_flipped_and_turned_alike(tmp_path):
 def test_scenes_smaller_than_the_patch_are_padded_by_mirroring_and_said(tmp_path):
     write_coordinates(tmp_path, height=12, width=40)
     scenes = find_training([tmp_path])
-    for rainy, clean, _, padded in draws(scenes, 8, patch_size=32):
+    for rainy, clean, _, padded, _ in draws(scenes, 8, patch_size=32):
         assert padded
         assert rainy.shape == (3, 3, 32, 32)
         assert all(torch.equal(image[:2], clean[:2]) for image in rainy)
@@ -232,7 +237,7 @@ def test_scenes_smaller_than_the_patch_are_padded_by_mirroring_and_said(tmp_path
 
 def test_pictures_much_smaller_than_the_patch_are_padded_too(tmp_path):
     scenes = find_training([write_coordinates(tmp_path, height=11, width=11)])
-    ((rainy, clean, _, padded),) = draws(scenes, 1, patch_size=64)
+    ((rainy, clean, _, padded, _),) = draws(scenes, 1, patch_size=64)
     assert padded
     assert clean.shape == (3, 64, 64)
     assert set(clean[0].flatten().tolist()) == set(range(11))
@@ -305,8 +310,8 @@ def test_a_draw_is_a_function_of_seed_and_number_alone(tmp_path):
     torch.manual_seed(99)
     anew = dataset.ScenePatches(scenes, 16, seed=3, clean_inputs=0.5)
     for n in reversed(range(30)):
-        rainy, clean, name, _ = anew[n]
-        assert name == in_order[n][2]
+        rainy, clean, scene, *_ = anew[n]
+        assert scene == in_order[n][2]
         assert torch.equal(rainy, in_order[n][0])
         assert torch.equal(clean, in_order[n][1])
     other = dataset.ScenePatches(scenes, 16, seed=4)
@@ -333,6 +338,80 @@ def test_signals_to_the_runs_group_do_not_reach_its_workers(tmp_path):
     workers = [child for child in multiprocessing.active_children() if child not in others]
     assert len(workers) == 2
     assert all(os.getpgid(worker.pid) != os.getpgrp() for worker in workers)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals do not tell their sender here")
+def test_workers_obey_the_run_alone(tmp_path):
+    """Slurm and systemd signal every process of a job: the run must be able to end its step, and save."""
+    scenes = find_training([write_pairs(tmp_path, 3)], ["left"])
+    others = multiprocessing.active_children()
+    endless = dataset.batches(scenes, 16, 1, seed=0, device="cpu", workers=2)
+    for _ in range(4):  # so that both have begun
+        next(endless)
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+    for _ in range(20):
+        next(endless)
+    assert all(worker.is_alive() for worker in workers)
+    workers[0].terminate()
+    workers[0].join(10)
+    assert workers[0].exitcode == 0
+    endless.close()
+    workers[1].join(10)
+    assert not workers[1].is_alive()
+
+
+def draw_until_killed(folder, pids):
+    torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.2  # of the parent's life, in seconds; 5
+    scenes = find_training([folder], ["left"])
+    endless = dataset.batches(scenes, 16, 1, seed=0, device="cpu", workers=2)
+    for _ in range(4):
+        next(endless)
+    pids.send([worker.pid for worker in multiprocessing.active_children()])
+    while True:
+        next(endless)
+
+
+def test_workers_die_with_the_run(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    run = fork.Process(target=draw_until_killed, args=(write_pairs(tmp_path, 3), sender))
+    run.start()
+    workers = receiver.recv()
+    run.kill()
+    run.join()
+    assert len(workers) == 2
+    end = time.monotonic() + 20
+    while any(alive(pid) for pid in workers):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def alive(pid):
+    """Not even a zombie counts."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
+def test_an_unforeseen_error_ends_the_run_and_its_workers(tmp_path):
+    code = (
+        "import sys, dataset\n"
+        "scenes = dataset.find_training([sys.argv[1]], ['left'])\n"
+        "endless = dataset.batches(scenes, 16, 1, seed=0, device='cpu', workers=2)\n"
+        "1 / (len(next(endless).names) - 1)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, write_pairs(tmp_path, 3)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -638,12 +717,75 @@ def test_unreadable_files_are_refused_by_name_before_training(tmp_path, damage):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_damaged_while_training_goes_on_is_named(tmp_path, workers):
-    scenes = find_training([write_pairs(tmp_path, 4, suffix=".jpg")], ["left"])
+def test_a_file_damaged_while_training_goes_on_is_named_and_replaced(tmp_path, workers):
+    """Only the draws of its scene change, to one that does not depend on who found out, or when."""
+    scenes = find_training([write_pairs(tmp_path, 6, suffix=".jpg")], ["left"])
+    whole = batches(scenes, 12)
     cut(tmp_path / "2.jpg")
-    with pytest.raises(UserError, match=r"2\.jpg: ") as error:
-        batches(scenes, 10, workers)
-    assert "\n" not in str(error.value)
+    found = batches(scenes, 12, workers)
+    assert_equal_batches(found, batches(scenes, 12, bad={scenes[2].key}))
+    for before, after in zip(whole, found, strict=True):
+        assert len(after.names) == 2
+        for i, name in enumerate(before.names):
+            if name == "2":
+                assert after.names[i] != "2"
+            else:
+                assert after.names[i] == name
+                assert torch.equal(after.clean[i], before.clean[i])
+    ((key, why),) = {bad for batch in found for bad in batch.bad}
+    assert key == scenes[2].key
+    assert why.startswith(f"{tmp_path / '2.jpg'}: is ")
+    assert sum(len(batch.bad) for batch in found) <= max(1, workers)
+    assert "\n" not in why
+
+
+def test_a_file_that_could_not_be_read_once_is_left_out_for_good(tmp_path):
+    """By all workers: which of them meets it next must not matter."""
+    scenes = find_training([write_pairs(tmp_path, 3)], ["left"])
+    endless = dataset.batches(scenes, 16, 1, seed=0, device="cpu", workers=2)
+    content = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").unlink()
+    first = [next(endless) for _ in range(9)]
+    (tmp_path / "1.png").write_bytes(content)
+    later = [next(endless) for _ in range(20)]
+    assert any(batch.bad for batch in first)
+    assert not any("1" in batch.names or batch.bad for batch in later)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_where_nothing_can_be_read_any_more_there_is_no_endless_search(tmp_path, workers, monkeypatch):
+    scenes = find_training([write_pairs(tmp_path, 7)], ["left"])
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match=r"\.png: .*all of 7 scenes in a row cannot be read"):
+        batches(scenes, 1, workers)
+    monkeypatch.setattr(dataset, "GIVE_UP", 3)
+    with pytest.raises(UserError, match="all of 3 scenes in a row"):
+        batches(scenes, 1, workers)
+    with pytest.raises(UserError, match="every scene cannot be read"):
+        batches(scenes, 1, workers, bad={scene.key for scene in scenes})
+
+
+def test_validation_leaves_out_what_cannot_be_read(tmp_path):
+    scenes = find_training([write_pairs(tmp_path, 3)], ["left"])
+    cut(tmp_path / "1.png")
+    bad = []
+    assert len(list(dataset.full_images(scenes, bad))) == 2
+    ((key, why),) = bad
+    assert key == scenes[1].key == str(tmp_path / "1.png")
+    assert why.startswith(key)
+    with pytest.raises(UserError, match=r"1\.png"):
+        list(dataset.full_images(scenes))
+
+
+def test_scenes_of_every_layout_are_the_same_after_they_were_text(tmp_path):
+    write_scenes(tmp_path / "scenes", 2)
+    write_pairs(tmp_path / "pairs", 2)
+    pair_folders(tmp_path / "two")
+    folders = [tmp_path / name for name in ("scenes", "pairs", "two")]
+    for folder, side in zip(folders, (None, "left", None), strict=True):
+        for scene in find_training([folder], [side] if side else []):
+            assert dataset.from_plain(json.loads(json.dumps(dataset.plain(scene)))) == scene
 
 
 @pytest.mark.parametrize("sides", [["left", "left"], ["left"] * 4])

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import re
 import signal
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,7 +292,7 @@ def test_save_every_saves_within_an_epoch(clock, folder):
         saved.append(torch.load(last, weights_only=True)["step"] if last.exists() else None)
 
     train(run, net, minute)
-    assert saved == [None, None, 2, 2, 4, 4]
+    assert saved == [0, 0, 2, 2, 4, 4]
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(folder):
@@ -473,9 +475,241 @@ def test_what_cannot_be_resumed_is_named(folder):
     torch.save({"weights": {}}, "run/last.pt")
     with pytest.raises(UserError, match=r"run/last\.pt: not the checkpoint"):
         resumed("--resume", "run")
-    Path("run", "last.pt").write_bytes(Path("run", "last.pt").read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"run/last\.pt: cannot be read"):
+    for file in ("last.pt", "last.prev.pt"):
+        Path("run", file).write_bytes(Path("run", file).read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"run/last\.pt: cannot.*run/last\.prev\.pt: cannot") as error:
         resumed("--resume", "run")
+    assert "\n" not in str(error.value)
+
+
+def test_every_option_that_differs_is_named(folder):
+    stopped(0, flags=("--seed", "5", "--epochs", "2"))
+    with pytest.raises(UserError) as error:
+        resumed("--resume", "run", "--seed", "1", "--epochs", "2", "--data", "here", "--split_seed", "9")
+    for words in ("--seed 1: ", "with 5", "--data here: ", "with somewhere", "--split_seed 9: ", "with 0"):
+        assert words in str(error.value)
+    assert "--epochs" not in str(error.value)
+    assert "leave the flags out" in str(error.value)
+
+
+def test_a_run_that_has_finished_says_so_when_it_is_resumed(folder):
+    run, net = begun("--epochs", "1")
+    train(run, net)
+    run = resumed("--resume", "run")  # killed before it could finish
+    run.start(net=net)
+    assert train(run, net) == {}
+    run.finish()
+    with pytest.raises(UserError, match="--resume run: this run has finished, with step 2"):
+        resumed("--resume", "run")
+
+
+# --- killed, damaged, full ---
+
+
+def missing(path):
+    path.unlink()
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def one_bit(path):
+    """In the weight, which no reader of the format looks at: only the checksum tells."""
+    content = bytearray(path.read_bytes())
+    weight = torch.load(path, weights_only=True)["parts"]["net"]["weight"].numpy().tobytes()
+    content[content.index(weight) + 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [missing, cut_short, emptied, one_bit])
+def test_with_the_newest_state_damaged_the_run_goes_on_from_the_one_before_it(folder, damage):
+    run, net = begun("--save_every", "1e-9")
+    for step in run.steps(1):
+        with torch.no_grad():
+            net.weight += 1
+        run.count(loss=torch.tensor(float(step)))
+    before = Path("run", "last.prev.pt").read_bytes()
+    damage(Path("run", "last.pt"))
+    run = resumed("--resume", "run")
+    net = network()
+    run.start(net=net)
+    assert (run.step, net.weight.item()) == (1, 1)
+    (line,) = [line for line in Path("run", "log.txt").read_text().splitlines() if "last.prev.pt" in line]
+    assert "run/last.pt: " in line
+    assert "going on from run/last.prev.pt" in line
+    assert Path("run", "last.prev.pt").read_bytes() == before
+    kept = []
+    train(run, net, before_step=lambda step: kept.append(experiment.read_state(Path("run"))[1]["step"]))
+    assert kept == [1, 2, 3, 4, 5]  # there was a whole state at every instant
+    assert net.weight.item() == 6
+    assert [step for step, _ in scalars("run")["loss"]] == [2, 4, 6]
+
+
+def test_with_last_pt_gone_a_run_is_still_found_and_not_overwritten(folder):
+    for name in ("run", "eval-EXP-1"):
+        run = new("--save", name)
+        net = network()
+        run.start(net=net)
+        train(run, net)
+        Path(name, "last.pt").unlink()
+    assert resumed("--resume").folder == Path("eval-EXP-1")
+    with pytest.raises(UserError, match="--save run: holds a run"):
+        new("--save", "run")
+
+
+def test_there_is_a_whole_last_pt_between_any_two_renames(folder, monkeypatch):
+    run, net = begun()
+    run.save()
+    steps = []
+
+    def looked(source, target, replace=os.replace):
+        steps.append(torch.load("run/last.pt", weights_only=True)["step"])
+        replace(source, target)
+        steps.append(torch.load("run/last.pt", weights_only=True)["step"])
+
+    monkeypatch.setattr(os, "replace", looked)
+    run.step = 1
+    run.save()
+    assert steps == [0, 0, 0, 1]
+
+
+def test_where_there_are_no_hard_links_the_one_before_is_kept_too(folder, monkeypatch):
+    def no_links(*paths):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    train(*begun())
+    assert [torch.load(Path("run", file), weights_only=True)["step"] for file in experiment.STATES] == [6, 4]
+    assert not [file for file in Path("run").iterdir() if file.name.startswith(".")]
+
+
+def test_what_a_killed_run_wrote_after_its_state_is_written_once(folder):
+    """Log, events, and files that it had begun to write."""
+    run, net = begun()
+    for _ in run.steps(1):
+        run.count(loss=torch.tensor(1.0))
+    run.save()
+    saved = {file.name: file.read_bytes() for file in Path("run").iterdir()}
+    run.save = run.writer.flush
+    run.finish_epoch(1, scores(), partial(write, "1"))
+    Path("run", "events.out.tfevents.2.other").write_bytes(b"of a session that was killed before it saved")
+    unfinished = (".last.pt.77", ".last.pt.77.link", ".genotype_001.json.77", f".{'0af9' * 8}.json")
+    for name in unfinished:
+        Path("run", name).write_bytes(b"half of a file")
+    Path("run", ".mine").touch()
+    assert "epoch 1" in Path("run", "log.txt").read_text()
+    run = resumed("--resume", "run")
+    run.start(net=net)
+    for name, content in saved.items():
+        if name not in ("log.txt", *experiment.STATES):
+            assert Path("run", name).read_bytes() == content, name
+    assert Path("run", "log.txt").read_bytes().startswith(saved["log.txt"])
+    assert "epoch 1" not in Path("run", "log.txt").read_text()
+    assert [file.name for file in Path("run").glob(".*")] == [".mine"]
+    train(run, net)
+    log = Path("run", "log.txt").read_text()
+    assert [log.count(f"epoch {epoch} step") for epoch in (1, 2, 3)] == [1, 1, 1]
+
+
+def test_a_log_shorter_than_the_state_says_is_not_filled_up(folder):
+    """After a power cut: zeros in it would hide what was there."""
+    stopped(0)
+    Path("run", "log.txt").write_text("short\n")
+    resumed("--resume", "run").start(net=network())
+    assert Path("run", "log.txt").read_bytes().startswith(b"short\n2")
+
+
+def test_runs_that_begin_in_one_second_have_folders_of_their_own(folder, monkeypatch):
+    monkeypatch.setattr(experiment.time, "strftime", lambda *form: "eval-EXP-now")
+    runs = [new(), new(), new()]
+    for run in runs:
+        run.start(net=network())
+    assert [run.folder.name for run in runs] == ["eval-EXP-now", "eval-EXP-now-2", "eval-EXP-now-3"]
+    assert all((run.folder / "options.json").exists() for run in runs)
+
+
+def test_a_folder_that_cannot_be_written_is_named(folder):
+    Path("run", "log.txt").mkdir(parents=True)
+    with pytest.raises(UserError, match="--save run: cannot be written: Is a directory"):
+        begun()
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", "null", "[" * 100000])
+def test_damaged_options_do_not_keep_the_newest_run_from_being_found(folder, content):
+    for name in ("eval-EXP-1", "eval-EXP-2"):
+        run = new("--save", name)
+        run.start(net=network())
+        run.finish()
+        Path(name, "best_psnr.pt").touch()
+        os.utime(Path(name, "summary.json"), (1e9 + int(name[-1]),) * 2)
+    if content is None:
+        Path("eval-EXP-2", "options.json").unlink()
+    else:
+        Path("eval-EXP-2", "options.json").write_text(content)
+    assert experiment.newest("eval", "best_psnr.pt") == Path("eval-EXP-2", "best_psnr.pt")
+    assert experiment.newest("eval", "best_psnr.pt", demo=False) == Path("eval-EXP-1", "best_psnr.pt")
+
+
+@contextmanager
+def files_up_to(size):
+    """As a full disk: a file is written up to `size` bytes, then OSError is raised."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_while_saving_leaves_the_old_state_and_says_how_much_is_needed(folder):
+    run, net = begun()
+    net.register_buffer("large", torch.zeros(100_000))
+    train(run, net)
+    before = {file.name: file.read_bytes() for file in Path("run").iterdir()}
+    with files_up_to(200_000), pytest.raises(UserError) as error:
+        run.save()
+    said = re.fullmatch(
+        r"run/last\.pt: cannot be written: File too large; ([\d,]+) bytes are needed, ([\d,]+) free; "
+        r"last\.pt, after step 6, is kept",
+        str(error.value),
+    )
+    size = Path("run", "last.pt").stat().st_size
+    assert abs(int(said[1].replace(",", "")) - size) < 1000
+    assert int(said[2].replace(",", "")) > 0
+    assert {file.name: file.read_bytes() for file in Path("run").iterdir()} == before
+
+
+@pytest.mark.parametrize("full", ["log.txt", "events"])
+def test_a_full_disk_while_logging_is_one_line_too(folder, full, monkeypatch, capfd):
+    """Not logging's traceback, nor that of TensorBoard's thread."""
+
+    def main(args):
+        run, net = begun()
+        del experiment.log.handlers[0]  # the terminal, here a file
+        grown = max(file.stat().st_size for file in Path("run").iterdir() if file.suffix != ".pt")
+        with files_up_to(max(grown, 3000)):
+            for number in range(3000):
+                if full == "events":
+                    run.writer.add_scalar("loss", number, number)
+                    run.writer.flush()
+                else:
+                    experiment.log.info("a line that makes the log longer than it may be")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        experiment.command(main, parser())
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("train.py: error: ")
+    assert "cannot be written: File too large; " in line
+    assert line.endswith(" bytes are free")
+    assert f"run/{full}" in line
 
 
 # --- validation ---

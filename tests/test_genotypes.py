@@ -1,4 +1,5 @@
 import ast
+import errno
 import json
 import multiprocessing
 import random
@@ -182,3 +183,42 @@ def test_where_one_name_is_taken_none_is_added(vocabulary):
     with pytest.raises(GenotypeError, match="found_1: already taken"):
         genotypes.append_all(entries, vocabulary)
     assert vocabulary.read_text(encoding="utf-8") == before
+
+
+def test_the_file_is_valid_python_at_every_instant(vocabulary):
+    """Read as fast as can be while another process appends to it."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=append_many, args=(vocabulary,))
+    process.start()
+    seen = set()
+    while process.is_alive():
+        tree = ast.parse(vocabulary.read_text(encoding="utf-8"))
+        seen.add(sum(isinstance(node, ast.Assign) for node in tree.body))
+    assert process.exitcode == 0
+    assert len(seen) > 3
+    assert max(seen) >= min(seen) + 20
+
+
+def append_many(path):
+    for number in range(40):
+        append_one(path, number)
+
+
+def test_what_a_killed_search_appended_already_is_not_appended_again(vocabulary):
+    genotypes.append("found", random_genotype(3), "", vocabulary)
+    once = vocabulary.read_text(encoding="utf-8")
+    genotypes.append("found", random_genotype(3), "", vocabulary)
+    assert vocabulary.read_text(encoding="utf-8") == once
+
+
+def test_a_full_disk_is_told_with_the_files_name(vocabulary, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = vocabulary.read_text(encoding="utf-8")
+    monkeypatch.setattr(genotypes.os, "fsync", full)
+    with pytest.raises(OSError) as error:
+        genotypes.append("found", random_genotype(3), "", vocabulary)
+    assert error.value.filename == str(vocabulary)
+    assert vocabulary.read_text(encoding="utf-8") == before
+    assert not list(vocabulary.parent.glob(".*"))

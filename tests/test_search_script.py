@@ -30,7 +30,7 @@ from support.draw import svg
 from support.errors import UserError
 from support.experiment import BEST, Interrupted
 from support.health import ALPHA_ROWS, BETA_ROWS
-from tests.made import assert_same, interrupt, scalars, session, write_pairs, write_scenes
+from tests.made import assert_same, interrupt, scalars, session, spoil, write_pairs, write_scenes
 
 ROOT = Path(__file__).parents[1]
 CHANNELS = [2, 2, 2, 2]
@@ -77,9 +77,9 @@ def finished(tmp_path_factory):
             drawn.append(batch)
             yield batch
 
-    def seen(scenes):
+    def seen(scenes, bad):
         validated.append(scenes)
-        return full_images(scenes)
+        return full_images(scenes, bad)
 
     with pytest.MonkeyPatch.context() as patch, session():
         patch.chdir(folder)
@@ -139,14 +139,15 @@ def test_the_genotype_is_appended_under_its_name_with_its_origin(finished):
 def test_tensorboard_shows_losses_scores_rates_choices_and_pictures(finished):
     found = scalars(finished.run)
     in_each_epoch = {
-        *("loss", "val_psnr", "val_ssim", "val_loss", "learning_rate", "arch_learning_rate"),
+        *("loss", "gradient_norm", "clipped", "val_psnr", "val_ssim", "val_loss"),
+        *("learning_rate", "arch_learning_rate"),
         *("entropy_alpha", "entropy_beta", "margin_alpha", "margin_beta"),
         *("margin_alpha_min", "margin_beta_min"),
         *(f"{kind}_alpha/{row}" for kind in ("entropy", "margin") for row in ALPHA_ROWS),
         *(f"{kind}_beta/{row}" for kind in ("entropy", "margin") for row in BETA_ROWS),
         *(f"winners/{name}" for name in (*MODULES, *PRIMITIVES)),
     }
-    in_the_second = {"arch_loss", "changed/modules", "changed/edges"}
+    in_the_second = {"arch_loss", "arch_gradient_norm", "changed/modules", "changed/edges"}
     assert found.keys() == in_each_epoch | in_the_second
     for tag, values in found.items():
         assert [step for step, _ in values] == ([2, 4] if tag in in_each_epoch else [4]), tag
@@ -461,6 +462,59 @@ def test_random_genotypes_wait_for_their_turn(vocabulary):
 
 def search_random(flags):
     return search(flags, here="")
+
+
+@pytest.mark.parametrize(
+    ("loader", "same", "other"),
+    [
+        (1, ("net", "optimizer"), ("alpha", "beta")),  # the weights' batch
+        (2, ("arch_optimizer",), ("head.to_rgb.weight", "stem.0.body.0.1.running_mean")),
+    ],
+)
+def test_a_step_that_is_not_finite_leaves_no_trace(vocabulary, monkeypatch, loader, same, other):
+    """A bad batch of the weights touches alpha and beta alone, which have a good one, and the other way."""
+    write_pairs(Path("pairs"), 6)
+    spoil(monkeypatch, dataset, [1], loader=loader)
+    flags = f"{ONE_STEP} --learning_rate_min 0.002 --arch_start 1"
+    search(f"--data pairs --clean_side left {flags} --name found --save run")
+    last, before = (state("run", file)["parts"] for file in ("last.pt", "last.prev.pt"))  # steps 1 and 0
+    for name in other:
+        assert not torch.equal(last["net"].pop(name), before["net"].pop(name))
+    if loader == 1:
+        for name in same:
+            assert_same(last[name], before[name])
+    else:
+        assert_same(last["arch_optimizer"], before["arch_optimizer"])
+        for name in ("alpha", "beta"):
+            assert torch.equal(last["net"][name], before["net"][name])
+    log = Path("run", "log.txt").read_text()
+    assert f"step 1 skipped: {'loss' if loader == 1 else 'arch_loss'} nan, " in log
+    assert state("run")["skipped"] == 1
+
+
+def test_bad_architecture_steps_in_a_row_stop_the_search_though_the_weights_go_on(vocabulary, monkeypatch):
+    write_pairs(Path("pairs"), 6)
+    spoil(monkeypatch, dataset, [1, 2], loader=2)
+    flags = f"--data pairs --clean_side left {TINY} --arch_start 1 --name found --save run"
+    with pytest.raises(UserError, match=r"--max_bad_steps: 2 in a row were not finite \(arch_loss nan"):
+        search(f"{flags} --max_bad_steps 2")
+    for name, value in state("run")["parts"]["net"].items():
+        assert torch.isfinite(value).all(), name
+
+
+def test_a_search_whose_name_was_taken_meanwhile_goes_on_under_another(vocabulary, monkeypatch):
+    write_pairs(Path("pairs"), 6)
+    with monkeypatch.context() as patch:
+        interrupt(patch, dataset, draw=1)
+        with pytest.raises(Interrupted):
+            search(f"--data pairs --clean_side left {ONE_STEP} --name found --save run")
+    vocabulary.write_text(vocabulary.read_text(encoding="utf-8") + "\nfound = None\n", encoding="utf-8")
+    with pytest.raises(GenotypeError, match="--name found: already taken"):
+        search("--resume run")
+    search("--resume run --name found_too")
+    assert "\nfound_too = Genotype(" in vocabulary.read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="--resume run: this run has finished"):
+        search("--resume run")
 
 
 # --- refused before anything is written ---

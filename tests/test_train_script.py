@@ -1,6 +1,9 @@
 """Stage 2 from its command line to the checkpoint: what it trains, keeps, refuses, and how it continues."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 import dataset
 import genotypes
@@ -17,8 +21,9 @@ from genotypes import GenotypeError
 from model_train import CheckpointError, DerainNetwork
 from support import experiment
 from support.errors import UserError
-from support.experiment import BEST, Experiment, Interrupted
-from tests.made import assert_same, interrupt, scalars, write_pairs, write_scenes
+from support.experiment import BEST, Interrupted
+from support.images import read_image
+from tests.made import assert_same, interrupt, scalars, spoil, write_pairs, write_scenes
 from tests.test_genotypes import random_genotype
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +79,8 @@ def test_scenes_and_pairs_train_a_network_that_loads(data):
     assert summary["steps"] == 4
     assert summary["parameters"] == sum(p.numel() for p in net.parameters())
     found = scalars("run")
-    assert set(found) == {"loss", "val_psnr", "val_ssim", "val_loss", "learning_rate"}
+    tags = {"loss", "gradient_norm", "clipped", "val_psnr", "val_ssim", "val_loss", "learning_rate"}
+    assert set(found) == tags
     assert [step for step, _ in found["val_psnr"]] == [2, 4]
     assert max(found["val_psnr"], key=lambda point: point[1])[1] == pytest.approx(summary["best"]["psnr"])
     rates = [value for _, value in found["learning_rate"]]
@@ -86,7 +92,7 @@ def test_all_but_the_validation_scenes_are_trained_on_whatever_the_seed(data, mo
     opened = []
     batches, full_images = dataset.batches, dataset.full_images
     monkeypatch.setattr(dataset, "batches", lambda s, **options: opened.append(s) or batches(s, **options))
-    monkeypatch.setattr(dataset, "full_images", lambda s: opened.append(s) or full_images(s))
+    monkeypatch.setattr(dataset, "full_images", lambda s, bad: opened.append(s) or full_images(s, bad))
     for seed in (0, 1):
         train(f"{MIXED} {ONE_STEP} --seed {seed} --save run{seed}")
     parts = dataset.split(dataset.find_training(["scenes", "pairs"], ["right", "left"]))
@@ -117,11 +123,11 @@ def test_a_seed_fixes_every_weight_whatever_the_workers(data):
 def test_ema_keeps_and_scores_the_averaged_weights(data, monkeypatch):
     after_step = []
 
-    def spied(run, count=Experiment.count, **values):
-        after_step.append({k: v.clone() for k, v in run.parts["net"].state_dict().items()})
-        count(run, **values)
+    def spied(averaged, net, update=AveragedModel.update_parameters):
+        after_step.append({k: v.clone() for k, v in net.state_dict().items()})
+        update(averaged, net)
 
-    monkeypatch.setattr(Experiment, "count", spied)
+    monkeypatch.setattr(AveragedModel, "update_parameters", spied)
     train(f"{PAIRS} {ONE_STEP} --steps_per_epoch 2 --ema 0.75 --save run")
     kept = state("run", "best_psnr.pt")["weights"]
     first, second = after_step
@@ -228,6 +234,187 @@ def test_a_training_stopped_twice_is_bit_equal_to_one_that_was_not(data, monkeyp
     for file in BEST.values():
         assert_same(state("parts", file), state("whole", file), file)
     assert scalars("parts") == scalars("whole")
+
+
+def test_a_signal_during_validation_does_not_wait_for_its_end(data, monkeypatch):
+    """Slurm kills half a minute after SIGTERM; the scores are made when the run goes on."""
+    write_pairs(data / "pairs", 40)
+    seen = []
+
+    def stopping(scenes, bad, full_images=dataset.full_images):
+        for images in full_images(scenes, bad):
+            seen.append(images)
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield images
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "full_images", stopping)
+        with pytest.raises(Interrupted, match="SIGTERM after step 1"):
+            train(f"{PAIRS} {ONE_STEP} --save run")
+    assert len(seen) == 1 < len(files_of("validation"))
+    train("--resume run")
+    assert [step for step, _ in scalars("run")["val_psnr"]] == [1]
+
+
+# --- numbers and files gone wrong ---
+
+STEP_AN_EPOCH = ONE_STEP.replace("--epochs 1", "--epochs 3") + " --learning_rate_min 0.001"  # and one rate
+EIGHT_STEPS = ONE_STEP.replace("--steps_per_epoch 1", "--steps_per_epoch 8")
+
+
+def test_a_step_that_is_not_finite_leaves_no_trace(data, monkeypatch, value=float("inf")):
+    """In the weights, Adam's moments, BatchNorm's statistics and the averaged weights: as after epoch 2."""
+    spoil(monkeypatch, dataset, [3], value)
+    train(f"{PAIRS} {STEP_AN_EPOCH} --ema 0.9 --save run")
+    last, before = state("run"), state("run", "last.prev.pt")
+    assert (last["step"], before["step"]) == (3, 2)
+    assert_same(last["parts"], before["parts"])
+    assert (last["skipped"], before["skipped"]) == (1, 0)
+    assert json.loads(Path("run", "summary.json").read_text())["skipped_steps"] == 1
+    log = Path("run", "log.txt").read_text()
+    (line,) = [line for line in log.splitlines() if "step 3 skipped" in line]
+    assert re.search("loss (nan|inf), gradient_norm nan", line)
+    assert len(re.findall(r"pairs/\d\.png", line)) == 2
+    assert "epoch 3: 1 steps skipped" in log
+    assert "in all 1 steps skipped" in log
+    found = scalars("run")
+    assert [step for step, _ in found["loss"]] == [1, 2]
+    assert [step for step, _ in found["val_psnr"]] == [1, 2, 3]
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_state_intact(data, monkeypatch):
+    """And with the pictures repaired it goes on, to where it would have come without them."""
+    flags = f"{PAIRS} {TINY} --max_bad_steps 2"
+    train(f"{flags} --save whole")
+    with monkeypatch.context() as patch:
+        spoil(patch, dataset, [1])  # not in a row with those that follow
+        train(f"{flags} --save once")
+        assert state("once")["skipped"] == 1
+    with monkeypatch.context() as patch:
+        spoil(patch, dataset, [3, 4])
+        with pytest.raises(
+            UserError, match=r"--max_bad_steps: 2 in a row .*last\.pt is that of step 2; .*--resume"
+        ):
+            train(f"{flags} --save run")
+    assert state("run")["step"] == 2
+    train("--resume run")
+    assert_same(state("run")["parts"], state("whole")["parts"])
+    assert state("run")["skipped"] == 0
+
+
+@pytest.mark.parametrize(("largest", "share"), [(1e-3, 1.0), (1e6, 0.0), (0.0, 0.0)])
+def test_clipping_limits_the_gradient_and_says_how_large_it_was(largest, share):
+    parameters = [torch.zeros(3, requires_grad=True), torch.zeros(4, requires_grad=True)]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 2.0)
+    found = experiment.clip(parameters, largest)
+    norm = 2 * 7**0.5
+    assert found["gradient_norm"].item() == pytest.approx(norm)
+    assert found["clipped"].item() == share
+    after = torch.cat([parameter.grad for parameter in parameters]).norm().item()
+    assert after == pytest.approx(1e-3 if share else norm, rel=1e-3)
+
+
+def test_the_gradient_is_logged_and_the_share_of_steps_that_were_clipped(data):
+    train(f"{PAIRS} {ONE_STEP} --grad_clip 0.001 --save run")
+    found = scalars("run")
+    assert found["clipped"] == [(1, 1.0)]
+    assert found["gradient_norm"][0][1] > 0.001
+    assert "gradient_norm" in Path("run", "log.txt").read_text()
+
+
+def break_file(monkeypatch, file, draw):
+    """Cut the file short when batch `draw` has been drawn."""
+    batches = dataset.batches
+
+    def wrapped(*args, **options):
+        for number, batch in enumerate(batches(*args, **options), start=1):
+            yield batch
+            if number == draw:
+                file.write_bytes(file.read_bytes()[:100])
+
+    monkeypatch.setattr(dataset, "batches", wrapped)
+
+
+def files_of(part):
+    return [Path(scene.key) for scene in dataset.split(dataset.find_training(["pairs"], ["left"]))[part]]
+
+
+def test_a_file_that_breaks_is_named_once_left_out_and_counted(data, monkeypatch):
+    """Across a stop too: its scene is still left out then, and the run is as one that was not stopped."""
+    file = files_of("weights")[0]
+    content = file.read_bytes()
+    with monkeypatch.context() as patch:
+        break_file(patch, file, draw=1)
+        train(f"{PAIRS} {EIGHT_STEPS} --allow_bad --save whole")
+        file.write_bytes(content)
+        interrupt(patch, dataset, draw=6)
+        with pytest.raises(Interrupted):
+            train(f"{PAIRS} {EIGHT_STEPS} --allow_bad --save parts")
+    assert not read_whole(file)
+    train("--resume parts")
+    assert_same(state("parts")["parts"], state("whole")["parts"])
+    for run in ("whole", "parts"):
+        log = Path(run, "log.txt").read_text()
+        assert log.count(f"left out from now on: {file}: ") == 1
+        assert "in all 0 steps skipped and 1 scenes left out" in log
+        assert list(json.loads(Path(run, "summary.json").read_text())["left_out"]) == [str(file)]
+
+
+def read_whole(file):
+    try:
+        return read_image(file) is not None
+    except UserError:
+        return False
+
+
+def test_too_many_broken_files_stop_the_run_with_its_state_saved(data, monkeypatch):
+    """Where they are repaired it goes on as if nothing had been, new files in the folder, which would change
+    the split, included.
+    """
+    train(f"{PAIRS} {EIGHT_STEPS} --save whole")
+    file = files_of("weights")[0]
+    content = file.read_bytes()
+    with monkeypatch.context() as patch:
+        break_file(patch, file, draw=1)
+        with pytest.raises(UserError) as error:
+            train(f"{PAIRS} {EIGHT_STEPS} --save run")
+    said = str(error.value)
+    assert said.startswith(f"{file}: ")
+    assert "1 of 6 files cannot be read, more than 1%; --allow_bad" in said
+    assert f"saved after step {state('run')['step']}; go on with: python train_model_batch.py" in said
+    with pytest.raises(UserError, match="--allow_bad"):
+        train("--resume run")
+    file.write_bytes(content)
+    write_pairs(data / "pairs", 3, suffix=".bmp", first=50)
+    train("--resume run")
+    assert_same(state("run")["parts"], state("whole")["parts"])
+
+
+def test_validation_does_without_a_file_that_breaks_but_not_without_all(data, monkeypatch):
+    write_pairs(data / "pairs", 30)
+    first, *others = files_of("validation")
+    assert len(others) == 1
+    with monkeypatch.context() as patch:
+        break_file(patch, first, draw=1)
+        train(f"{PAIRS} {TINY} --allow_bad --save run")
+    assert Path("run", "log.txt").read_text().count(f"left out from now on: {first}: ") == 1
+    assert [step for step, _ in scalars("run")["val_psnr"]] == [2, 4]
+    write_pairs(data / "pairs", 30)
+    break_file(monkeypatch, first, draw=1)
+    break_file(monkeypatch, others[0], draw=1)
+    with pytest.raises(UserError, match="no validation picture can be read any more; saved after step 2"):
+        train(f"{PAIRS} {TINY} --allow_bad --save other")
+
+
+def test_resuming_without_the_data_folder_is_refused(data, monkeypatch):
+    """It would be taken for many broken files."""
+    interrupt(monkeypatch, dataset, draw=1)
+    with pytest.raises(Interrupted):
+        train(f"{PAIRS} {TINY} --save run")
+    (data / "pairs").rename(data / "elsewhere")
+    with pytest.raises(UserError, match="pairs: no such file or folder"):
+        train("--resume run")
 
 
 # --- which genotype, which data ---

@@ -1,0 +1,224 @@
+"""A run killed at any moment and resumed is bit-equal to one that was not, for both stages."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import genotypes
+import train_model_batch
+import train_search_batch
+from support.experiment import BEST, STATES, Experiment
+from tests.made import assert_same, scalars, write_pairs, write_scenes
+from tests.test_genotypes import random_genotype
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"search": train_search_batch, "train": train_model_batch}
+TINY = "--data scenes pairs --clean_side right left --patch_size 16 --batch_size 2 --epochs 2 --val_scenes 1"
+TINY += " --internal_start 2 --device cpu --save run --save_every 0.000001"
+FLAGS = {
+    "search": f"{TINY} --steps_per_epoch 1 --channels 2 2 2 2 --arch_start 2 --name found",
+    "train": f"{TINY} --steps_per_epoch 2 --channels 4 4 4 4 --arch genotype.json --ema 0.9",
+}
+CHANGES = {"os.rename", "os.link", "os.remove", "os.truncate", "os.mkdir"}
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL here")
+
+
+def run_script(stage, folder, flags, fatal, counted):
+    """In a process of its own, which dies right before change number `fatal` of a file; 0: it does not."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    genotypes.FILE = folder / "genotypes.py"
+    changes = 0
+
+    def change():
+        nonlocal changes
+        changes += 1
+        if changes == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event, args):
+        if event in CHANGES or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)):
+            change()
+
+    def fsync(file, fsync=os.fsync):
+        if changes + 1 == fatal:
+            os.ftruncate(file, os.fstat(file).st_size // 2)  # it dies while the file is being written
+        change()
+        fsync(file)
+
+    def draw(run, batches, draw=Experiment.draw):
+        for generator in (torch.seed, np.random.seed, random.seed):
+            generator()  # anew: there is no state of theirs that a resumed run would have to have
+        return draw(run, batches)
+
+    sys.addaudithook(audit)
+    os.fsync = fsync
+    Experiment.draw = draw
+    script = SCRIPTS[stage]
+    script.main(script.get_args_parser().parse_args(flags.split()))
+    counted.send(changes)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Each in a second, since they are forks of one that has imported all they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_killed"])
+    return context
+
+
+def run(processes, stage, folder, flags, fatal=0):
+    """How many changes it made, or None where it was killed."""
+    counted, send = processes.Pipe(duplex=False)
+    process = processes.Process(target=run_script, args=(stage, folder, f"{flags} --workers 0", fatal, send))
+    process.start()
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if fatal and not counted.poll() else 0)
+    return counted.recv() if counted.poll() else None
+
+
+def flags_now(stage, folder):
+    """Those that a user would give now."""
+    begun = any((folder / "run" / file).exists() for file in STATES)
+    return "--resume run" if begun else FLAGS[stage]
+
+
+def prepare(folder):
+    write_scenes(folder / "scenes", 6)
+    write_pairs(folder / "pairs", 6)
+    genotypes.write_json(random_genotype(0), folder / "genotype.json")
+    shutil.copy(ROOT / "genotypes.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(SCRIPTS))
+def whole(request, processes, tmp_path_factory):
+    """(stage, folder of a run that was not killed, the changes of files that it made)."""
+    folder = prepare(tmp_path_factory.mktemp(request.param))
+    return request.param, folder, run(processes, request.param, folder, FLAGS[request.param])
+
+
+def assert_as_whole(stage, folder, whole):
+    state, expected = (torch.load(place / "run" / "last.pt", weights_only=True) for place in (folder, whole))
+    for name in ("parts", "best", "totals", "step", "skipped", "bad", "scenes"):
+        assert_same(state[name], expected[name], name)
+    for file in BEST.values():
+        pair = (torch.load(place / "run" / file, weights_only=True) for place in (folder, whole))
+        assert_same(*pair, file)
+    for file in (whole / "run").glob("genotype*.json"):
+        assert (folder / "run" / file.name).read_text() == file.read_text()
+    assert sorted_scalars(folder) == sorted_scalars(whole)
+    assert epochs_logged(folder) == epochs_logged(whole)
+    summaries = [json.loads((place / "run" / "summary.json").read_text()) for place in (folder, whole)]
+    assert summaries[0] | {"minutes": 0} == summaries[1] | {"minutes": 0}
+    assert not list((folder / "run").glob(".*"))
+    added = [(place / "genotypes.py").read_text().count("\nfound = ") for place in (folder, whole)]
+    assert added == ([1, 1] if stage == "search" else [0, 0])
+
+
+def sorted_scalars(folder):
+    """Sessions that begin in one second may be read in any order."""
+    return {tag: sorted(points) for tag, points in scalars(folder / "run").items()}
+
+
+def epochs_logged(folder):
+    """What the log says of each epoch, but for the time and the minutes."""
+    return re.findall(
+        r"epoch \d+ step .*  validation .*loss [\d.]+", (folder / "run" / "log.txt").read_text()
+    )
+
+
+def test_killed_at_random_moments_and_resumed_it_is_the_same(whole, processes, tmp_path, seed=5, kills=2):
+    stage, expected, changes = whole
+    folder = prepare(tmp_path)
+    rng = random.Random(f"{seed} {stage}")
+    for _ in range(kills):
+        fatal = rng.randint(1, changes // 2)
+        print(f"seed {seed}, {flags_now(stage, folder)}: killed before change {fatal} of a file")
+        run(processes, stage, folder, flags_now(stage, folder), fatal)
+        if (folder / "run" / "summary.json").exists():
+            break
+    else:
+        assert run(processes, stage, folder, flags_now(stage, folder))
+    assert_as_whole(stage, folder, expected)
+
+
+def test_killed_after_its_genotype_was_appended_it_is_finished_once(whole, processes, tmp_path):
+    stage, expected, _ = whole
+    if stage == "train":
+        pytest.skip("it appends none")
+    folder = shutil.copytree(expected, tmp_path / "copy")
+    (folder / "run" / "summary.json").unlink()
+    assert run(processes, stage, folder, "--resume run")
+    assert_as_whole(stage, folder, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes_left", range(8))
+def test_killed_in_its_last_moments_it_is_finished_once(whole, processes, tmp_path, changes_left):
+    """Between its last state, the genotype, the summary and the end."""
+    stage, expected, changes = whole
+    folder = prepare(tmp_path)
+    assert run(processes, stage, folder, FLAGS[stage], changes - changes_left) is None
+    if not (folder / "run" / "summary.json").exists():
+        assert run(processes, stage, folder, "--resume run")
+    assert_as_whole(stage, folder, expected)
+
+
+@pytest.mark.slow
+def test_killed_before_every_change_of_a_file_and_resumed_it_is_the_same(whole, processes, tmp_path):
+    stage, expected, changes = whole
+    for fatal in range(1, changes + 1):
+        folder = prepare(tmp_path / str(fatal))
+        run(processes, stage, folder, FLAGS[stage], fatal)
+        if not (folder / "run" / "summary.json").exists():
+            assert run(processes, stage, folder, flags_now(stage, folder)), fatal
+        assert_as_whole(stage, folder, expected)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_again_and_again_it_is_the_same(whole, processes, tmp_path, seed):
+    seed = random.SystemRandom().randrange(10**6)
+    test_killed_at_random_moments_and_resumed_it_is_the_same(whole, processes, tmp_path, seed, kills=20)
+
+
+@pytest.mark.slow
+def test_the_command_killed_at_random_times_and_resumed_is_the_same(whole, tmp_path):
+    """With its workers. Each session may take a second more than the one before."""
+    stage, expected, _ = whole
+    folder = prepare(tmp_path)
+    shutil.copytree(ROOT / "support", folder / "support")
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    seed = random.SystemRandom().randrange(10**6)
+    rng, killed, longest = random.Random(seed), 0, 6.0
+    while True:
+        seconds = rng.uniform(4, longest)
+        command = [sys.executable, SCRIPTS[stage].__name__ + ".py", *flags_now(stage, folder).split()]
+        script = subprocess.Popen([*command, "--workers", "2"], cwd=folder, stdout=subprocess.DEVNULL)
+        try:
+            assert script.wait(seconds) == 0
+            break
+        except subprocess.TimeoutExpired:
+            print(f"seed {seed}: killed after {seconds:.2f} s, at {flags_now(stage, folder)}")
+            script.kill()
+            script.wait()
+            killed, longest = killed + 1, longest + 1
+            time.sleep(1)  # so that the events of two sessions have different names
+    assert killed
+    assert_as_whole(stage, folder, expected)
