@@ -96,6 +96,8 @@ def main(args):
     found = dataset.find(path, args.clean_side)
     alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
     print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}", flush=True)
+    if others := other_kinds(path):
+        print(f"left alone: files of other kinds ({', '.join(others)})", flush=True)
 
     source = path if path.is_dir() else path.parent
     if out.resolve() == source.resolve() or (path.is_dir() and source.resolve() in out.resolve().parents):
@@ -151,6 +153,12 @@ def choose_path(args):
     if not args.demo:
         experiment.announce_demo(DEFAULT_PATH, "--path")
     return demo_set(experiment.DEMO_DATA) / "DID-MDN-test"
+
+
+def other_kinds(path):
+    """The suffixes of the files in a folder that are no pictures by their names, as .heic and .mp4."""
+    seen = {file.suffix.lower() for file in path.rglob("*") if file.name[0] != "." and file.is_file()}
+    return sorted(seen - {"", *images.EXTENSIONS})
 
 
 def restore_video(run, path, out):

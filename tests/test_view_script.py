@@ -153,10 +153,13 @@ def test_paired_folders_are_scored(network):
     assert_scored(network, expected)
 
 
-def test_a_folder_without_ground_truth_is_restored_and_not_scored(network):
+def test_a_folder_without_ground_truth_is_restored_and_not_scored(network, capsys):
     write_image("photos/a.png", photograph(0, 21, 34))
     write_image("photos/deep/b.jpg", photograph(1, 40, 23))
+    for name in ("c.HEIC", "deep/film.mp4", ".hidden.txt"):
+        Path("photos", name).touch()
     assert view("--path photos --result_path out") == 0
+    assert "left alone: files of other kinds (.heic, .mp4)\n" in capsys.readouterr().out
     assert pictures() == {"a.png", "deep/b.jpg"}
     output = read_image("out/a.png").astype(int)
     assert np.abs(output - restored(network, photograph(0, 21, 34))).max() <= 1
