@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -189,7 +190,8 @@ def read(path):
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: not a file; a checkpoint is one file, such as best_psnr.pt")
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about kinds of files that are refused anyway
+            payload = torch.load(path, map_location="cpu", weights_only=True)
     # torch.load documents no closed list of errors: a damaged file raises UnpicklingError, RuntimeError,
     # EOFError, KeyError, OverflowError and more, and each of them means the same to the user.
     except Exception as error:

@@ -16,12 +16,16 @@ import io
 import json
 import math
 import platform
+import shlex
 import sys
 import time
 from argparse import ArgumentTypeError
 from functools import partial
 from pathlib import Path
 
+import cv2
+import numpy as np
+import skimage
 import torch
 from tqdm import tqdm
 
@@ -29,7 +33,7 @@ import dataset
 import model_train
 from support import experiment, images
 from support.errors import UserError
-from support.gallery import Gallery, montage
+from support.gallery import FOLDER, MONTAGE, Gallery, montage
 from support.metrics import METRICS, mean_scores, score
 from support.rain import demo_set
 from support.restore import SMALLEST_TILE, restore
@@ -77,56 +81,66 @@ def get_args_parser():
 
 
 def main(args):
-    """Restore and score; returns the exit status: 0, or 1 where some file could not be used."""
+    """Restore and score; returns the exit status: 0, 1 where some file could not be used, 130 for Ctrl-C."""
     checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
     print(f"checkpoint: {checkpoint}", flush=True)
     device = experiment.pick_device(args.device)
     net = model_train.load(checkpoint, device).to(memory_format=torch.channels_last)
+    sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()  # now: a run may replace the file
     run = partial(restore, net, device=device, tile=args.tile, self_ensemble=args.self_ensemble, amp=args.amp)
     path = choose_path(args)
     out = Path(args.result_path)
+    images.check_folder(out)
     if path.suffix.lower() in images.VIDEO_EXTENSIONS:
         return restore_video(run, path, out)
     found = dataset.find(path, args.clean_side)
-    print(f"data: {path}: {len(found.scenes)} {found.layout}", flush=True)
+    alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
+    print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}", flush=True)
+    if others := other_kinds(path):
+        print(f"left alone: files of other kinds ({', '.join(others)})", flush=True)
 
     source = path if path.is_dir() else path.parent
     if out.resolve() == source.resolve() or (path.is_dir() and source.resolve() in out.resolve().parents):
         raise UserError(f"--result_path {out}: lies among the pictures to restore; give another folder")
+    names = [name for scene in found.scenes for name in names_of(scene)]
+    for name in args.montage or ():
+        if name not in names:
+            raise UserError(
+                f"--montage {name}: no picture of that name; there are {', '.join(names[:3])}, ..."
+            )
     gallery = Gallery(out)
-    rows, failures = [], [f"{file}: has no partner, so it is left out" for file in found.unpaired]
-    with tqdm(total=sum(len(s.rainy) for s in found.scenes), unit="image", disable=None) as bar:
-        for scene in found.scenes:
-            try:
-                for row in view(run, scene, gallery):
-                    rows.append(row)
-                    bar.update()
-            except UserError as error:
-                failures.append(str(error))
+    rows, failures, status = restore_pictures(run, found, source, gallery, len(names))
     scored = [row for row in rows if METRICS[0] in row]
     facts = {
         "checkpoint": str(checkpoint),
-        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "sha256": sha256,
         "data": str(path),
         "layout": found.layout,
+        "pictures": len(names),
+        "without_partner": len(found.unpaired),
         "options": {name: getattr(args, name) for name in ("tile", "self_ensemble", "amp")},
         "device": experiment.device_name(device),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "command": " ".join(sys.argv),
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (torch, np, cv2, skimage)},
+        "command": shlex.join(sys.argv),
         "genotype": net.genotype._asdict(),
     }
-    if scored:
-        report(scored, out, facts)
-    print(f"{len(rows)} restored pictures in {out}")
-    if rows:
-        shown = {name: facts[name] for name in ("checkpoint", "data", "device")}
-        page = gallery.write(shown | {"self-ensemble": "yes" if args.self_ensemble else "no"}, failures)
-        print(f"look at them: {page}")
-        if args.montage is not None:
-            montage(gallery.examples(args.montage), out / "montage.png")
+    try:
+        if scored:
+            report(scored, out, facts | {"left_out": failures})
+        print(f"{len(rows)} restored pictures in {out}")
+        if rows:
+            shown = {name: facts[name] for name in ("checkpoint", "data", "device")}
+            page = gallery.write(shown | {"self-ensemble": "yes" if args.self_ensemble else "no"}, failures)
+            print(f"look at them: {page}")
+            if args.montage is not None:
+                montage(gallery.examples(args.montage), out / MONTAGE)
+    except UserError as error:  # the others are to be named all the same
+        failures.append(str(error))
+        status = status or 1
     if failures:
         print(f"{len(failures)} could not be used:", *failures, sep="\n  ", file=sys.stderr)
-    return 1 if failures else 0
+    return status
 
 
 def choose_path(args):
@@ -139,6 +153,12 @@ def choose_path(args):
     if not args.demo:
         experiment.announce_demo(DEFAULT_PATH, "--path")
     return demo_set(experiment.DEMO_DATA) / "DID-MDN-test"
+
+
+def other_kinds(path):
+    """The suffixes of the files in a folder that are no pictures by their names, as .heic and .mp4."""
+    seen = {file.suffix.lower() for file in path.rglob("*") if file.name[0] != "." and file.is_file()}
+    return sorted(seen - {"", *images.EXTENSIONS})
 
 
 def restore_video(run, path, out):
@@ -157,11 +177,39 @@ def restore_video(run, path, out):
     except images.EndsEarly as error:
         print(f"{error}\n{target} holds what came before", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"interrupted: {target} is not written", file=sys.stderr)
+        return 130
     print(f"restored video: {target}")
     return 0
 
 
-def view(run, scene, gallery):
+def restore_pictures(run, found, source, gallery, count):
+    """Restore all `count` pictures that can be; returns the rows, a line a failure, the exit status."""
+    rows, failures = [], [f"{file}: has no partner, so it is left out" for file in found.unpaired]
+    with tqdm(total=count, unit="image", disable=None) as bar:
+        for scene in found.scenes:
+            try:
+                for row in view(run, scene, source, gallery):
+                    rows.append(row)
+                    bar.update()
+            except images.CannotWrite as error:  # what room is left is for the tables
+                failures.append(f"{error}; stopped there, {len(rows)} of {count} pictures are done")
+                break
+            except UserError as error:
+                failures.append(str(error))
+            except KeyboardInterrupt:
+                failures.append(f"interrupted: {len(rows)} of {count} pictures are done")
+                return rows, failures, 130
+    return rows, failures, 1 if failures else 0
+
+
+def names_of(scene):
+    """The names in the results, one a rainy image."""
+    return [f"{density}/{scene.name}" for density in scene.densities] or [scene.name] * len(scene.rainy)
+
+
+def view(run, scene, source, gallery):
     """Restore and save each rainy image of a scene, and show it; yields a row of `COLUMNS` for each."""
     if scene.clean is None:
         pictures, clean = [images.load(scene.rainy[0].path)], None
@@ -169,13 +217,15 @@ def view(run, scene, gallery):
         rainy, clean = dataset.read_scene(scene)
         pictures = [images.Picture(image) for image in rainy]
     densities = scene.densities or [""] * len(pictures)
-    for picture, half, density in zip(pictures, scene.rainy, densities, strict=True):
+    for picture, half, density, name in zip(pictures, scene.rainy, densities, names_of(scene), strict=True):
+        # Scored pictures are saved without loss; others as they came.
+        file = Path(f"{name}.png") if clean is not None else half.path.relative_to(source)
+        if file.parts[0] in (FOLDER, MONTAGE):
+            raise UserError(f"{half.path}: its result would take the name of the gallery's {file}; rename it")
         start = time.perf_counter()
         restored = run(picture.rgb)
         seconds = time.perf_counter() - start
-        # Scored pictures are saved without loss; others as they came.
-        name = f"{density}/{scene.name}" if density else scene.name
-        file = gallery.out / f"{name}{half.path.suffix if clean is None else '.png'}"
+        file = gallery.out / file
         images.save(file, picture._replace(rgb=restored))
         height, width = restored.shape[:2]
         row = {"name": name, "density": density, "height": height, "width": width, "seconds": seconds}
@@ -188,14 +238,6 @@ def view(run, scene, gallery):
 
 def report(rows, out, facts):
     """Write results.csv, results.json and result_full.txt; print the means, by density if there are any."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        values = [row[column] for column in COLUMNS]
-        writer.writerow(f"{value:.4f}" if isinstance(value, float) else value for value in values)
-    images.write_bytes(out / "results.csv", table.getvalue().encode())
-
     means = {}
     lines = [f"{'':8} {'images':>6}  {'PSNR RGB':>9} {'SSIM RGB':>9}  {'PSNR Y':>9} {'SSIM Y':>9}"]
     densities = list(dict.fromkeys(row["density"] for row in rows))
@@ -210,9 +252,20 @@ def report(rows, out, facts):
             lines.append(f"  not in the means (equal images, or under 11 pixels): {left_out}")
     ensemble = ", self-ensemble" if facts["options"]["self_ensemble"] else ""
     lines.insert(0, f"scores of {facts['checkpoint']}{ensemble}, on the 8-bit pictures; PSNR in dB")
+    missing, alone = facts["pictures"] - len(rows), facts["without_partner"]
+    if missing or alone:
+        lines.append(f"  not in the scores: {missing} pictures not done, {alone} files without a partner")
     print("\n".join(lines))
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        values = [row[column] for column in COLUMNS]
+        writer.writerow(f"{value:.4f}" if isinstance(value, float) else value for value in values)
+    images.write_bytes(out / "results.csv", table.getvalue().encode(errors="surrogateescape"))
     full = [f"{row['name']}  " + "  ".join(f"{m} {row[m]:.4f}" for m in METRICS) for row in rows]
-    images.write_bytes(out / "result_full.txt", "\n".join([*full, "", *lines, ""]).encode())
+    text = "\n".join([*full, "", *lines, ""])
+    images.write_bytes(out / "result_full.txt", text.encode(errors="surrogateescape"))
     text = json.dumps(_finite({"means": means} | facts), indent=1)
     images.write_bytes(out / "results.json", text.encode())
 

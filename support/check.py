@@ -28,7 +28,7 @@ MATCH = 0.3  # all pairs are above 0.48; 99.9 % of clean images beside another's
 SWAPPED = -0.1  # all pairs are above -0.05; swapped, 99.6 % of them are below -0.1
 SAME_CLEAN = 4.0  # mean absolute difference, grey levels, between clean images of one scene; 0 in DID-MDN
 NAMED = 5  # files a line
-CLEAN_DIFFERS = "clean half differs from the first density's"
+CLEAN_DIFFERS = "clean half differs from the other densities'"
 DID_MDN = {"DID-MDN-training": 4000, "DID-MDN-test": 1200}  # scenes of three densities; pairs
 
 
@@ -100,16 +100,18 @@ def examine(scene, root):
         return Look(scene, faults)
     if min(size) < SSIM_WINDOW:
         fault(f"under {SSIM_WINDOW} pixels a side, too small to train on", halves[0].path, _wh(size))
-    for half, image in zip(halves[1:], clean[1:], strict=True):
-        difference = np.abs(image.astype(np.int16) - clean[0]).mean()
-        if difference > SAME_CLEAN:
-            fault(CLEAN_DIFFERS, half.path, f"by {difference:.0f} grey levels")
-    matches = [match(image, clean[0]) for image in rainy]
-    for half, value in zip(scene.rainy, matches, strict=True):
-        if value < MATCH:
-            fault("rain over another picture than the clean one", half.path, f"match {value:.2f}")
-    rain = [rain_score(image, clean[0]) for image in rainy]
-    return Look(scene, faults, size, thumbnail(clean[0]), rain, min(matches))
+    agreed = min(clean, key=lambda image: sum(_apart(image, other) for other in clean))
+    rain, matches = [], []
+    for half, image, own in zip(scene.rainy, rainy, clean * (len(rainy) // len(clean)), strict=True):
+        # Of a file with swapped sides the rainy half is the agreed image: its rain score, below, tells.
+        if min(_apart(own, agreed), _apart(image, agreed)) > SAME_CLEAN:
+            fault(CLEAN_DIFFERS, half.path, f"by {_apart(own, agreed):.0f} grey levels")
+            own = agreed
+        matches.append(match(image, own))
+        rain.append(rain_score(image, own))
+        if matches[-1] < MATCH:
+            fault("rain over another picture than the clean one", half.path, f"match {matches[-1]:.2f}")
+    return Look(scene, faults, size, thumbnail(agreed), rain, min(matches))
 
 
 def match(rainy, clean):
@@ -151,6 +153,11 @@ def _halves(image):
         return [], 0.0
     left, right = image[:, :middle], image[:, middle:]
     return [rain_score(right, left)], match(right, left)
+
+
+def _apart(x, y):
+    """Mean absolute difference in grey levels."""
+    return cv2.absdiff(x, y).mean()
 
 
 def _luma(image):

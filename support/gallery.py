@@ -27,6 +27,7 @@ from support.metrics import METRICS, mean_scores
 
 PAGE = "index.html"
 FOLDER = "gallery"
+MONTAGE = "montage.png"
 THUMBNAIL = 256  # pixels of the longer side
 SHOWN = 4096  # likewise: browsers and phones choke on more
 TEMPLATE = Path(__file__).with_suffix(".html")

@@ -4,11 +4,14 @@ OpenCV decodes and encodes. Before it does, Pillow reads the header and the file
 truncated JPEG, some versions of OpenCV return an array with a grey bottom, without a word.
 """
 
+import errno
 import io
 import logging
 import os
 import re
+import shutil
 import struct
+import tempfile
 import uuid
 import warnings
 import zlib
@@ -38,7 +41,13 @@ _QUALITY = {
     ".webp": cv2.IMWRITE_WEBP_QUALITY,
 }
 
+_OF_THE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
+
 log = logging.getLogger(__name__)
+
+
+class CannotWrite(UserError):
+    """A file cannot be written, and others will not fare better: its folder is read-only, or full."""
 
 
 class Picture(NamedTuple):
@@ -55,18 +64,22 @@ class _Header(NamedTuple):
     bits: int | None  # a channel; of TIFF only
     size: tuple[int, int]  # height, width, upright
     orientation: int  # 1 to 8; 1 is upright
+    frames: int  # pages of a TIFF, frames of an animation; what else a JPEG file may hold does not count
 
 
 def load(path: str | Path) -> Picture:
     """Read a picture so that `save` can write it back: same channels, same bits, same alpha.
 
-    The EXIF (or TIFF) orientation is applied. The content tells the format, whatever the file's name.
+    The EXIF (or TIFF) orientation is applied. The content tells the format, whatever the file's name. Of
+    several pages or frames the first is read, and the log says so.
 
     Raises:
         UserError: one line naming the file, if it is missing, empty, not an image, truncated, damaged, has
             more than `MAX_PIXELS` pixels, or has other than 8 or 16 bits a channel.
     """
     data, header = _open(path)
+    if header.frames > 1:
+        log.warning("%s: holds %d pages or frames; only the first is read", path, header.frames)
     pixels = _decode(path, data, header)
     if pixels.shape[:2] != header.size:
         raise UserError(f"{path}: is damaged: its header promises {header.size}, it holds {pixels.shape[:2]}")
@@ -129,7 +142,7 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = 95) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file so that `path` is whole or untouched, making folders; or UserError."""
+    """Write a file so that `path` is whole or untouched, making folders; or CannotWrite, or UserError."""
     path = Path(path)
     partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")  # not longer than names may get
     try:
@@ -140,7 +153,22 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise _cannot_write(path, error) from error
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise CannotWrite, naming the folder, if no file could be made in it; it need not be there yet."""
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    kind = UserError if error.errno in _OF_THE_NAME else CannotWrite
+    return kind(f"{path}: cannot be written: {error.strerror or error}")
 
 
 def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
@@ -200,6 +228,7 @@ def _parse_header(image: Image.Image) -> _Header:
         bits=tags.get(_BITS, (1,))[0] if tiff else None,
         size=(width, height) if orientation >= 5 else (height, width),
         orientation=orientation,
+        frames=1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1),
     )
 
 
@@ -339,7 +368,7 @@ def _to_8_bits(image: np.ndarray) -> np.ndarray:
 
 
 class EndsEarly(UserError):
-    """A video holds fewer frames than it promises; what came before is whole."""
+    """A video holds fewer frames than it promises, or no more fit on the disk; what came before is whole."""
 
 
 class Video:
@@ -353,6 +382,7 @@ class Video:
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{path}: no such file")
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong with a file, we say
         with _opencv_silent():
             self.capture = cv2.VideoCapture(str(path))
         self.fps = self.capture.get(cv2.CAP_PROP_FPS)
@@ -379,7 +409,9 @@ class Video:
                 yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         self.capture.release()
         # Containers that give their length in seconds may promise a frame more than they hold.
-        if count < self.frames - 1 or not count:
+        if not count:
+            raise UserError(f"{self.path}: cannot be read as a video: it holds no frame")
+        if count < self.frames - 1:
             raise EndsEarly(
                 f"{self.path}: ends early, after {count} of {self.frames} frames; the rest is lost"
             )
@@ -394,38 +426,49 @@ def video_name(path: str | Path) -> Path:
 def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
     """Write HxWx3 uint8 RGB frames, without sound; `path` appears only when the last frame is written.
 
-    The codecs want even sizes: an odd one gets its last row or column twice. If `frames` raises EndsEarly,
-    what came before is kept under `path` and the error goes on. Raises UserError,
-    naming `path`, for a format or folder that cannot be written.
+    The codecs want even sizes: an odd one gets its last row or column twice. If `frames` raises EndsEarly, or
+    the disk has no room for more, what came before is kept under `path` and EndsEarly raised. Raises
+    UserError, naming `path`, for a format or folder that cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in _CODECS:
         raise UserError(f"{path}: cannot be written as a video; choose one of {', '.join(_CODECS)}")
     partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    writer = None
+    writer, count = None, 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             for frame in frames:
                 height, width = frame.shape[:2]
                 frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+                if shutil.disk_usage(path.parent).free < 2 * frame.nbytes:  # of which OpenCV says nothing
+                    if not count:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    raise EndsEarly(f"{path}: ends early, after {count} frames: the disk is full")
                 if writer is None:
                     code = cv2.VideoWriter_fourcc(*_CODECS[path.suffix.lower()])
                     writer = cv2.VideoWriter(str(partial), code, fps, frame.shape[1::-1])
                     if not writer.isOpened():
                         raise OSError("OpenCV has no encoder for it, or the folder cannot be written")
                 writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+                count += 1
         except EndsEarly:
-            _keep(writer, partial, path)
+            _keep(writer, partial, path, count)
             raise
-        _keep(writer, partial, path)
+        _keep(writer, partial, path, count)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise _cannot_write(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _keep(writer, partial, path):
+def _keep(writer, partial, path, count):
     if writer is not None:
         writer.release()
+        # OpenCV tells of no write that failed, and a header may promise what the file does not hold.
+        capture, written = cv2.VideoCapture(str(partial)), 0
+        while capture.grab():
+            written += 1
+        if written != count:
+            raise OSError(f"of {count} frames the file holds {written}; the disk may be full")
         os.replace(partial, path)

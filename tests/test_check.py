@@ -174,7 +174,22 @@ def truncated_density(folder):
     return ["unreadable (1): Rain_Light/train2018new/0.png"]
 
 
-@pytest.mark.parametrize("plant", [density_missing, other_clean_half, other_size, truncated_density])
+def other_clean_half_in_the_first(folder):
+    file = training(folder, "Heavy") / "1.png"
+    write_image(file, np.hstack([halves(file)[0], photograph(55)]))
+    return ["clean half differs", "(1): Rain_Heavy/train2018new/1.png"]
+
+
+def one_density_swapped(folder):
+    file = training(folder, "Heavy") / "1.png"
+    write_image(file, np.hstack(halves(file)[::-1]))
+    return ["looks swapped", "(1): Rain_Heavy/train2018new/1.png"]
+
+
+PLANTS = [density_missing, other_clean_half, other_clean_half_in_the_first, one_density_swapped]
+
+
+@pytest.mark.parametrize("plant", [*PLANTS, other_size, truncated_density])
 def test_a_fault_among_densities_is_found_and_named(tmp_path, run, plant):
     write_scenes(tmp_path, 4)
     words = plant(tmp_path)

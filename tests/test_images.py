@@ -15,7 +15,17 @@ from PIL import Image
 
 from support import images
 from support.errors import UserError
-from support.images import Picture, image_size, list_images, load, read_image, save, write_image
+from support.images import (
+    CannotWrite,
+    Picture,
+    check_folder,
+    image_size,
+    list_images,
+    load,
+    read_image,
+    save,
+    write_image,
+)
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -213,6 +223,24 @@ def test_exif_orientation_is_applied_also_with_alpha(tmp_path, format, alpha, or
     assert apart(load(tmp_path / "out.png").rgb, picture.rgb) == 0  # not turned twice
 
 
+@pytest.mark.parametrize("format, options", [("TIFF", {}), ("PNG", {}), ("WEBP", {"lossless": True})])
+def test_of_several_pages_or_frames_the_first_is_read_and_it_is_said(tmp_path, caplog, format, options):
+    more = [Image.fromarray(noise((48, 64, 3))), Image.fromarray(255 - smooth())]
+    Image.fromarray(smooth()).save(tmp_path / "x", format, save_all=True, append_images=more, **options)
+    with caplog.at_level(logging.WARNING):
+        assert np.array_equal(load(tmp_path / "x").rgb, smooth())
+    assert f"{tmp_path / 'x'}: holds 3 pages or frames; only the first is read" in caplog.text
+
+
+def test_a_camera_s_second_jpeg_is_not_worth_a_word(tmp_path, caplog):
+    Image.fromarray(smooth()).save(
+        tmp_path / "x.jpg", "MPO", save_all=True, append_images=[Image.fromarray(smooth(24, 32))]
+    )
+    with caplog.at_level(logging.WARNING):
+        assert apart(load(tmp_path / "x.jpg").rgb, smooth()) <= 12
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_of_a_16_bit_tiff(tmp_path, orientation):
     upright = noise((10, 14, 3), np.uint16)
@@ -399,6 +427,21 @@ def test_a_read_only_folder_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match=r"x\.png: cannot be written: Permission denied"):
         write_image(tmp_path / "x.png", smooth())
+
+
+def test_a_folder_that_cannot_be_written_is_told_from_a_name_that_cannot(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/below", "file/further/below"):
+        with pytest.raises(CannotWrite, match=f"{folder}: cannot be written: Not a directory"):
+            check_folder(tmp_path / folder)
+    check_folder(tmp_path)
+    check_folder(tmp_path / "not" / "yet")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(CannotWrite):
+        write_image(tmp_path / "file" / "x.png", smooth())
+    with pytest.raises(UserError, match="cannot be written") as error:
+        write_image(tmp_path / f"{'x' * 300}.png", smooth())
+    assert not isinstance(error.value, CannotWrite)
 
 
 @pytest.mark.parametrize("image", [np.zeros((8, 8, 3)), np.zeros((8, 8, 2), np.uint8), np.zeros(8, np.uint8)])

@@ -2,8 +2,10 @@
 
 import math
 
+import cv2
 import numpy as np
 import pytest
+from skimage.metrics import structural_similarity
 
 from support.metrics import luma, mean_scores, score
 
@@ -61,6 +63,24 @@ def test_ssim_equals_a_plain_computation():
     assert result["ssim_rgb"] == pytest.approx(np.mean(channels), abs=1e-7)
     weights = [65.481 / 255, 128.553 / 255, 24.966 / 255]
     assert result["ssim_y"] == pytest.approx(plain_ssim(16 + x @ weights, 16 + y @ weights), abs=1e-7)
+
+
+@pytest.mark.parametrize("height, width", [(11, 11), (12, 40), (97, 130)])
+@pytest.mark.parametrize("kind", ["noise", "smooth", "flat", "white on black"])
+def test_ssim_is_scikit_images(kind, height, width):
+    """Of noise, of pictures where variances nearly cancel, and at the ends of the range."""
+    target = picture(5, height, width)
+    output = np.clip(target + np.random.default_rng(6).normal(0, 20, target.shape), 0, 255).astype(np.uint8)
+    if kind == "smooth":
+        target, output = cv2.GaussianBlur(target, (0, 0), 4), cv2.GaussianBlur(output, (0, 0), 3)
+    if kind in ("flat", "white on black"):
+        target, output = np.full_like(target, 255), np.full_like(output, 0 if kind != "flat" else 254)
+    options = {"data_range": 255, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    result = score(output, target)
+    expected = structural_similarity(output, target, channel_axis=-1, **options)
+    assert result["ssim_rgb"] == pytest.approx(expected, abs=1e-10)
+    expected = structural_similarity(luma(output), luma(target), **options)
+    assert result["ssim_y"] == pytest.approx(expected, abs=1e-10)
 
 
 def test_fixed_numbers():

@@ -1,9 +1,12 @@
+import shutil
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
 
 from support.errors import UserError
-from support.images import Video, video_name, write_video
+from support.images import CannotWrite, EndsEarly, Video, video_name, write_video
 
 
 def frames(count, height, width):
@@ -51,6 +54,32 @@ def test_a_video_that_ends_early_is_said_and_its_beginning_kept(tmp_path):
         write_video(tmp_path / "out.avi", video, 25)
     kept = cv2.VideoCapture(str(tmp_path / "out.avi"))
     assert 1 <= kept.get(cv2.CAP_PROP_FRAME_COUNT) < 40
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mov", ".mkv"])
+def test_a_video_that_the_disk_cut_short_does_not_pass_as_whole(tmp_path, suffix):
+    """OpenCV's writer says nothing of a write that failed."""
+    resource = pytest.importorskip("resource")  # POSIX's
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = np.random.default_rng(0).integers(0, 256, (20, 96, 128, 3), dtype=np.uint8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(CannotWrite, match=rf"v{suffix}: cannot be written: of 20 frames the file holds"):
+            write_video(tmp_path / f"v{suffix}", noise, 25)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_done_before_the_disk_was_full_is_kept(tmp_path, monkeypatch):
+    free = iter([10**9] * 5 + [0] * 9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=next(free)))
+    with pytest.raises(EndsEarly, match=r"v.mp4: ends early, after 5 frames: the disk is full"):
+        write_video(tmp_path / "v.mp4", frames(9, 32, 48), 25)
+    assert len(list(Video(tmp_path / "v.mp4"))) == 5
+    with pytest.raises(CannotWrite, match="none.mp4: cannot be written: No space left"):
+        write_video(tmp_path / "none.mp4", frames(9, 32, 48), 25)
+    assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no video at all", bytes(range(256)) * 20])

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -152,15 +153,36 @@ def test_paired_folders_are_scored(network):
     assert_scored(network, expected)
 
 
-def test_a_folder_without_ground_truth_is_restored_and_not_scored(network):
+def test_a_folder_without_ground_truth_is_restored_and_not_scored(network, capsys):
     write_image("photos/a.png", photograph(0, 21, 34))
     write_image("photos/deep/b.jpg", photograph(1, 40, 23))
+    for name in ("c.HEIC", "deep/film.mp4", ".hidden.txt"):
+        Path("photos", name).touch()
     assert view("--path photos --result_path out") == 0
+    assert "left alone: files of other kinds (.heic, .mp4)\n" in capsys.readouterr().out
     assert pictures() == {"a.png", "deep/b.jpg"}
     output = read_image("out/a.png").astype(int)
     assert np.abs(output - restored(network, photograph(0, 21, 34))).max() <= 1
     assert read_image("out/deep/b.jpg").shape == (40, 23, 3)
     assert {file.name for file in Path("out").iterdir()} == {"a.png", "deep", "index.html", "gallery"}
+
+
+def test_results_keep_relative_names_also_where_only_the_suffix_differs(network):
+    names = {"a.png", "a.jpg", "deep er/a.jpg", "deep er/-é #.png"}
+    for i, name in enumerate(sorted(names)):
+        write_image(Path("photos", name), photograph(i))
+    assert view("--path photos --result_path out") == 0
+    assert pictures() == names
+
+
+def test_a_name_that_is_the_gallery_s_own_is_refused(network, capsys):
+    for name in ("gallery/small/00001-rain.jpg", "montage.png", "deep/gallery/a.png"):
+        write_image(Path("photos", name), photograph(0))
+    assert view("--path photos --result_path out --montage") == 1
+    assert read_image("out/deep/gallery/a.png").shape == photograph(0).shape
+    error = capsys.readouterr().err
+    assert "2 could not be used" in error
+    assert "photos/montage.png: its result would take the name of the gallery's montage.png" in error
 
 
 def test_a_single_file_is_restored_in_its_own_kind(network):
@@ -234,9 +256,74 @@ def test_a_picture_without_a_partner_is_reported_and_the_rest_goes_on(network, c
     Path("set/target/2.png").unlink()
     assert view("--path set --result_path out") == 1
     assert list(table()) == ["1"]
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
+    assert "3 pairs" not in out
+    assert "2 pairs in input/ and target/; 1 files have no partner" in out
+    assert "not in the scores: 1 pictures not done, 1 files without a partner" in out
+    assert "1 pictures not done, 1 files without" in Path("out", "result_full.txt").read_text()
+    facts = json.loads(Path("out", "results.json").read_text())
+    assert (facts["pictures"], facts["without_partner"]) == (2, 1)
+    assert [line.split(": ")[0] for line in facts["left_out"]] == ["set/input/2.png", "set/target/0.png"]
     assert "input/2.png: has no partner" in error
     assert "0.png: 32x24 pixels, but" in error
+
+
+def test_a_full_disk_stops_the_run_and_what_was_done_keeps_its_tables(network, capsys, monkeypatch):
+    write_pairs(Path("pairs"), 4)
+    write = Path.write_bytes
+
+    def full(self, data):
+        if len(pictures()) == 2 and self.suffix == ".png":
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert view("--path pairs --clean_side left --result_path out") == 1
+    error = capsys.readouterr().err
+    assert "out/2.png: cannot be written: No space left on device; stopped there, 2 of 4 pictures" in error
+    assert "3.png" not in error
+    assert list(table()) == ["0", "1"]
+    assert json.loads(Path("out", "results.json").read_text())["means"]["all"]["output"]["images"] == 2
+    assert "2 pictures not done" in Path("out", "result_full.txt").read_text()
+    assert Path("out", "index.html").is_file()
+
+
+def test_a_table_that_cannot_be_written_is_one_line_after_the_scores(network, capsys):
+    write_pairs(Path("pairs"), 1)
+    Path("pairs/1.png").touch()
+    Path("out/results.csv/taken").mkdir(parents=True)
+    assert view("--path pairs --clean_side left --result_path out") == 1
+    out, error = capsys.readouterr()
+    assert "all           1" in out
+    assert "pairs/1.png: is empty" in error
+    assert "out/results.csv: cannot be written" in error
+
+
+def test_ctrl_c_leaves_tables_of_what_was_done(network, capsys, monkeypatch):
+    write_pairs(Path("pairs"), 4)
+    restore, calls = test_view.restore, []
+
+    def interrupted(*args, **options):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return restore(*args, **options)
+
+    monkeypatch.setattr(test_view, "restore", interrupted)
+    assert view("--path pairs --clean_side left --result_path out") == 130
+    assert "interrupted: 2 of 4 pictures are done" in capsys.readouterr().err
+    assert list(table()) == ["0", "1"]
+    assert pictures() == {"0.png", "1.png"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no text are Linux's")
+def test_names_that_are_no_text_are_scored_too(network):
+    name = os.fsdecode(b"caf\xe9")
+    write_pairs(Path("pairs"), 1)
+    Path("pairs/0.png").rename(Path("pairs", f"{name}.png"))
+    assert view("--path pairs --clean_side left --result_path out") == 0
+    assert Path("out", f"{name}.png").is_file()
+    assert b"caf\xe9," in Path("out", "results.csv").read_bytes()
 
 
 def test_only_bad_files_write_no_results(network):
@@ -258,6 +345,7 @@ def test_only_bad_files_write_no_results(network):
         ("--path pairs --ckt_path pairs", CheckpointError, "pairs: not a file"),
         ("--path pairs --ckt_path pairs/0.png", CheckpointError, "pairs/0.png: cannot be read"),
         ("--path pairs --device gpu", UserError, "--device gpu"),
+        ("--path pairs --montage 7", UserError, "--montage 7: no picture of that name; there are 0"),
     ],
 )
 def test_mistakes_are_refused_and_no_result_folder_is_made(flags, error, words):
@@ -266,6 +354,17 @@ def test_mistakes_are_refused_and_no_result_folder_is_made(flags, error, words):
     with pytest.raises(error, match=words):
         view(f"{flags} --result_path out")
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("path", ["pairs", "film.avi"])
+def test_a_result_folder_that_cannot_be_is_refused_before_any_work(path, monkeypatch):
+    write_pairs(Path("pairs"), 1)
+    write_video("film.avi", [photograph(0)], 10)
+    Path("file").touch()
+    monkeypatch.setattr(test_view, "restore", pytest.fail)
+    for out in ("file", "file/below"):
+        with pytest.raises(UserError, match=f"{out}: cannot be written: Not a directory"):
+            view(f"--path {path} --result_path {out}")
 
 
 @pytest.mark.parametrize("path", ["photos", "photos/a.png"])
@@ -364,6 +463,7 @@ def test_results_json_says_where_the_scores_come_from(network):
     assert facts["options"] == {"tile": None, "self_ensemble": True, "amp": False}
     assert facts["genotype"] == json.loads(json.dumps(network.genotype._asdict()))
     assert facts["versions"]["torch"] == torch.__version__
+    assert {"python", "numpy", "cv2", "skimage"} < set(facts["versions"])
     assert "self-ensemble" in Path("out", "result_full.txt").read_text()
 
 
