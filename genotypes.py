@@ -11,6 +11,7 @@ import json
 import keyword
 import os
 import random
+import reprlib
 import textwrap
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,7 @@ def check(genotype):
     fields = genotype._asdict() if isinstance(genotype, Genotype) else genotype
     if not isinstance(fields, dict) or set(fields) != set(Genotype._fields):
         raise GenotypeError(
-            f"a genotype has the entries {' and '.join(Genotype._fields)}, not {_brief(fields)}"
+            f"a genotype has the entries {' and '.join(Genotype._fields)}, not {brief(fields)}"
         )
 
     modules = _sequence(fields["modules"], CELLS, "modules", "cells")
@@ -93,7 +94,7 @@ def check(genotype):
 
 def _sequence(value, length, where, what):
     if not isinstance(value, (tuple, list)):
-        raise GenotypeError(f"{where} must be a sequence of {length} {what}, not {_brief(value)}")
+        raise GenotypeError(f"{where} must be a sequence of {length} {what}, not {brief(value)}")
     if len(value) != length:
         raise GenotypeError(f"{where} has {len(value)} {what}; it must have {length}")
     return value
@@ -101,12 +102,16 @@ def _sequence(value, length, where, what):
 
 def _word(value, allowed, where):
     if value not in allowed:
-        raise GenotypeError(f"{where} is {_brief(value)}; allowed are {', '.join(allowed)}")
+        raise GenotypeError(f"{where} is {brief(value)}; allowed are {', '.join(allowed)}")
     return str(value)
 
 
-def _brief(value):
-    text = repr(value)
+def brief(value):
+    """`value` in at most 60 characters of one line, whatever it is: it may come out of a damaged file."""
+    try:
+        text = " ".join(reprlib.repr(value).split())
+    except ValueError:  # Python does not print whole numbers of over 4,300 digits
+        text = f"a {type(value).__name__} too long to print"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -1,9 +1,17 @@
-"""The fixed network of a genotype: only what was chosen exists. Saving and loading its checkpoints."""
+"""The fixed network of a genotype: only what was chosen exists. Saving, loading, exporting its checkpoints.
+
+python model_train.py eval-EXP/derain.pt derain.onnx     # ONNX; pip install -r requirements-export.txt
+python model_train.py eval-EXP/derain.pt derain.pt2      # torch.export; runs without this project
+"""
 
 import io
+import json
 import os
+import pickletools
+import re
 import shutil
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -25,6 +33,13 @@ from operations import (
 
 FORMAT = "manas-network-1"
 MAX_CHANNELS = 4096  # a checkpoint that claims wider branches is refused before anything is allocated
+MAX_DEPTH, MAX_TUPLE = 20, 1000  # of what a checkpoint nests: its own files reach 12 and 23
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What else this project writes, and what to do with it.
+OTHER_FORMATS = {
+    "manas-run-1": "is for --resume; give the best_psnr.pt beside it",
+    "manas-supernet-1": "is a search's supernet; retrain its genotype: train_model_batch.py --arch",
+}
 
 
 class CheckpointError(ValueError):
@@ -190,60 +205,224 @@ def read(path):
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: not a file; a checkpoint is one file, such as best_psnr.pt")
     try:
+        _check_archive(path)
         with warnings.catch_warnings(action="ignore"):  # about kinds of files that are refused anyway
             payload = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     # torch.load documents no closed list of errors: a damaged file raises UnpicklingError, RuntimeError,
     # EOFError, KeyError, OverflowError and more, and each of them means the same to the user.
     except Exception as error:
         raise CheckpointError(
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}): it is damaged, another "
-            "kind of file, or holds more than plain tensors, numbers and text"
+            "kind of file, or holds more than plain tensors, numbers and text; give one that training wrote"
         ) from None
     if not isinstance(payload, dict):
         raise CheckpointError(f"{path}: holds a {type(payload).__name__}, not a checkpoint of this project")
     return payload
 
 
+def _check_archive(path):
+    """Raise BadZipFile unless the file is as torch.save writes it: a zip of stored records, their checksums
+    right, which torch.load does not look at; together no larger than the file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        size = sum(record.file_size for record in records)
+        if size > os.path.getsize(path) or any(record.compress_type for record in records):
+            raise zipfile.BadZipFile("unpacks to more than it is")
+        if len({record.filename.lower() for record in records}) < len(records) or archive.testzip():
+            raise zipfile.BadZipFile("records that are damaged or there twice")
+        for record in records:
+            if record.filename.endswith(".pkl"):
+                _check_nesting(archive.read(record))
+
+
+def _check_nesting(pickled):
+    """Raise BadZipFile for values nested so deep, or so often, that Python hangs or crashes on their hash."""
+    stack, memo = [], {}  # of (depth, size) of each value; None is a mark
+    for code, argument, _ in pickletools.genops(pickled):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif code.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif code.name == "MARK":
+            stack.append(None)
+        else:
+            taken = []
+            for kind in reversed(code.stack_before):
+                if kind is pickletools.stackslice:
+                    taken += iter(stack.pop, None)
+                elif kind is not pickletools.markobject:
+                    taken.append(stack.pop())
+            depth = 1 + max((depth for depth, _ in taken), default=0)
+            size = 1 + sum(size for _, size in taken)
+            if depth > MAX_DEPTH or (code.stack_after == [pickletools.pytuple] and size > MAX_TUPLE):
+                raise zipfile.BadZipFile("nested too deep")
+            stack += [(depth, size)] * len(code.stack_after)
+
+
 def restore(payload, path="checkpoint"):
     """The DerainNetwork described by a dictionary of `checkpoint`; CheckpointError, naming `path`, if it is
     none.
     """
-    if payload.get("format") != FORMAT:
+    found = payload.get("format")
+    if not isinstance(found, str) or found != FORMAT:
+        hint = OTHER_FORMATS.get(found) if isinstance(found, str) else None
+        if payload and all(isinstance(value, torch.Tensor) for value in payload.values()):
+            hint = (
+                "is a bare state_dict with no genotype; load it into its network, then use model_train.save"
+            )
+        hint = hint or f"give one of format {FORMAT}, such as best_psnr.pt"
         raise CheckpointError(
-            f"{path}: not a checkpoint of a derain network (format {payload.get('format')!r})"
+            f"{path}: not a checkpoint of a derain network (format {genotypes.brief(found)}): {hint}"
         )
     try:
         genotype = genotypes.check(payload.get("genotype"))
     except genotypes.GenotypeError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    channels, weights = payload.get("channels"), payload.get("weights")
+    channels, residual, weights = (payload.get(name) for name in ("channels", "residual", "weights"))
     if not (
         isinstance(channels, list)
         and len(channels) == 4
         and all(type(c) is int and 2 <= c <= MAX_CHANNELS and c % NODES == 0 for c in channels)
     ):
-        raise CheckpointError(f"{path}: channels {channels!r} are not four even numbers up to {MAX_CHANNELS}")
-    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+        raise CheckpointError(
+            f"{path}: channels {genotypes.brief(channels)} are not four even numbers up to {MAX_CHANNELS}"
+        )
+    if type(residual) is not bool:
+        raise CheckpointError(f"{path}: residual is {genotypes.brief(residual)}, not True or False")
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in weights.items()
+    ):
         raise CheckpointError(f"{path}: holds no weights")
 
     with torch.device("meta"):  # shapes first: nothing is allocated for a file whose tensors do not fit
-        net = DerainNetwork(genotype, channels, payload.get("residual") is True)
-    _check_weights(net.state_dict(), weights, path)
+        net = DerainNetwork(genotype, channels, residual)
+    weights = _fitting(net.state_dict(), weights, path)
     net = net.to_empty(device="cpu")
     net.load_state_dict(weights)
     return net
 
 
-def _check_weights(expected, weights, path):
-    problems = [f"{name} is missing" for name in expected.keys() - weights.keys()]
-    problems += [f"{name} is not part of it" for name in weights.keys() - expected.keys()]
-    for name in expected.keys() & weights.keys():
-        if weights[name].shape != expected[name].shape:
-            problems.append(f"{name} is {list(weights[name].shape)}, not {list(expected[name].shape)}")
-        elif not torch.isfinite(weights[name]).all():
-            problems.append(f"{name} has values that are not finite")
+def _fitting(expected, weights, path):
+    """The weights by the names and of the types in `expected`; CheckpointError lists what does not fit.
+
+    Wrappers' prefixes are left out, float16, bfloat16 and float64 become float32, and the counters of
+    BatchNorm, which nothing depends on, may be missing.
+    """
+    plain = {
+        re.sub(r"(^|\.)((module|_orig_mod)\.)+", r"\1", name): weight for name, weight in weights.items()
+    }
+    if len(plain) < len(weights):
+        raise CheckpointError(f"{path}: some weights are there twice, with and without a prefix")
+    counters = {name: torch.zeros_like(e, device="cpu") for name, e in expected.items() if not e.ndim}
+    problems = [f"{name} is missing" for name in expected.keys() - plain.keys() - counters.keys()]
+    problems += [f"{name} is not part of it" for name in plain.keys() - expected.keys()]
+    held, claimed = (
+        {},
+        0,
+    )  # bytes: a view can claim any shape, and only the shape is checked against `expected`
+    for name in sorted(expected.keys() & plain.keys()):
+        weight = plain[name]
+        if weight.layout != torch.strided or weight.is_quantized or weight.device.type != "cpu":
+            problems.append(f"{name} is no plain tensor")
+        elif weight.shape != expected[name].shape:
+            problems.append(
+                f"{name} is {genotypes.brief(list(weight.shape))}, not {list(expected[name].shape)}"
+            )
+        elif weight.dtype not in FLOATS and (weight.dtype != torch.int64 or name not in counters):
+            problems.append(f"{name} is of {weight.dtype}, not {expected[name].dtype}")
+        else:
+            storage = weight.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            claimed += weight.nbytes
+    if not problems and claimed > sum(held.values()):
+        problems.append("it holds fewer values than they claim")
+    if not problems:
+        plain = counters | {name: weight.to(expected[name].dtype) for name, weight in plain.items()}
+        for name, weight in plain.items():
+            if not torch.isfinite(weight).all():
+                problems.append(f"{name} has values that are not finite")
+            elif name.endswith("running_var") and (weight < 0).any():
+                problems.append(f"{name} has variances below 0")
     if problems:
         shown = "; ".join(sorted(problems)[:3]) + (
             f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         )
         raise CheckpointError(f"{path}: the weights do not fit the network it describes: {shown}")
+    return plain
+
+
+# --- export ---
+
+
+def export(net, path):
+    """Write the network, in evaluation mode on the CPU, to be run without this project: ONNX or torch.export,
+    as the suffix of `path` says.
+
+    Input `rainy`, Nx3xHxW RGB float32 in [0, 1]; output `restored`, the same shape, not clamped. N, H and W
+    are free, and the padding to multiples of 8 is inside; torch.export's wants more than 8x8 pixels. Raises
+    CheckpointError, one line naming `path`, for another suffix, packages that are missing and a file that
+    cannot be written.
+    """
+    from torch.fx.experimental import _config
+
+    path = Path(path)
+    if path.suffix not in (".onnx", ".pt2"):
+        raise CheckpointError(f"{path}: name the file to write .onnx or .pt2 (torch.export)")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: there is no folder {path.parent}")
+    about = {
+        "format": FORMAT,
+        "genotype": json.dumps(net.genotype._asdict()),
+        "usage": "rainy -> restored, Nx3xHxW RGB float32 in [0, 1], any N, H, W; clamp the output",
+    }
+    free = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
+    # Without it, sizes in the file would be bound to whether the example's needed padding.
+    with _config.patch(backed_size_oblivious=True), torch.no_grad():
+        program = torch.export.export(net, (torch.rand(2, 3, 41, 53),), dynamic_shapes=free)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        if path.suffix == ".onnx":
+            axes = ({0: "batch", 2: "height", 3: "width"},)
+            names = {"input_names": ["rainy"], "output_names": ["restored"], "dynamic_shapes": axes}
+            program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+            program.model.metadata_props.update(about)
+            program.save(temporary)
+        else:
+            torch.export.save(program, temporary, extra_files={"about.json": json.dumps(about)})
+        os.replace(temporary, path)
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: needs the package {error.name}; pip install -r requirements-export.txt"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def get_args_parser():
+    from support.experiment import Parser
+
+    parser = Parser(
+        prog="model_train.py",
+        description="Export a trained network, to run it without this project. Batch, height and width are "
+        "free and the padding is inside; pictures go in as RGB in [0, 1]; clamp what comes out.",
+    )
+    parser.add_argument("checkpoint", help="such as eval-EXP/derain.pt, or a run's best_psnr.pt")
+    parser.add_argument("out", help="file to write: .onnx, or .pt2 for torch.export")
+    return parser
+
+
+def main(args):
+    export(load(args.checkpoint), args.out)
+    print(f"exported {args.checkpoint} to {args.out}")
+
+
+if __name__ == "__main__":
+    import model_train  # whose CheckpointError is the one that `command` knows, and not __main__'s
+    from support import experiment
+
+    experiment.command(model_train.main, model_train.get_args_parser())
