@@ -96,10 +96,12 @@ def find(path, clean_side=None):
     missing, empty, or paired ambiguously.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{path}: no such file or folder")
     if path.is_file():
         return _flat(path.parent, [path], clean_side)
+    if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
+        raise UserError(f"{path}: neither a picture nor a folder that can be read")
     density_folders = {d: _did_mdn_folder(path, d) for d in DENSITIES if (path / f"Rain_{d}").is_dir()}
     if density_folders:
         return _densities(path, density_folders, clean_side or "right")
@@ -131,7 +133,7 @@ def find_training(paths, clean_sides=()):
     scenes = []
     for path, side in zip(paths, sides * (len(paths) // len(sides)), strict=True):
         root = Path(path)
-        if (root / "DID-MDN-training").is_dir():
+        if os.path.isdir(root / "DID-MDN-training"):
             root = root / "DID-MDN-training"
         found = find(root, side)
         if found.unpaired:

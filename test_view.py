@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import platform
 import shlex
 import sys
@@ -147,7 +148,7 @@ def choose_path(args):
     """The folder or file to restore: --path, else DID-MDN-test, else the demo's test pictures."""
     if args.path:
         path = Path(args.path)
-        return path / "DID-MDN-test" if (path / "DID-MDN-test").is_dir() else path
+        return path / "DID-MDN-test" if os.path.isdir(path / "DID-MDN-test") else path
     if Path(DEFAULT_PATH).exists() and not args.demo:
         return Path(DEFAULT_PATH)
     if not args.demo:
@@ -157,7 +158,7 @@ def choose_path(args):
 
 def other_kinds(path):
     """The suffixes of the files in a folder that are no pictures by their names, as .heic and .mp4."""
-    seen = {file.suffix.lower() for file in path.rglob("*") if file.name[0] != "." and file.is_file()}
+    seen = {file.suffix.lower() for file in path.rglob("*") if file.name[0] != "." and os.path.isfile(file)}
     return sorted(seen - {"", *images.EXTENSIONS})
 
 

@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
         return argparse.Namespace(**names, given=given)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help says more)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help says more)\n")
 
 
 def add_arguments(parser):
@@ -334,7 +334,7 @@ class Experiment:
         if args.data is None:
             args.data = [DEMO_DATA if args.demo else DEFAULT_DATA]
         self.folder = Path(args.save or time.strftime(f"{self.kind}-EXP-%Y%m%d-%H%M%S"))
-        if any((self.folder / file).exists() for file in STATES):
+        if any(os.path.exists(self.folder / file) for file in STATES):
             raise UserError(
                 f"--save {self.folder}: holds a run; go on with --resume, or choose another folder"
             )
@@ -500,7 +500,7 @@ class Experiment:
 
     def epochs(self):
         """Numbers of the epochs that remain, from 1; one that a stopped run left without scores is first."""
-        if not (self.folder / "last.pt").exists():
+        if not os.path.exists(self.folder / "last.pt"):
             self.save()  # from now on a run that is killed can be resumed
         while not self.done():
             yield (self.step - bool(self.totals)) // self.args.steps_per_epoch + 1
@@ -711,7 +711,7 @@ def read_state(folder):
     try:
         return last, _read_state(last), None
     except CheckpointError as error:
-        if not previous.exists():
+        if not os.path.exists(previous):
             raise
         try:
             return previous, _read_state(previous), str(error)

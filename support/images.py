@@ -35,6 +35,9 @@ _CODECS = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # as Pillow names them
 _WIDTH, _HEIGHT, _BITS, _ORIENTATION = 256, 257, 258, 274  # numbers of the tags in TIFF and EXIF
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # those that carry no segment are left out
+_JPEG_END = re.compile(rb"\xff[^\x00\x01\xff]")  # of coded pixels: a restart, or any other marker
+_whole_jpegs = set()  # length and checksum of those seen to be whole
+_NOISE = np.random.default_rng(0).integers(0, 255, 64, dtype=np.uint8).tobytes()
 _QUALITY = {
     ".jpg": cv2.IMWRITE_JPEG_QUALITY,
     ".jpeg": cv2.IMWRITE_JPEG_QUALITY,
@@ -181,13 +184,13 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
     found = folder.rglob("*") if recursive else folder.iterdir()
-    images = [p for p in found if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and p.is_file()]
+    images = [p for p in found if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and os.path.isfile(p)]
     return sorted(images, key=lambda p: _natural(p.relative_to(folder).as_posix()))
 
 
 def _natural(name: str) -> tuple:
     pieces = re.split(r"([0-9]+)", name.casefold())
-    return [int(piece) if piece.isdecimal() else piece for piece in pieces], name
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name
 
 
 def _open(path: str | Path) -> tuple[bytes, _Header]:
@@ -278,9 +281,12 @@ def _is_whole_png(data: bytes) -> bool:
 
 def _decode(path: str | Path, data: bytes, header: _Header) -> np.ndarray:
     """Upright pixels in OpenCV's order: HxW grey, HxWx3 BGR or HxWx4 BGRA."""
-    if header.format == "TIFF" and header.bits == 8 and header.mode in ("RGBA", "LA", "CMYK"):
-        # OpenCV multiplies such a file's colours by its alpha, drops grey's alpha, and makes up CMYK's.
+    if header.format == "TIFF" and header.bits <= 8:
+        # OpenCV leaves strips that are damaged black, without a word; it multiplies such a file's colours by
+        # its alpha, drops grey's alpha, and makes up CMYK's.
         return _decode_with_pillow(path, data)
+    if header.format == "JPEG":
+        _check_coded_pixels(path, data)
     try:
         with _opencv_silent():
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -292,10 +298,55 @@ def _decode(path: str | Path, data: bytes, header: _Header) -> np.ndarray:
     return pixels if header.format == "TIFF" else _upright(pixels, header.orientation)
 
 
+def _check_coded_pixels(path: str | Path, data: bytes) -> None:
+    """Raise UserError where a JPEG has its end, but lacks coded pixels before it.
+
+    Decoders fill what is missing with grey and tell nobody. But put noise at the end of each run of coded
+    pixels (ITU-T T.81, B.1.1): a decoder has no use for it where the run is whole, and else takes it for
+    pixels, so that the picture is another one. It takes as long as decoding does, hence once a file and
+    process.
+    """
+    digest = len(data), zlib.crc32(data)
+    if digest not in _whole_jpegs:
+        if not np.array_equal(_small(path, data), _small(path, _lengthened(data))):
+            raise UserError(f"{path}: is truncated or damaged: it ends before its last pixels")
+        _whole_jpegs.add(digest)
+
+
+def _lengthened(data: bytes) -> bytes:
+    pieces, done, position, coded = [], 0, 2, False
+    while match := (_JPEG_END if coded else _JPEG_MARKER).search(data, position):
+        marker, position = match.group()[1], match.end()
+        if coded:
+            pieces += [data[done : match.start()], _NOISE]
+            done = match.start()
+        if marker == 0xD9 or 0xC9 <= marker <= 0xCF and marker != 0xCC:
+            break  # the end of the image; or arithmetic coding, which may rightly leave out its end
+        if not 0xD0 <= marker <= 0xD7:
+            position += int.from_bytes(data[position : position + 2], "big")
+            coded = marker == 0xDA
+    return b"".join(pieces) + data[done:]
+
+
+def _small(path: str | Path, data: bytes) -> np.ndarray:
+    """A JPEG at an eighth of its size, or whole if it is progressive: its last runs are of the finest detail.
+
+    By Pillow, since OpenCV prints about noise.
+    """
+    with _pillow(path):
+        image = Image.open(io.BytesIO(data), formats=("JPEG",))
+        if "progressive" not in image.info:
+            image.draft(image.mode, (1, 1))
+        return np.asarray(image)
+
+
 def _decode_with_pillow(path: str | Path, data: bytes) -> np.ndarray:
     with _pillow(path):
         image = Image.open(io.BytesIO(data))  # which turns a TIFF by itself
-        pixels = np.asarray(image.convert("RGB" if image.mode == "CMYK" else "RGBA"))
+        mode = {"1": "L", "L": "L", "LA": "RGBA", "PA": "RGBA", "RGBA": "RGBA"}.get(image.mode, "RGB")
+        pixels = np.asarray(image.convert(mode))
+    if pixels.ndim == 2:
+        return pixels
     return cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR if pixels.shape[2] == 3 else cv2.COLOR_RGBA2BGRA)
 
 
@@ -380,7 +431,7 @@ class Video:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{path}: no such file")
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong with a file, we say
         with _opencv_silent():

@@ -333,6 +333,34 @@ def test_a_truncated_jpeg_with_a_whole_thumbnail_is_refused(tmp_path):
         refused(path, "truncated")
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 4}])
+def test_a_jpeg_with_a_piece_missing_inside_is_refused_though_it_has_its_end(tmp_path, capfd, options):
+    """Decoders fill the bottom with grey and say nothing."""
+    path = tmp_path / "x.jpg"
+    whole = encoded(noise((96, 96, 3)), "JPEG", **options)
+    path.write_bytes(whole)
+    assert load(path).rgb.shape == (96, 96, 3)
+    assert capfd.readouterr().err == ""  # nor does the check print of what it tries
+    path.write_bytes(whole[:-502] + whole[-2:])
+    refused(path, "ends before its last pixels", (load, read_image))
+
+
+def test_a_tiff_with_a_damaged_strip_is_refused(tmp_path):
+    """OpenCV leaves it black and says nothing."""
+    data = bytearray(encoded(noise((60, 80, 3)), "TIFF", compression="tiff_adobe_deflate"))
+    data[len(data) // 2] ^= 1
+    (tmp_path / "x.tif").write_bytes(data)
+    refused(tmp_path / "x.tif", "damaged", (load, read_image))
+
+
+def test_natural_order_takes_digits_of_any_script(tmp_path):
+    names = ["\u06631.png", "\u00b2.png", "1.png", "a1.png", "a10.png", "a2.png"]
+    for name in names:
+        (tmp_path / name).touch()
+    found = [path.name for path in list_images(tmp_path)]
+    assert sorted(found) == sorted(names) and found.index("a2.png") < found.index("a10.png")
+
+
 def test_bytes_after_the_end_do_no_harm(tmp_path):
     for format in ("JPEG", "PNG"):
         (tmp_path / "x").write_bytes(encoded(smooth(), format) + b"appended by a phone" * 10)
@@ -373,8 +401,8 @@ def test_floating_point_samples_are_refused(tmp_path):
 def test_the_log_level_of_opencv_is_left_as_it_was(tmp_path):
     logger = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging
     before = logger.getLogLevel()
-    (tmp_path / "x.tif").write_bytes(encoded(smooth(), "TIFF")[:2000])
-    refused(tmp_path / "x.tif", "truncated", readers=(load,))
+    (tmp_path / "x.bmp").write_bytes(encoded(smooth(), "BMP")[:2000])
+    refused(tmp_path / "x.bmp", "truncated", readers=(load,))
     assert logger.getLogLevel() == before
 
 
