@@ -115,6 +115,7 @@ class Parser(argparse.ArgumentParser):
         return argparse.Namespace(**names, given=given)
 
     def error(self, message):
+        message = " ".join(message.split())  # which quotes what was given: it may hold a line's end
         self.exit(2, f"{self.prog}: error: {message} (--help says more)\n")
 
 

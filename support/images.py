@@ -187,7 +187,7 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
 
 def _natural(name: str) -> tuple:
     pieces = re.split(r"([0-9]+)", name.casefold())
-    return [int(piece) if piece.isdecimal() else piece for piece in pieces], name
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name
 
 
 def _open(path: str | Path) -> tuple[bytes, _Header]:
