@@ -268,11 +268,14 @@ def test_in_a_browser_it_sorts_filters_and_obeys_the_keyboard(tmp_path):
 def test_in_a_browser_only_thumbnails_near_the_view_are_loaded(tmp_path):
     script = """<script>
     const loaded = card => [...card.querySelectorAll("img")].every(image => image.naturalWidth > 0);
-    setTimeout(() => {
+    let ticks = 0;
+    const timer = setInterval(() => {
       const report = [loaded(shown[0]), cards.filter(loaded).length];
+      if (++ticks < 5 || !report[0] && ticks < 25) return;
+      clearInterval(timer);
       document.body.innerHTML = "<pre></pre>";
       $("pre").textContent = JSON.stringify(report);
-    }, 500);
+    }, 100);
     </script>"""
     page = fill(tmp_path / "results", [str(i) for i in range(90)], truth=False, size=(12, 16)).write({})
     first, count = in_browser(page, script, tmp_path)
