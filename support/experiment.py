@@ -389,6 +389,9 @@ class Experiment:
         options = {k: v for k, v in vars(self.args).items() if k not in ("resume", "save")}
         self._make_folder()
         try:
+            for path in self.folder.glob(".*"):
+                if UNFINISHED.fullmatch(path.name):
+                    path.unlink()
             if self.state:
                 self._cut_back()
             else:
@@ -445,9 +448,6 @@ class Experiment:
         last = self.folder / STATES[0]
         if self.damaged and last.exists():  # or the next save would keep it in the place of the whole one
             os.replace(last, self.folder / "last.damaged.pt")
-        for path in self.folder.glob(".*"):
-            if UNFINISHED.fullmatch(path.name):
-                path.unlink()
         for path in self._growing() if "written" in self.state else []:
             written = self.state["written"].get(path.name)
             if written is None:
