@@ -45,7 +45,7 @@ DEMO = {
 
 # The unrolled step's double backward goes over the batch in so many parts: it would take 2.6 times the memory
 # of a first-order step in one.
-HESSIAN_PARTS = 2
+HESSIAN_PARTS = 4
 
 
 def get_args_parser():
