@@ -115,7 +115,8 @@ class Parser(argparse.ArgumentParser):
         return argparse.Namespace(**names, given=given)
 
     def error(self, message):
-        message = " ".join(message.split())  # which quotes what was given: it may hold a line's end
+        # It quotes what was given, which may hold a line's end, or bytes that are no text.
+        message = " ".join(message.encode(errors="backslashreplace").decode().split())
         self.exit(2, f"{self.prog}: error: {message} (--help says more)\n")
 
 
