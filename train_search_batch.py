@@ -45,7 +45,7 @@ DEMO = {
 
 # The unrolled step's double backward goes over the batch in so many parts: it would take 2.6 times the memory
 # of a first-order step in one.
-HESSIAN_PARTS = 2
+HESSIAN_PARTS = 4
 
 
 def get_args_parser():
@@ -270,6 +270,8 @@ def write_random(args):
     origin = f"drawn at random, not searched; seed {args.seed}, commit {experiment.commit()}"
     drawn = genotypes.draw_random(args.random, args.seed)
     entries = {f"{stem}_{i:0{digits}d}": (genotype, origin) for i, genotype in enumerate(drawn)}
+    for name in entries:
+        genotypes.check_new_name(name)
     genotypes.append_all(entries)
     print(f"random genotypes in {genotypes.FILE.name}: {' '.join(entries)}")
     print(f"retrain one with: python train_model_batch.py --arch {next(iter(entries))}")

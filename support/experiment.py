@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
         return argparse.Namespace(**names, given=given)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help says more)\n")
+        self.exit(2, f"{self.prog}: error: {_one_line(message)} (--help says more)\n")
 
 
 def add_arguments(parser):
@@ -184,6 +184,7 @@ def add_arguments(parser):
 
 def command(main, parser):
     """Run a script's `main`, which returns the exit status; a user's mistake is one line and status 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         sys.exit(main(parser.parse_args()))
     except (UserError, GenotypeError, CheckpointError) as error:
@@ -204,8 +205,13 @@ def _full_disk(error):
 
 
 def _report(parser, text, status):
-    print(f"{parser.prog}: {text}", file=sys.stderr)
+    print(f"{parser.prog}: {_one_line(text)}", file=sys.stderr)
     return status
+
+
+def _one_line(text):
+    """What quotes flags and names of files, which may hold a line's end, or bytes that are no text."""
+    return " ".join(text.encode(errors="backslashreplace").decode().split())
 
 
 def announce_demo(missing, flag):
@@ -388,6 +394,9 @@ class Experiment:
         options = {k: v for k, v in vars(self.args).items() if k not in ("resume", "save")}
         self._make_folder()
         try:
+            for path in self.folder.glob(".*"):
+                if UNFINISHED.fullmatch(path.name):
+                    path.unlink()
             if self.state:
                 self._cut_back()
             else:
@@ -444,9 +453,6 @@ class Experiment:
         last = self.folder / STATES[0]
         if self.damaged and last.exists():  # or the next save would keep it in the place of the whole one
             os.replace(last, self.folder / "last.damaged.pt")
-        for path in self.folder.glob(".*"):
-            if UNFINISHED.fullmatch(path.name):
-                path.unlink()
         for path in self._growing() if "written" in self.state else []:
             written = self.state["written"].get(path.name)
             if written is None:
@@ -500,7 +506,7 @@ class Experiment:
 
     def epochs(self):
         """Numbers of the epochs that remain, from 1; one that a stopped run left without scores is first."""
-        if not os.path.exists(self.folder / "last.pt"):
+        if not (self.folder / "last.pt").exists():
             self.save()  # from now on a run that is killed can be resumed
         while not self.done():
             yield (self.step - bool(self.totals)) // self.args.steps_per_epoch + 1

@@ -251,8 +251,8 @@ def _figure(entry, kind):
     small, full = _url(entry.thumbnails[kind]), _url(entry.shown[kind])
     height, width = entry.size
     return (
-        f'<figure data-kind="{kind}"><img src="{small}" data-full="{full}"'
-        f' width="{width}" height="{height}" loading="lazy" decoding="async" alt="">'
+        f'<figure data-kind="{kind}"><img data-small="{small}" data-full="{full}"'
+        f' width="{width}" height="{height}" decoding="async" alt="">'
         f"<figcaption>{LABELS[kind]}{scores}</figcaption></figure>"
     )
 

@@ -92,15 +92,15 @@ def test_a_run_prints_one_well_formed_row_for_each_asked_for(capsys, monkeypatch
 
 def test_the_table_says_what_unrolling_costs_and_what_a_run_waits_for(capsys):
     rows = {
-        "arch_step": {"plain_ms": 20.0, "ms": 10.0},
-        "arch_step_unrolled": {"plain_ms": 60.0, "ms": 45.0},
+        "arch_step": {"plain_ms": 20.0, "ms": 10.0, "mb": 100.0},
+        "arch_step_unrolled": {"plain_ms": 60.0, "ms": 45.0, "mb": 150.0},
         "weight_step": {"images_per_second": 30.0},
         "training_step": {"images_per_second": 90.0},
         "loader": {"scenes_per_second": 20.0},
     }
     benchmark.conclude(rows, workers=2)
     text = capsys.readouterr().out
-    assert "unrolled : first order = 4.50 (plain 3.00)" in text
+    assert "unrolled : first order = 4.50 (plain 3.00), in memory 1.50" in text
     assert "weight_step eats 10.0 scenes a second: a run waits for the step" in text
     assert "training_step eats 30.0 scenes a second: a run waits for the loader" in text
 

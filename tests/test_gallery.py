@@ -49,7 +49,7 @@ class Page(HTMLParser):
 
     def links(self):
         """What the page loads or leads to."""
-        keys = ("src", "data-full", "href", "data-file")
+        keys = ("src", "data-small", "data-full", "href", "data-file")
         return [a[key] for _, a in self.elements for key in keys if key in a]
 
 
@@ -81,7 +81,7 @@ def test_the_page_shows_every_picture_and_its_files_are_there(tmp_path):
     assert [card["data-density"] for card in page.cards()] == ["Heavy"] * 3 + ["Light"] * 3
     images = [a for tag, a in page.elements if tag == "img" and "data-full" in a]
     assert len(images) == 3 * len(names)
-    assert all(a["loading"] == "lazy" for a in images)
+    assert not any("src" in a for a in images), "loaded as they come into view"
     assert images[1]["data-full"] == "Heavy/0.png", "the restored file itself"
     for link in page.links():
         assert link == "data:," or (tmp_path / unquote(link)).is_file(), link
@@ -235,17 +235,21 @@ setTimeout(() => {
 """
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_in_a_browser_it_sorts_filters_and_obeys_the_keyboard(tmp_path):
-    names = ["Heavy/2 ü#", "Heavy/10", "Light/2", "Light/10", "Light/x"]
-    page = fill(tmp_path / "results", names).write({})
-    page.write_text(page.read_text().replace("</body>", ACTS + "</body>"))
+def in_browser(page, script, tmp_path):
+    """What the script, run in the page, leaves in a <pre> as JSON."""
+    page.write_text(page.read_text().replace("</body>", script + "</body>"))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-quic"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,800"]
     command += ["--virtual-time-budget=3000", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    report = json.loads(re.search("<pre>(.*)</pre>", done.stdout).group(1))
+    return json.loads(re.search("<pre>(.*)</pre>", done.stdout).group(1))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_in_a_browser_it_sorts_filters_and_obeys_the_keyboard(tmp_path):
+    names = ["Heavy/2 ü#", "Heavy/10", "Light/2", "Light/10", "Light/x"]
+    report = in_browser(fill(tmp_path / "results", names).write({}), ACTS, tmp_path)
     assert report["errors"] == []
     assert report["name"] == names, "2 before 10"
     assert report["worst"][0] == "Light/x"
@@ -258,3 +262,22 @@ def test_in_a_browser_it_sorts_filters_and_obeys_the_keyboard(tmp_path):
     assert report["pair"] == "restored truth"
     assert report["next"] == report["focused_again"] == names[2]
     assert report["loaded"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_in_a_browser_only_thumbnails_near_the_view_are_loaded(tmp_path):
+    script = """<script>
+    const loaded = card => [...card.querySelectorAll("img")].every(image => image.naturalWidth > 0);
+    let ticks = 0;
+    const timer = setInterval(() => {
+      const report = [loaded(shown[0]), cards.filter(loaded).length];
+      if (++ticks < 5 || !report[0] && ticks < 25) return;
+      clearInterval(timer);
+      document.body.innerHTML = "<pre></pre>";
+      $("pre").textContent = JSON.stringify(report);
+    }, 100);
+    </script>"""
+    page = fill(tmp_path / "results", [str(i) for i in range(90)], truth=False, size=(12, 16)).write({})
+    first, count = in_browser(page, script, tmp_path)
+    assert first
+    assert count < 45
