@@ -31,7 +31,7 @@ from tqdm import tqdm
 import dataset
 from genotypes import GenotypeError
 from losses import SSIM_WINDOW, external, ssim
-from model_train import CheckpointError, read, write_whole
+from model_train import MAX_CHANNELS, CheckpointError, read, write_whole
 from support.errors import UserError
 from support.images import write_bytes
 from support.rain import demo_set
@@ -76,7 +76,8 @@ def not_negative(text):
 
 
 def even(text):
-    return _number(text, int, lambda value: value >= 2 and value % 2 == 0, "an even number from 2")
+    expected = f"an even number from 2 to {MAX_CHANNELS}"
+    return _number(text, int, lambda value: 2 <= value <= MAX_CHANNELS and value % 2 == 0, expected)
 
 
 def patch(text):

@@ -14,6 +14,8 @@ import torch
 
 import model_train
 import test_view
+import train_model_batch
+import train_search_batch
 from genotypes import BRANCHES, Genotype
 from model_search import SearchNetwork
 from model_train import CheckpointError, DerainNetwork
@@ -188,6 +190,16 @@ def test_keys_whose_hash_would_overflow_the_stack_or_take_for_ever_are_refused(s
     _, path = saved
     rewrite(path, lambda name, data: b"\x80\x02}()" + nested + b"K\x01u." if name.endswith(".pkl") else data)
     refused(path, "cannot be read")
+
+
+@pytest.mark.parametrize("script", [train_search_batch, train_model_batch])
+def test_no_network_is_trained_that_is_too_wide_to_be_loaded(script, capsys):
+    parse = script.get_args_parser().parse_args
+    widest = str(model_train.MAX_CHANNELS)
+    assert parse(["--channels", "2", "2", "2", widest]).channels[3] == model_train.MAX_CHANNELS
+    with pytest.raises(SystemExit):
+        parse(["--channels", "2", "2", "2", "1000000000"])
+    assert f"an even number from 2 to {widest}" in capsys.readouterr().err
 
 
 class Bomb:
