@@ -241,7 +241,7 @@ def in_browser(page, script, tmp_path):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-quic"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,800"]
-    command += ["--virtual-time-budget=3000", "--dump-dom", page.as_uri()]
+    command += ["--virtual-time-budget=20000", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return json.loads(re.search("<pre>(.*)</pre>", done.stdout).group(1))
 
@@ -271,7 +271,7 @@ def test_in_a_browser_only_thumbnails_near_the_view_are_loaded(tmp_path):
     let ticks = 0;
     const timer = setInterval(() => {
       const report = [loaded(shown[0]), cards.filter(loaded).length];
-      if (++ticks < 5 || !report[0] && ticks < 25) return;
+      if (++ticks < 5 || !report[0] && ticks < 180) return;
       clearInterval(timer);
       document.body.innerHTML = "<pre></pre>";
       $("pre").textContent = JSON.stringify(report);
