@@ -12,13 +12,10 @@ import platform
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zipfile
-import zlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -39,6 +36,7 @@ from support.rain import demo_set
 DEFAULT_DATA = "datasets/Rain1200"
 DEMO_DATA = "datasets/demo"
 FORMAT = "manas-run-1"
+LOCK = "run.lock"
 STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
 # What may differ when a run is resumed: it changes where, when and how long the run computes, not what.
@@ -310,6 +308,7 @@ class Experiment:
         self.scenes = None  # those of each part
         self.saved = 0  # the step that last.pt is of
         self.state = None
+        self.lock = None
         self.damaged = None  # why the newest state cannot be gone on from
         self.stopping = None
         self.padded_mentioned = False
@@ -351,6 +350,8 @@ class Experiment:
         runs = [path for file in STATES for path in Path().glob(f"{self.kind}-EXP-*/{file}")]
         runs.sort(key=lambda path: path.stat().st_mtime)
         self.folder = Path(args.resume or args.save or (runs[-1].parent if runs else f"{self.kind}-EXP-*"))
+        if self.folder.is_dir():
+            self.lock = _claim(self.folder)
         path, self.state, self.damaged = read_state(self.folder)
         if self.state.get("format") != FORMAT or self.state.get("kind") != self.kind:
             raise UserError(f"{path}: not the checkpoint of a {self.kind} run of this project")
@@ -429,6 +430,7 @@ class Experiment:
         for number in range(2, 1000):
             try:
                 self.folder.mkdir(parents=True, exist_ok=named)
+                self.lock = self.lock or _claim(self.folder)
                 return
             except OSError as error:
                 if named or not isinstance(error, FileExistsError):
@@ -716,34 +718,41 @@ def read_state(folder):
     """
     last, previous = (folder / file for file in STATES)
     try:
-        return last, _read_state(last), None
+        return last, read(last), None
     except CheckpointError as error:
         if not os.path.exists(previous):
             raise
         try:
-            return previous, _read_state(previous), str(error)
+            return previous, read(previous), str(error)
         except CheckpointError as older:
             raise CheckpointError(f"{error}; {older}") from None
 
 
-def _read_state(path):
-    state = read(path)
+def _claim(folder):
+    """A handle that keeps other processes from this run's folder, for as long as this one lives.
+
+    A record lock, since loader workers, which outlive a killed process by seconds, do not inherit it.
+    """
     try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch.load does not look at the checksums
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-        OSError,
-        EOFError,
-        ValueError,
-        RuntimeError,
-    ) as error:
-        damaged = str(error)
-    if damaged:
-        raise CheckpointError(f"{path}: is damaged: {damaged}")
-    return state
+        handle = (folder / LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"--save {folder}: cannot be written: {error.strerror}") from None
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        handle.close()
+        raise UserError(f"{folder}: another process runs in it; stop that one, or choose another") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # file systems without locks
+            raise
+    return handle
 
 
 def clip(parameters, largest):

@@ -57,7 +57,8 @@ def main(args):
                 *(timed(net, image, device, tile=tile, overlap=overlap) for image in rainy), strict=True
             )
             pairs = list(zip(wholes, tiled, strict=True))
-            psnr = [peak_signal_noise_ratio(*pair, data_range=255) for pair in pairs]
+            with np.errstate(divide="ignore"):  # inf where they are equal
+                psnr = [peak_signal_noise_ratio(*pair, data_range=255) for pair in pairs]
             block = max(worst_block(*pair) for pair in pairs)
             ratio = sum(seconds) / sum(whole_seconds)
             print(

@@ -19,8 +19,9 @@ import torch
 import genotypes
 import train_model_batch
 import train_search_batch
-from support.experiment import BEST, STATES, Experiment
-from tests.made import assert_same, scalars, write_pairs, write_scenes
+from support.errors import UserError
+from support.experiment import BEST, STATES, Experiment, _claim
+from tests.made import assert_same, scalars, session, write_pairs, write_scenes
 from tests.test_genotypes import random_genotype
 
 ROOT = Path(__file__).parents[1]
@@ -221,3 +222,27 @@ def test_the_command_killed_at_random_times_and_resumed_is_the_same(whole, tmp_p
             time.sleep(1)  # so that the events of two sessions have different names
     assert killed
     assert_as_whole(stage, folder, expected)
+
+
+def hold(folder, pipe):
+    lock = _claim(folder)
+    pipe.send(lock.name)
+    pipe.recv()
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_folder_in_which_another_process_runs_is_refused(processes, stage, folder):
+    prepare(folder)
+    (folder / "run").mkdir()
+    here, there = processes.Pipe()
+    other = processes.Process(target=hold, args=(folder / "run", there))
+    other.start()
+    assert here.recv()
+    script = SCRIPTS[stage]
+    for flags in (FLAGS[stage], "--resume run"):
+        with session(), pytest.raises(UserError, match="run: another process runs in it"):
+            script.main(script.get_args_parser().parse_args(f"{flags} --workers 0".split()))
+    assert [path.name for path in (folder / "run").iterdir()] == ["run.lock"]
+    other.kill()  # which needs no cleaning up after it
+    other.join()
+    _claim(folder / "run").close()

@@ -1,0 +1,60 @@
+"""What the report on tiling says is what `restore` does."""
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio
+
+from model_train import DerainNetwork, load, save
+from support import tiling
+from support.images import write_image
+from support.restore import restore
+from tests.made import photograph
+from tests.test_genotypes import random_genotype
+
+
+@pytest.fixture
+def picture(tmp_path):
+    torch.manual_seed(0)
+    net = DerainNetwork(random_genotype(0), (4, 4, 4, 4), residual=True)
+    save(net, tmp_path / "net.pt")
+    write_image(tmp_path / "x.png", photograph(0, 96, 136))
+    return tmp_path / "x.png"
+
+
+def table(picture, flags, capsys):
+    """{(tile, overlap): (mean PSNR, worst PSNR, worst block, time)} as printed."""
+    command = [str(picture), "--ckt_path", str(picture.with_name("net.pt")), *flags.split()]
+    tiling.main(tiling.get_args_parser().parse_args(command))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()[:1].isdigit()]
+    return {(int(row[0]), int(row[1])): tuple(map(float, row[2:])) for row in rows}
+
+
+def test_each_row_is_of_its_own_tiles_and_overlap(picture, capsys):
+    rows = table(picture, "--tiles 64 136 --overlaps 0 16", capsys)
+    assert list(rows) == [(64, 0), (64, 16), (136, 0), (136, 16)]
+    net = load(picture.with_name("net.pt"))
+    rgb = photograph(0, 96, 136)
+    whole = restore(net, rgb, torch.device("cpu"), tile=0)
+    for overlap in (0, 16):
+        tiled = restore(net, rgb, torch.device("cpu"), tile=64, overlap=overlap)
+        psnr, worst, block, _ = rows[64, overlap]
+        expected = peak_signal_noise_ratio(whole, tiled, data_range=255)
+        assert psnr == worst == pytest.approx(expected, abs=0.006) and np.isfinite(expected)
+        assert block == pytest.approx(tiling.worst_block(whole, tiled), abs=0.06) and block > 0
+        assert rows[136, overlap][0] == np.inf and rows[136, overlap][2] == 0  # one tile holds the picture
+
+
+def test_the_worst_block_is_found_wherever_it_is():
+    a = np.zeros((64, 80, 3), np.uint8)
+    b = a.copy()
+    b[40:56, 17:33] = 90
+    assert tiling.worst_block(a, b) == pytest.approx(90, abs=0.1)
+    b[40:56, 17:33, 1:] = 0  # in one channel of three
+    assert tiling.worst_block(a, b) == pytest.approx(30, abs=0.1)
+
+
+def test_sides_are_multiples_of_8(capsys):
+    with pytest.raises(SystemExit):
+        tiling.get_args_parser().parse_args(["x.png", "--tiles", "100"])
+    assert "100 is not a multiple of 8" in capsys.readouterr().err
