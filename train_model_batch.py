@@ -155,6 +155,9 @@ def build(run):
             raise UserError(
                 f"--arch {args.arch}: not the genotype of --weights {args.weights}; leave one out"
             )
+        if "channels" in run.given and args.channels != list(net.channels):
+            widths = " ".join(map(str, net.channels))
+            raise UserError(f"--channels: --weights {args.weights} has {widths}; leave one out")
         args.channels, args.residual = list(net.channels), net.residual
         print(f"weights: {args.weights}")
         return net

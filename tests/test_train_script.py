@@ -209,6 +209,15 @@ def test_another_genotype_than_that_of_the_weights_is_refused(data):
     assert not Path("run").exists()
 
 
+def test_other_widths_than_those_of_the_weights_are_refused(data):
+    trained_network(channels=(2, 4, 6, 4))
+    flags = f"--data pairs --clean_side left --weights trained.pt {ONE_STEP} --save run"
+    with pytest.raises(UserError, match=r"--channels: --weights trained\.pt has 2 4 6 4; leave one out"):
+        train(flags)
+    assert not Path("run").exists()
+    train(flags.replace("--channels 4 4 4 4", "--channels 2 4 6 4"))
+
+
 # --- stopped and resumed ---
 
 
