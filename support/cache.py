@@ -18,7 +18,7 @@ import shutil
 import struct
 import uuid
 import zlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -39,7 +39,6 @@ except ImportError:  # Windows
 
 NAME = "decoded.cache"
 THREADS = min(8, os.cpu_count() or 1)  # OpenCV and Pillow decode outside Python's lock
-AT_ONCE = 8 * THREADS  # files; more would wait in memory until they are written
 # Where the index begins, its checksum, a number that no other cache file has, and what kind of file it is.
 _TAIL = struct.Struct("<QI16s16s")
 _KIND = b"manas-decoded-1\n"
@@ -301,22 +300,32 @@ def _write(file, path, root, halves, old):
     for half in halves:
         by_file[half.path].append(half)
     print(f"cache: {len(_lacks(old, halves))} of {len(halves)} pictures are decoded into {path}", flush=True)
-    groups, kept, rows, offset = list(by_file.values()), {}, [], 0
-    with ThreadPoolExecutor(THREADS) as pool, _bar("decoding once", "file", total=len(groups)) as bar:
-        for first in range(0, len(groups), AT_ONCE):
-            for pictures in pool.map(partial(_decode, old), groups[first : first + AT_ONCE]):
-                for half, stamp, image, checksum in pictures:
-                    file.write(image)
-                    kept[half] = Kept(path, *stamp, offset, *image.shape[:2], checksum)
-                    rows.append([half.path.relative_to(root).as_posix(), half.side, *kept[half][1:]])
-                    offset += image.nbytes
-                bar.update()
+    kept, rows, offset = {}, [], 0
+    with ThreadPoolExecutor(THREADS) as pool:
+        decoded = _in_turn(pool, partial(_decode, old), by_file.values())
+        for pictures in _bar("decoding once", "file", decoded, len(by_file)):
+            for half, stamp, image, checksum in pictures:
+                file.write(image)
+                kept[half] = Kept(path, *stamp, offset, *image.shape[:2], checksum)
+                rows.append([half.path.relative_to(root).as_posix(), half.side, *kept[half][1:]])
+                offset += image.nbytes
     index = json.dumps(rows).encode()
     tail = _TAIL.pack(offset, zlib.crc32(index), uuid.uuid4().bytes, _KIND)
     file.write(index + tail)
     file.flush()
     os.fsync(file.fileno())
     return Cache(kept, {path: tail})
+
+
+def _in_turn(pool, function, items):
+    """pool.map, but what is ready does not pile up in memory."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > 2 * THREADS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _decode(old, halves):
