@@ -277,14 +277,17 @@ def _half_width(width, path):
     return width // 2
 
 
-def read_scene(scene):
+def read_scene(scene, cache=None):
     """(rainy, clean): a list of HxWx3 uint8 RGB arrays, one a density, and one such array or None.
 
-    Each file is decoded once. Raises UserError for a file that cannot be read or sizes that differ.
+    Each file is decoded once; none where a support.cache.Cache has them all, and its arrays are read-only.
+    Raises UserError for a file that cannot be read or sizes that differ.
     """
     halves = [*scene.rainy, scene.clean] if scene.clean else list(scene.rainy)
-    files = {path: read_image(path) for path in dict.fromkeys(half.path for half in halves)}
-    images = [cut(files[half.path], half) for half in halves]
+    images = cache.get(halves) if cache else None
+    if images is None:
+        files = {path: read_image(path) for path in dict.fromkeys(half.path for half in halves)}
+        images = [cut(files[half.path], half) for half in halves]
     _check_equal({half: image.shape[:2] for half, image in zip(halves, images, strict=True)})
     return (images[:-1], images[-1]) if scene.clean else (images, None)
 
@@ -450,11 +453,12 @@ class ScenePatches(Dataset):
     beginning: the next one of the shuffle that can be read takes its place.
     """
 
-    def __init__(self, scenes, patch_size, seed, clean_inputs=0.0, bad=()):
+    def __init__(self, scenes, patch_size, seed, clean_inputs=0.0, bad=(), cache=None):
         self.scenes = scenes
         self.patch_size = patch_size
         self.seed = seed
         self.clean_inputs = clean_inputs
+        self.cache = cache
         # Shared with the loader's workers: what one of them could not read, all of them leave out.
         self.bad = torch.tensor([scene.key in bad for scene in scenes]).share_memory_()
 
@@ -467,9 +471,8 @@ class ScenePatches(Dataset):
         except UserError as error:  # returned, since a loader's worker would wrap it in its own traceback
             return error
         random = np.random.default_rng((self.seed, draw))
-        images = np.stack([*rainy, clean])
-        padded = min(images.shape[1:3]) < self.patch_size
-        images = augment(crop(images, self.patch_size, random), random)
+        padded = min(clean.shape[:2]) < self.patch_size
+        images = augment(crop([*rainy, clean], self.patch_size, random), random)
         if random.random() < self.clean_inputs:
             images[random.integers(len(rainy))] = images[-1]
         tensor = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
@@ -484,7 +487,7 @@ class ScenePatches(Dataset):
                 continue
             scene = self.scenes[index]
             try:
-                return scene, *read_scene(scene), bad
+                return scene, *read_scene(scene, self.cache), bad
             except UserError as error:
                 bad.append((scene.key, str(error)))
                 self.bad[index] = True
@@ -501,13 +504,15 @@ def shuffled(seed, shuffle, count):
 
 
 def crop(images, size, random):
-    """A size x size window of KxHxWx3 images at a random place, the same in all; smaller ones are padded."""
-    missing = [max(0, size - side) for side in images.shape[1:3]]
+    """A window of K HxWx3 images at a random place, the same in all: K x size x size x 3. Smaller ones are
+    padded.
+    """
+    missing = [max(0, size - side) for side in images[0].shape[:2]]
     if any(missing):
         around = [(m // 2, m - m // 2) for m in missing]
-        images = np.pad(images, ((0, 0), *around, (0, 0)), mode="symmetric")
-    top, left = (random.integers(side - size + 1) for side in images.shape[1:3])
-    return images[:, top : top + size, left : left + size]
+        images = [np.pad(image, (*around, (0, 0)), mode="symmetric") for image in images]
+    top, left = (random.integers(side - size + 1) for side in images[0].shape[:2])
+    return np.stack([image[top : top + size, left : left + size] for image in images])
 
 
 def augment(images, random):
@@ -548,13 +553,25 @@ def collate(items):
     )
 
 
-def batches(scenes, patch_size, batch_size, seed, device, workers=0, first_step=0, clean_inputs=0.0, bad=()):
+def batches(
+    scenes,
+    patch_size,
+    batch_size,
+    seed,
+    device,
+    workers=0,
+    first_step=0,
+    clean_inputs=0.0,
+    bad=(),
+    cache=None,
+):
     """An endless iterator over Batches of `batch_size` scenes on `device`, beginning with step `first_step`.
 
-    bad: keys of scenes to leave out. Raises UserError when scene after scene cannot be read.
+    bad: keys of scenes to leave out. cache: a support.cache.Cache, or None; it changes nothing but the speed.
+    Raises UserError when scene after scene cannot be read.
     """
     loader = DataLoader(
-        ScenePatches(scenes, patch_size, seed, clean_inputs, bad),
+        ScenePatches(scenes, patch_size, seed, clean_inputs, bad, cache),
         batch_sampler=Draws(batch_size, first_step),
         collate_fn=collate,
         num_workers=workers,
@@ -586,20 +603,21 @@ def _await_the_runs_sigterm():
     os._exit(0)
 
 
-def full_images(scenes, bad=None):
+def full_images(scenes, bad=None, cache=None):
     """Per scene, for validation: (Dx3xHxW rainy, 1x3xHxW clean), float32 in [0, 1], whole pictures.
 
-    bad: a list, to which (key of a scene, why it cannot be read) is added; None: UserError is raised.
+    bad: a list, to which (key of a scene, why it cannot be read) is added; None: UserError is raised. cache:
+    as in `batches`.
     """
     for scene in scenes:
         try:
-            rainy, clean = read_scene(scene)
+            rainy, clean = read_scene(scene, cache)
         except UserError as error:
             if bad is None:
                 raise
             bad.append((scene.key, str(error)))
             continue
-        yield to_tensor(np.stack(rainy)), to_tensor(clean[None])
+        yield to_tensor(np.stack(rainy)), to_tensor(np.stack([clean]))
 
 
 def to_tensor(images):

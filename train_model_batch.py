@@ -82,6 +82,7 @@ def main(args):
     net = build(run)
     print(f"data: {' '.join(args.data)}", flush=True)
     parts = run.scenes or dataset.split(dataset.find_training(args.data, args.clean_side), args.split_seed)
+    run.decode_once(parts)
 
     net.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), args.learning_rate, weight_decay=args.weight_decay)
@@ -106,6 +107,7 @@ def main(args):
         first_step=run.step,
         clean_inputs=args.clean_inputs,
         bad=run.bad,
+        cache=run.cache,
     )
     for epoch in run.epochs():
         net.train()

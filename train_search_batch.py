@@ -116,6 +116,7 @@ def main(args):
     print(f"genotype: {'in the run folder (demo)' if args.demo else args.name}")
     print(f"data: {' '.join(args.data)}", flush=True)
     parts = run.scenes or dataset.split(dataset.find_training(args.data, args.clean_side), args.split_seed)
+    run.decode_once(parts)
 
     torch.manual_seed(args.seed)
     net = SearchNetwork(args.channels, args.residual)
@@ -150,6 +151,7 @@ def main(args):
         workers=args.workers,
         clean_inputs=args.clean_inputs,
         bad=run.bad,
+        cache=run.cache,
     )
     weight_batches = draw(parts["weights"], first_step=run.step)
     first_arch_step = (args.arch_start - 1) * args.steps_per_epoch

@@ -14,10 +14,11 @@ The columns: milliseconds of a step, optimizer included, or of a picture; their 
 of one batch a step (`weight_and_arch_step` takes a second one, for alpha and beta, from a loader of its own);
 peak memory above what the networks and optimizers hold between steps: allocated tensors on CUDA, the resident
 set on Linux; the errors. The loader is timed alone, `ms` being that of a batch, on files that the system
-keeps in memory.
+keeps in memory: `loader` decodes, `loader_cached` is what --cache makes of it, decoding being its plain form.
 """
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import json
@@ -45,6 +46,7 @@ from losses import SSIM_WINDOW, multi_to_one
 from model_search import MixedOperation, SearchNetwork
 from model_train import DerainNetwork
 from support import experiment
+from support.cache import open_cache
 from support.errors import UserError
 from support.experiment import natural, positive
 from support.rain import write_scenes
@@ -56,7 +58,8 @@ SEARCH_STEPS = {
     "weight_and_arch_step": {"weights": True, "architecture": True},
 }
 PICTURES = {"inference_256": (256, 256), "inference_512": (512, 512), "inference_1080p": (1080, 1920)}
-ROWS = (*SEARCH_STEPS, "training_step", *PICTURES, "loader")
+LOADERS = ("loader", "loader_cached")
+ROWS = (*SEARCH_STEPS, "training_step", *PICTURES, *LOADERS)
 DENSITIES = 3  # rainy images a scene
 LOADER_SECONDS = 4
 PATIENCE = 30  # seconds of a row's turns, where --repeats does not say how many
@@ -68,7 +71,7 @@ PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.pn
 # in float32 ReLUs that rounding switches make gradients differ, the more as PyTorch's BatchNorm on a CPU sums
 # naively where channels are last.
 ALLOWED = {"float64": 1e-6, "error": 0.2}
-ALLOWED_ERROR = dict.fromkeys(PICTURES, 1e-4)
+ALLOWED_ERROR = {**dict.fromkeys(PICTURES, 1e-4), "loader_cached": 0.0}
 
 # Field of a row: title and format in the table.
 COLUMNS = {
@@ -109,6 +112,9 @@ def get_args_parser():
         "--data", nargs="+", metavar="DIR", help="training folders (default: made, in DID-MDN's sizes)"
     )
     loader.add_argument("--clean_side", nargs="+", default=[], choices=dataset.SIDES)
+    loader.add_argument(
+        "--cache", default="", metavar="DIR", help="of loader_cached's file (default: the training folder)"
+    )
     workers = train_model_batch.get_args_parser().get_default("workers")
     loader.add_argument("--workers", type=natural, default=workers, help="processes (default: the scripts')")
     return parser
@@ -134,8 +140,8 @@ def main(args):
 
     rows = {}
     for name in dict.fromkeys(args.rows):
-        if name == "loader":
-            row = time_loader(args, training, device)
+        if name in LOADERS:
+            row = time_loader(args, training, device, cached=name == "loader_cached")
         else:
             row = measure(name, search if name in SEARCH_STEPS else training, device, args.repeats)
         rows[name] = {**row, "name": name, "device": device.type, **where}
@@ -403,29 +409,51 @@ def resident(entry):
     return int(re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
 
 
-def time_loader(args, options, device):
-    """The row of `dataset.batches` alone: milliseconds of a batch, scenes and rainy images a second."""
+def time_loader(args, options, device, cached):
+    """The row of `dataset.batches` alone: milliseconds of a batch, scenes and rainy images a second.
+
+    cached: decoding and the cache take turns, and their batches are compared; else decoding alone.
+    """
     with tempfile.TemporaryDirectory() as made:
         if args.data is None:
             photographs = [Path(skimage.__file__).parent / "data" / name for name in PHOTOGRAPHS]
             write_scenes(photographs, made, size=512)
-        scenes = dataset.find_training(args.data or [made], args.clean_side)
-        batches = dataset.batches(
-            scenes, options.patch_size, options.batch_size, seed=0, device=device, workers=args.workers
+        folders = args.data or [made]
+        scenes = dataset.find_training(folders, args.clean_side)
+        load = partial(dataset.batches, scenes, options.patch_size, options.batch_size, seed=0, device=device)
+        row = dict.fromkeys(COLUMNS)
+        if not cached:
+            return row | loader_speed(load(workers=args.workers), args.workers, options.batch_size)
+        with contextlib.redirect_stdout(sys.stderr):  # its notices; here is the table
+            cache = open_cache(scenes, folders, args.cache)
+        error = max(
+            relative_error([ours[:2]], [theirs[:2]])
+            for ours, theirs, _ in zip(load(), load(cache=cache), range(3), strict=False)
         )
-        for _ in range(1 + 2 * args.workers):  # the processes start, and have two batches each ready by then
-            next(batches)
-        images = count = seconds = 0
-        begin = time.perf_counter()
-        while seconds < LOADER_SECONDS:
-            images += len(next(batches).rainy)
-            count += 1
-            seconds = time.perf_counter() - begin
-        batches.close()
-    return dict.fromkeys(COLUMNS) | {
+        turns = [
+            loader_speed(load(workers=args.workers, cache=which), args.workers, options.batch_size)
+            for which in 2 * (None, cache)
+        ]
+    plain, ours = (
+        {key: (a[key] + b[key]) / 2 for key in a} for a, b in zip(turns[:2], turns[2:], strict=True)
+    )
+    return row | ours | {"plain_ms": plain["ms"], "ratio": plain["ms"] / ours["ms"], "error": error}
+
+
+def loader_speed(batches, workers, batch_size):
+    for _ in range(1 + 2 * workers):  # the processes start, and have two batches each ready by then
+        next(batches)
+    images = count = seconds = 0
+    begin = time.perf_counter()
+    while seconds < LOADER_SECONDS:
+        images += len(next(batches).rainy)
+        count += 1
+        seconds = time.perf_counter() - begin
+    batches.close()
+    return {
         "ms": 1000 * seconds / count,
         "images_per_second": images / seconds,
-        "scenes_per_second": count * options.batch_size / seconds,
+        "scenes_per_second": count * batch_size / seconds,
     }
 
 
@@ -457,9 +485,10 @@ def conclude(rows, workers):
         ratio, plain = unrolled["ms"] / first["ms"], unrolled["plain_ms"] / first["plain_ms"]
         print(f"unrolled : first order = {ratio:.2f} (plain {plain:.2f})", end="")
         print(f", in memory {unrolled['mb'] / first['mb']:.2f}" if first["mb"] else "")
-    if "loader" in rows:
-        loaded = rows["loader"]["scenes_per_second"]
-        print(f"the loader alone gives {loaded:.1f} scenes a second with --workers {workers}")
+    for loader in [name for name in LOADERS if name in rows]:
+        loaded = rows[loader]["scenes_per_second"]
+        how = f", {rows[loader]['ratio']:.1f} times those of decoding," if loader == "loader_cached" else ""
+        print(f"the {loader} alone gives {loaded:.1f} scenes a second{how} with --workers {workers}")
         for name in [
             name for name in rows if name in ("weight_step", "weight_and_arch_step", "training_step")
         ]:

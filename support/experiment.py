@@ -29,6 +29,7 @@ import dataset
 from genotypes import GenotypeError
 from losses import SSIM_WINDOW, external, ssim
 from model_train import MAX_CHANNELS, CheckpointError, read, write_whole
+from support.cache import open_cache
 from support.errors import UserError
 from support.images import write_bytes
 from support.rain import demo_set
@@ -41,7 +42,7 @@ STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one bef
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
 # What may differ when a run is resumed: it changes where, when and how long the run computes, not what.
 FREE_OPTIONS = {"resume", "save", "name", "device", "workers", "save_every", "max_minutes"}
-FREE_OPTIONS |= {"max_bad_steps", "allow_bad"}
+FREE_OPTIONS |= {"max_bad_steps", "allow_bad", "cache"}
 # Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
 UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.json)")
 MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
@@ -146,6 +147,13 @@ def add_arguments(parser):
         type=natural,
         default=min(8, max(1, cores // 2)),
         help="loader processes; 0: load in the main one (default: half the cores, at most 8)",
+    )
+    data.add_argument(
+        "--cache",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="decode once, into a file in each data folder, or in DIR (12.6 GB for DID-MDN); same batches",
     )
     run = parser.add_argument_group("run")
     run.add_argument("--save", metavar="DIR", help="folder of the run (default: named by the time)")
@@ -306,6 +314,7 @@ class Experiment:
         self.in_a_row = {}  # and without a good one between them, by kind of step
         self.bad = {}  # scenes left out: why, by key
         self.scenes = None  # those of each part
+        self.cache = None  # of their pictures, with --cache
         self.saved = 0  # the step that last.pt is of
         self.state = None
         self.lock = None
@@ -482,6 +491,16 @@ class Experiment:
             os.kill(os.getpid(), number)
         self.stopping = signal.Signals(number).name
 
+    def decode_once(self, parts):
+        """With --cache: have the pictures of all parts as pixels on the disk. Before `start`."""
+        if self.args.cache is None:
+            return
+        try:
+            scenes = [scene for scenes in parts.values() for scene in scenes]
+            self.cache = open_cache(scenes, self.args.data, self.args.cache)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped by SIGINT while decoding; no cache was written") from None
+
     def describe(self, parts):
         """Log how many scenes each part of the split has. A resumed run keeps them, whatever files came."""
         self.scenes = parts
@@ -610,9 +629,8 @@ class Experiment:
         """`validate`, without the scenes that cannot be read. SIGINT and SIGTERM stop it between two."""
         bad = []
         try:
-            scores, panel = validate(
-                net, [s for s in scenes if s.key not in self.bad], self.device, bad, self.stop_if_asked
-            )
+            scenes = [s for s in scenes if s.key not in self.bad]
+            scores, panel = validate(net, scenes, self.device, bad, self.stop_if_asked, self.cache)
         except UserError as error:
             self.give_up(error)
         self.leave_out(bad)
@@ -814,17 +832,17 @@ def _duration(seconds):
 
 
 @torch.inference_mode()
-def validate(net, scenes, device, bad=None, between=None):
+def validate(net, scenes, device, bad=None, between=None, cache=None):
     """Mean RGB PSNR (dB) and SSIM over the images, as saved in 8 bits, and mean external loss over the
     scenes.
 
     Whole pictures, one at a time. Returns ({"psnr", "ssim", "loss"}, (rainy, restored, clean) of the first).
-    bad: a list for those that cannot be read, as in `dataset.full_images`; between() is called after each.
+    bad, cache: as in `dataset.full_images`; between() is called after each.
     """
     was_training = net.training
     net.eval()
     psnr, similarity, loss, panel = [], [], [], None
-    for rainy, clean in dataset.full_images(scenes, bad):
+    for rainy, clean in dataset.full_images(scenes, bad, cache):
         clean = clean.to(device)
         outputs = torch.cat([net(image[None].to(device)).float() for image in rainy])
         saved = (outputs.clamp(0, 1) * 255).round() / 255

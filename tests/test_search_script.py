@@ -77,9 +77,9 @@ def finished(tmp_path_factory):
             drawn.append(batch)
             yield batch
 
-    def seen(scenes, bad):
+    def seen(scenes, *options):
         validated.append(scenes)
-        return full_images(scenes, bad)
+        return full_images(scenes, *options)
 
     with pytest.MonkeyPatch.context() as patch, session():
         patch.chdir(folder)

@@ -92,7 +92,7 @@ def test_all_but_the_validation_scenes_are_trained_on_whatever_the_seed(data, mo
     opened = []
     batches, full_images = dataset.batches, dataset.full_images
     monkeypatch.setattr(dataset, "batches", lambda s, **options: opened.append(s) or batches(s, **options))
-    monkeypatch.setattr(dataset, "full_images", lambda s, bad: opened.append(s) or full_images(s, bad))
+    monkeypatch.setattr(dataset, "full_images", lambda s, *a: opened.append(s) or full_images(s, *a))
     for seed in (0, 1):
         train(f"{MIXED} {ONE_STEP} --seed {seed} --save run{seed}")
     parts = dataset.split(dataset.find_training(["scenes", "pairs"], ["right", "left"]))
@@ -250,8 +250,8 @@ def test_a_signal_during_validation_does_not_wait_for_its_end(data, monkeypatch)
     write_pairs(data / "pairs", 40)
     seen = []
 
-    def stopping(scenes, bad, full_images=dataset.full_images):
-        for images in full_images(scenes, bad):
+    def stopping(*args, full_images=dataset.full_images):
+        for images in full_images(*args):
             seen.append(images)
             os.kill(os.getpid(), signal.SIGTERM)
             yield images
