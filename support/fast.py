@@ -12,8 +12,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed_memory():
-    """Have the C library keep what this process frees, in place of handing it back to the system. For good: what
-    lies free on its heap is used even if it is told otherwise again.
+    """Have the C library keep what this process frees, in place of handing it back to the system. For good:
+    what lies free on its heap is used even if it is told otherwise again.
 
     An activation of tens of megabytes is otherwise mapped anew at each step, and the system clears it page by
     page: 350,000 page faults and a third of the time of a forward pass at 512x512 (half width, one thread).

@@ -70,7 +70,7 @@ def step():
 
 by_itself = [step() for _ in range(8)]
 keep_freed_memory()
-kept = [step() for _ in range(8)]  # the last, as it takes some until its blocks lie as the next step finds them
+kept = [step() for _ in range(8)]  # it takes some until blocks lie as the next one finds them
 print(by_itself[-1], kept[-1])
 """
 
