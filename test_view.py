@@ -34,6 +34,7 @@ import dataset
 import model_train
 from support import experiment, images
 from support.errors import UserError
+from support.fast import for_inference
 from support.gallery import FOLDER, MONTAGE, Gallery, montage
 from support.metrics import METRICS, mean_scores, score
 from support.rain import demo_set
@@ -86,7 +87,7 @@ def main(args):
     checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
     print(f"checkpoint: {checkpoint}", flush=True)
     device = experiment.pick_device(args.device)
-    net = model_train.load(checkpoint, device).to(memory_format=torch.channels_last)
+    net = for_inference(model_train.load(checkpoint, device))
     sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()  # now: a run may replace the file
     run = partial(restore, net, device=device, tile=args.tile, self_ensemble=args.self_ensemble, amp=args.amp)
     path = choose_path(args)
