@@ -10,7 +10,7 @@ from torch import nn
 from support.errors import UserError
 
 WHOLE_PIXELS = 2**20  # a picture of more goes through in tiles, whatever the device, so that results agree
-TILE = 512
+TILE = 1024
 OVERLAP = 64
 SMALLEST_TILE = 64
 

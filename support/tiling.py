@@ -1,7 +1,7 @@
 """What tiling costs: how far a picture restored in tiles is from the same picture restored whole.
 
     python -m support.tiling PICTURE [PICTURE ...]
-    python -m support.tiling --tiles 512 --overlaps 0 32 64 128 PICTURE
+    python -m support.tiling --tiles 1024 --overlaps 0 32 64 128 PICTURE
 
 Gates that pool over the whole picture (SE, SE_A_M, CBAM) see one tile's statistics at a time, so tiles are
 not exact. For each side of the tiles and overlap: RGB PSNR of tiled against whole, mean and worst of the
@@ -36,7 +36,7 @@ def get_args_parser():
         prog="python -m support.tiling", description="What tiling costs, against whole pictures."
     )
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files larger than the tiles")
-    parser.add_argument("--tiles", type=multiple_of_8, nargs="+", default=[256, 384, TILE, 768, 1024])
+    parser.add_argument("--tiles", type=multiple_of_8, nargs="+", default=[256, 512, 768, TILE])
     parser.add_argument("--overlaps", type=multiple_of_8, nargs="+", default=[OVERLAP])
     parser.add_argument("--ckt_path", default=SHIPPED, help="checkpoint (default: what ships)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
