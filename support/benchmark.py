@@ -6,7 +6,9 @@
     python -m support.benchmark --json > rows.json
 
 Plain is: eager, contiguous, float32, each candidate of a mixed edge evaluated by itself, `none` as zeros.
-Offered is what the scripts run. Both have the same weights. Before they are timed, their outputs and
+Offered is what the scripts run, on pictures `support.fast.for_inference`. Both have the same weights, and
+both keep freed memory (`support.fast.keep_freed_memory`), which one process cannot give to one alone: what
+that gains on a CPU is not in the ratios. Before they are timed, their outputs and
 gradients are compared twice, see `ALLOWED`; the exit status is 1 where they differ by more. Then they take
 turns, so that a busy machine slows both alike, and the medians count.
 
@@ -49,6 +51,7 @@ from support import experiment
 from support.cache import open_cache
 from support.errors import UserError
 from support.experiment import natural, positive
+from support.fast import for_inference
 from support.rain import write_scenes
 
 SEARCH_STEPS = {
@@ -106,6 +109,7 @@ def get_args_parser():
         help=f"turns of each form (default: 20, on a CPU 3; fewer where they take over {PATIENCE} s)",
     )
     parser.add_argument("--threads", type=positive, help="of the CPU (default: PyTorch's choice)")
+    parser.add_argument("--amp", action="store_true", help="pictures: half precision, as test_view.py --amp")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else")
     loader = parser.add_argument_group("loader")
     loader.add_argument(
@@ -194,6 +198,7 @@ def offered_form(net):
 
 
 FORMS = ((plain_form, torch.contiguous_format), (offered_form, torch.channels_last))
+INFERENCE_FORMS = (FORMS[0], (for_inference, torch.channels_last))
 
 
 # --- the steps of a row: functions without arguments that return (outputs, gradients), lists of tensors -----
@@ -209,14 +214,17 @@ def steps(name, options, device, dtype=torch.float32, picture_size=None):
     net.to(device, dtype)
     batch, arch_batch = (random_batch(options, device, dtype) for _ in range(2))
     update_bn([batch.rainy], net)  # else signals fade from layer to layer where running statistics are used
+    forms = FORMS
     if picture_size:
+        net.eval()
+        forms = INFERENCE_FORMS
         batch, step = batch._replace(rainy=batch.rainy.new_ones(1, 3, *picture_size).uniform_()), inference
 
     def in_form(form, layout):
         first, second = (b._replace(rainy=b.rainy.to(memory_format=layout)) for b in (batch, arch_batch))
         return step(form(net), first, second, options)
 
-    return [in_form(*form) for form in FORMS]
+    return [in_form(*form) for form in forms]
 
 
 def search_step(net, batch, arch_batch, options, weights=False, architecture=False, unrolled=False):
@@ -279,8 +287,7 @@ def training_step(net, batch, _, options):
 
 
 def inference(net, batch, *_):
-    """A picture through the network in evaluation mode."""
-    net.eval()
+    """A picture through the network, which is in evaluation mode."""
 
     @torch.inference_mode()
     def step():

@@ -68,9 +68,9 @@ def step():
     kept = [torch.ones(2**24) for _ in range(2)]
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * mmap.PAGESIZE / 2**20
 
-by_itself = [step() for _ in range(8)]
+by_itself = [step() for _ in range(20)]
 keep_freed_memory()
-kept = [step() for _ in range(8)]  # it takes some until blocks lie as the next one finds them
+kept = [step() for _ in range(20)]  # it takes some until blocks lie as the next one finds them
 print(by_itself[-1], kept[-1])
 """
 
