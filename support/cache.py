@@ -107,6 +107,7 @@ def _map(path, tail):
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # of an empty file there is no map
         return None
+    mapped.madvise(mmap.MADV_RANDOM)  # else the system reads up to megabytes around each crop
     return np.frombuffer(mapped, np.uint8) if mapped[-_TAIL.size :] == tail else None
 
 
