@@ -412,7 +412,8 @@ class Batch(NamedTuple):
     def to(self, device):
         rainy, clean, scene = (t.to(device, non_blocking=True) for t in self[:3])
         rainy = rainy.to(memory_format=torch.channels_last)  # as the networks: the faster layout
-        return self._replace(rainy=rainy.float() / 255, clean=clean.float() / 255, scene=scene)
+        # In place: on a CPU, two new tensors this large cost 40 times the arithmetic.
+        return self._replace(rainy=rainy.float().div_(255), clean=clean.float().div_(255), scene=scene)
 
     def parts(self, count):
         """The batch as up to `count` smaller ones of whole scenes: a list of (share of the scenes, Batch)."""

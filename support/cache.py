@@ -25,7 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
+import PIL
 from tqdm import tqdm
 
 from dataset import Half, cut, half_size
@@ -39,9 +41,10 @@ except ImportError:  # Windows
 
 NAME = "decoded.cache"
 THREADS = min(8, os.cpu_count() or 1)  # OpenCV and Pillow decode outside Python's lock
-# Where the index begins, its checksum, a number that no other cache file has, and what kind of file it is.
+# Where the index begins, its checksum, a number that no other cache file has, and what wrote it: another
+# version of a decoder may give other pixels.
 _TAIL = struct.Struct("<QI16s16s")
-_KIND = b"manas-decoded-1\n"
+_WRITER = hashlib.md5(f"1, OpenCV {cv2.__version__}, Pillow {PIL.__version__}".encode()).digest()
 
 
 class Kept(NamedTuple):
@@ -104,6 +107,7 @@ def _map(path, tail):
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # of an empty file there is no map
         return None
+    mapped.madvise(mmap.MADV_RANDOM)  # else the system reads up to megabytes around each crop
     return np.frombuffer(mapped, np.uint8) if mapped[-_TAIL.size :] == tail else None
 
 
@@ -127,13 +131,12 @@ def open_cache(scenes, folders, place=""):
     """
     if fcntl is None:
         raise UserError("--cache: needs a system with file locks, as Linux, macOS or WSL; leave it out")
-    roots = [path if path.is_dir() else path.parent for path in map(Path, folders)]
-    halves = {root: [] for root in roots}
+    halves = {path if path.is_dir() else path.parent: [] for path in map(Path, folders)}
     for half in dict.fromkeys(half for scene in scenes for half in (*scene.rainy, scene.clean)):
-        halves[next(root for root in roots if half.path.is_relative_to(root))].append(half)
-    files = {root: _file(root, place) for root in roots}
-    found = {root: _read(files[root], root, halves[root]) for root in roots}
-    lacking = [root for root in roots if _lacks(found[root], halves[root])]
+        halves[next(root for root in halves if half.path.is_relative_to(root))].append(half)
+    files = {root: _file(root, place) for root in halves}
+    found = {root: _read(files[root], root, halves[root]) for root in halves}
+    lacking = [root for root in halves if _lacks(found[root], halves[root])]
     _check_room({files[root]: _bytes(halves[root], found[root]) for root in lacking})
     for root in lacking:
         found[root] = _build(files[root], root, halves[root])
@@ -209,7 +212,7 @@ def _read(path, root, halves):
         with open(path, "rb") as file:
             tail, rows = _read_index(file)
             if tail is None:
-                print(f"{path}: is damaged, and is made anew", flush=True)
+                print(f"{path}: is damaged or another version's, and is made anew", flush=True)
                 return Cache({}, {})
             for name, side, *numbers in _bar("checking the cache", "picture", rows):
                 half, one = Half(root / name, side), Kept(path, *numbers)
@@ -227,14 +230,14 @@ def _read(path, root, halves):
 
 
 def _read_index(file):
-    """(last bytes, rows of the index) of a cache file; (None, None) where they are not whole."""
+    """(last bytes, rows of the index) of a cache file; (None, None) where it is not whole."""
     size = os.fstat(file.fileno()).st_size
     file.seek(max(0, size - _TAIL.size))
     tail = file.read()
     if len(tail) < _TAIL.size:
         return None, None
-    begin, checksum, _, kind = _TAIL.unpack(tail)
-    if kind != _KIND or begin > size:
+    begin, checksum, _, writer = _TAIL.unpack(tail)
+    if writer != _WRITER or begin > size:
         return None, None
     file.seek(begin)
     index = file.read()[: -_TAIL.size]
@@ -310,7 +313,7 @@ def _write(file, path, root, halves, old):
                 rows.append([half.path.relative_to(root).as_posix(), half.side, *kept[half][1:]])
                 offset += image.nbytes
     index = json.dumps(rows).encode()
-    tail = _TAIL.pack(offset, zlib.crc32(index), uuid.uuid4().bytes, _KIND)
+    tail = _TAIL.pack(offset, zlib.crc32(index), uuid.uuid4().bytes, _WRITER)
     file.write(index + tail)
     file.flush()
     os.fsync(file.fileno())

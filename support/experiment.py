@@ -497,11 +497,14 @@ class Experiment:
         """With --cache: have the pictures of all parts as pixels on the disk. Before `start`."""
         if self.args.cache is None:
             return
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             scenes = [scene for scenes in parts.values() for scene in scenes]
             self.cache = open_cache(scenes, self.args.data, self.args.cache)
         except KeyboardInterrupt:
-            raise Interrupted("stopped by SIGINT while decoding; no cache was written") from None
+            raise Interrupted("stopped while decoding; what was not finished of the cache is gone") from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def describe(self, parts):
         """Log how many scenes each part of the split has. A resumed run keeps them, whatever files came."""

@@ -362,6 +362,16 @@ def test_a_damaged_cache_is_made_anew(tmp_path, damage, decoded, capsys):
     assert not decoded
 
 
+def test_what_another_version_of_a_decoder_wrote_is_made_anew(tmp_path, decoded, monkeypatch):
+    folder, scenes = pairs(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(caching, "_WRITER", bytes(16))
+        open_cache(scenes, [folder])
+    decoded.clear()
+    open_cache(scenes, [folder])
+    assert len(decoded) == 6
+
+
 def test_a_file_that_took_the_place_of_the_cache_is_not_taken_for_it(tmp_path, decoded):
     """A worker that maps it late, as where they are spawned, would find other pictures at its offsets."""
     folder, scenes = pairs(tmp_path)
@@ -467,7 +477,10 @@ def test_many_processes_at_once_make_one_whole_cache(tmp_path, decoded):
     assert not unfinished(folder)
 
 
-def test_ctrl_c_leaves_nothing_and_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=lambda n: n.name
+)
+def test_a_signal_leaves_nothing_and_is_one_line(tmp_path, number):
     folder, _ = pairs(tmp_path)
     genotypes.write_json(random_genotype(0), tmp_path / "genotype.json")
     code = f"""
@@ -487,10 +500,12 @@ experiment.command(train_model_batch.main, train_model_batch.get_args_parser())
         text=True,
     )
     wait_for(lambda: unfinished(folder))
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     (line,) = run.communicate()[1].splitlines()
     assert run.returncode == 130
-    assert line == "train_model_batch.py: stopped by SIGINT while decoding; no cache was written"
+    assert line == (
+        "train_model_batch.py: stopped while decoding; what was not finished of the cache is gone"
+    )
     assert sorted(path.name for path in folder.iterdir()) == [f"{i}.png" for i in range(6)]
     assert not list(tmp_path.glob("eval-EXP*"))
 
@@ -591,6 +606,11 @@ def test_a_folder_for_the_caches_leaves_the_data_alone(tmp_path, monkeypatch, de
 # --- what it costs ---
 
 
+def bytes_read():
+    """From the disk, by this process."""
+    return int(re.search(r"\nread_bytes: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
 def test_pixels_are_mapped_not_held_and_not_sent_to_workers(tmp_path):
     status = Path("/proc/self/status")
     if not status.exists():
@@ -606,9 +626,13 @@ def test_pixels_are_mapped_not_held_and_not_sent_to_workers(tmp_path):
     before = own()
     cache = open_cache(scenes, [tmp_path])
     assert len(pickle.dumps(cache)) < 10_000
-    batches(scenes, 20, cache=cache)
-    assert len(pickle.dumps(cache)) < 10_000  # now that it is mapped
     whole = sum(kept.bytes() for kept in cache.kept.values())
     assert whole == 16 * 3 * 1024**2
+    with open(kept_file(tmp_path), "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    read = bytes_read()
+    batches(scenes, 5, cache=cache)
+    assert bytes_read() - read < whole / 8  # a crop reads its own rows
+    assert len(pickle.dumps(cache)) < 10_000  # now that it is mapped
     assert own() - before < whole / 4
     assert all(not image.flags.owndata for image in cache.get([scenes[0].clean]))
