@@ -5,8 +5,6 @@ the one before. Convolutions have no bias. Source: Cai et al., TCSVT 2023 (MANAS
 attentive cell; the squeeze-and-excitation and CBAM gates follow Hu et al. 2018 and Woo et al. 2018.
 """
 
-from functools import cached_property
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -46,25 +44,35 @@ class Zero(nn.Module):
 
 
 class Pooled:
-    """What the gates of one edge see of its x, NxcxHxW: each is computed once, for the first that asks."""
+    """What the gates of one edge see of its x, NxcxHxW: each is computed once, for the first that asks.
+
+    Not by functools.cached_property, whose lock in Python 3.11 torch.compile cannot trace.
+    """
 
     def __init__(self, x):
         self.x = x
+        self._average = self._maximum = self._maps = None
 
-    @cached_property
+    @property
     def average(self):
         """Nxcx1x1: mean over the pixels."""
-        return self.x.mean((2, 3), keepdim=True)
+        if self._average is None:
+            self._average = self.x.mean((2, 3), keepdim=True)
+        return self._average
 
-    @cached_property
+    @property
     def maximum(self):
         """Nxcx1x1: maximum over the pixels."""
-        return self.x.amax((2, 3), keepdim=True)
+        if self._maximum is None:
+            self._maximum = self.x.amax((2, 3), keepdim=True)
+        return self._maximum
 
-    @cached_property
+    @property
     def maps(self):
         """Nx2xHxW: maximum and mean over the channels."""
-        return torch.cat([self.x.amax(1, keepdim=True), self.x.mean(1, keepdim=True)], 1)
+        if self._maps is None:
+            self._maps = torch.cat([self.x.amax(1, keepdim=True), self.x.mean(1, keepdim=True)], 1)
+        return self._maps
 
 
 class Skip(nn.Identity):
@@ -127,12 +135,32 @@ class CBAM(nn.Sequential):
         return weights * spatial.gate(Pooled(weights * pooled.x))
 
 
-def separable(inputs, outputs, dilation=1):
+class DilatedDepthwise(nn.Conv2d):
+    """Depthwise 3x3 of dilation 2, on a CPU in float32 at least.
+
+    There, in bfloat16 with channels last, PyTorch 2.13 and 2.15 give its weight a gradient that is garbage,
+    infinite or NaN, whether autocast or the caller made it bfloat16.
+    """
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=2, dilation=2, groups=channels, bias=False)
+
+    def forward(self, x):
+        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        if x.device.type != "cpu" or not (torch.is_autocast_enabled("cpu") or x.dtype != exact):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return self._conv_forward(x.to(exact), self.weight.to(exact), None).to(x.dtype)
+
+
+def depthwise(channels):
+    return nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+
+
+def separable(inputs, outputs, spread=depthwise):
     """Depthwise 3x3, pointwise, BatchNorm without affine parameters: the unit of the convolutional gates."""
     return nn.Sequential(
-        nn.Conv2d(inputs, inputs, 3, padding=dilation, dilation=dilation, groups=inputs, bias=False),
-        nn.Conv2d(inputs, outputs, 1, bias=False),
-        nn.BatchNorm2d(outputs, affine=False),
+        spread(inputs), nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs, affine=False)
     )
 
 
@@ -141,7 +169,7 @@ def sep_conv_3x3(channels):
 
 
 def dil_conv_3x3(channels):
-    return Gate(separable(channels, channels, dilation=2))
+    return Gate(separable(channels, channels, DilatedDepthwise))
 
 
 def sep_conv_3x3_spatial(channels):
