@@ -22,6 +22,7 @@ from operations import (
     OPERATIONS,
     AttentionModule,
     Head,
+    Pooled,
     check_channels,
     pad_to_multiple,
     stem,
@@ -42,15 +43,21 @@ class MixedModule(nn.Module):
 
 
 class MixedOperation(nn.Module):
-    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW; `none` adds nothing and is not computed."""
+    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW.
+
+    Each operation but `none`, which adds nothing, multiplies x by a gate: the gates are summed, and x, whose
+    poolings they share, is multiplied once.
+    """
 
     def __init__(self, channels):
         super().__init__()
         self.operations = nn.ModuleDict({name: OPERATIONS[name](channels) for name in PRIMITIVES})
 
     def forward(self, x, beta):
+        pooled = Pooled(x)
         weighted = zip(beta, self.operations.items(), strict=True)
-        return sum(b * operation(x) for b, (name, operation) in weighted if name != "none")
+        gates = [b * operation.gate(pooled) for b, (name, operation) in weighted if name != "none"]
+        return x * sum(sorted(gates, key=torch.numel))  # those of one weight a channel or pixel are cheap
 
 
 class MixedAttention(AttentionModule):

@@ -43,6 +43,45 @@ class Zero(nn.Module):
         return torch.zeros_like(x)
 
 
+class Pooled:
+    """What the gates of one edge see of its x, NxcxHxW: each is computed once, for the first that asks.
+
+    Not by functools.cached_property, whose lock in Python 3.11 torch.compile cannot trace.
+    """
+
+    def __init__(self, x):
+        self.x = x
+        self._average = self._maximum = self._maps = None
+
+    @property
+    def average(self):
+        """Nxcx1x1: mean over the pixels."""
+        if self._average is None:
+            self._average = self.x.mean((2, 3), keepdim=True)
+        return self._average
+
+    @property
+    def maximum(self):
+        """Nxcx1x1: maximum over the pixels."""
+        if self._maximum is None:
+            self._maximum = self.x.amax((2, 3), keepdim=True)
+        return self._maximum
+
+    @property
+    def maps(self):
+        """Nx2xHxW: maximum and mean over the channels."""
+        if self._maps is None:
+            self._maps = torch.cat([self.x.amax(1, keepdim=True), self.x.mean(1, keepdim=True)], 1)
+        return self._maps
+
+
+class Skip(nn.Identity):
+    """`skip_connect`: x."""
+
+    def gate(self, pooled):
+        return 1.0
+
+
 class Gate(nn.Module):
     """x * sigmoid(body(x)): the body gives one weight a pixel and channel."""
 
@@ -51,17 +90,21 @@ class Gate(nn.Module):
         self.body = body
 
     def forward(self, x):
-        return x * self.body(x).sigmoid()
+        return x * self.gate(Pooled(x))
+
+    def gate(self, pooled):
+        """What x is multiplied by, of a shape that broadcasts to x's."""
+        return self.body(pooled.x).sigmoid()
 
 
 class SpatialGate(Gate):
     """x * sigmoid(body([max, mean over channels])): the body gives one weight a pixel."""
 
-    def forward(self, x):
-        return x * self.body(spatial_maps(x)).sigmoid()
+    def gate(self, pooled):
+        return self.body(pooled.maps).sigmoid()
 
 
-class ChannelGate(nn.Module):
+class ChannelGate(Gate):
     """x * sigmoid(sum of MLP(pooled) over the poolings): one weight a channel; squeeze-and-excitation.
 
     The MLP (reduction r, hidden width max(1, c // r)) is shared by the poolings: the average, and with
@@ -69,31 +112,55 @@ class ChannelGate(nn.Module):
     """
 
     def __init__(self, channels, reduction, use_max=False, bias=False):
-        super().__init__()
+        nn.Module.__init__(self)
         hidden = max(1, channels // reduction)
         self.mlp = nn.Sequential(
             nn.Conv2d(channels, hidden, 1, bias=bias), nn.ReLU(), nn.Conv2d(hidden, channels, 1, bias=bias)
         )
         self.use_max = use_max
 
-    def forward(self, x):
-        weights = self.mlp(x.mean((2, 3), keepdim=True))
+    def gate(self, pooled):
+        weights = self.mlp(pooled.average)
         if self.use_max:
-            weights = weights + self.mlp(x.amax((2, 3), keepdim=True))
-        return x * weights.sigmoid()
+            weights = weights + self.mlp(pooled.maximum)
+        return weights.sigmoid()
 
 
-def spatial_maps(x):
-    """Nx2xHxW: maximum and mean over the channels."""
-    return torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)
+class CBAM(nn.Sequential):
+    """A channel gate, and a spatial gate on what it lets pass."""
+
+    def gate(self, pooled):
+        channel, spatial = self
+        weights = channel.gate(pooled)
+        return weights * spatial.gate(Pooled(weights * pooled.x))
 
 
-def separable(inputs, outputs, dilation=1):
+class DilatedDepthwise(nn.Conv2d):
+    """Depthwise 3x3 of dilation 2, on a CPU in float32 at least.
+
+    There, in bfloat16 with channels last, PyTorch 2.13 and 2.15 give its weight a gradient that is garbage,
+    infinite or NaN, whether autocast or the caller made it bfloat16.
+    """
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=2, dilation=2, groups=channels, bias=False)
+
+    def forward(self, x):
+        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        if x.device.type != "cpu" or not (torch.is_autocast_enabled("cpu") or x.dtype != exact):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return self._conv_forward(x.to(exact), self.weight.to(exact), None).to(x.dtype)
+
+
+def depthwise(channels):
+    return nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+
+
+def separable(inputs, outputs, spread=depthwise):
     """Depthwise 3x3, pointwise, BatchNorm without affine parameters: the unit of the convolutional gates."""
     return nn.Sequential(
-        nn.Conv2d(inputs, inputs, 3, padding=dilation, dilation=dilation, groups=inputs, bias=False),
-        nn.Conv2d(inputs, outputs, 1, bias=False),
-        nn.BatchNorm2d(outputs, affine=False),
+        spread(inputs), nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs, affine=False)
     )
 
 
@@ -102,7 +169,7 @@ def sep_conv_3x3(channels):
 
 
 def dil_conv_3x3(channels):
-    return Gate(separable(channels, channels, dilation=2))
+    return Gate(separable(channels, channels, DilatedDepthwise))
 
 
 def sep_conv_3x3_spatial(channels):
@@ -121,12 +188,12 @@ def dil_conv_3x3_spatial(channels):
 
 def cbam(channels):
     spatial = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1, momentum=0.01))
-    return nn.Sequential(ChannelGate(channels, 4, use_max=True, bias=True), SpatialGate(spatial))
+    return CBAM(ChannelGate(channels, 4, use_max=True, bias=True), SpatialGate(spatial))
 
 
 OPERATIONS = {
     "none": lambda channels: Zero(),
-    "skip_connect": lambda channels: nn.Identity(),
+    "skip_connect": lambda channels: Skip(),
     "sep_conv_3x3": sep_conv_3x3,
     "dil_conv_3x3": dil_conv_3x3,
     "sep_conv_3x3_spatial": sep_conv_3x3_spatial,

@@ -119,8 +119,10 @@ def main(args):
             warm = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
             optimizer.param_groups[0]["lr"] = warm * run.cosine(args.learning_rate, args.learning_rate_min)
             batch = run.draw(batches)
+            with experiment.autocast(run.device, args.amp):
+                outputs = net(batch.rainy)
             loss = multi_to_one(
-                net(batch.rainy),
+                outputs.float(),
                 batch.clean,
                 batch.scene,
                 use_internal=epoch >= args.internal_start,

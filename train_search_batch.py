@@ -131,7 +131,9 @@ def main(args):
 
     def loss(forward, batch):
         internal = epoch >= args.internal_start
-        return multi_to_one(forward(batch.rainy), batch.clean, batch.scene, internal)
+        with experiment.autocast(run.device, args.amp):
+            outputs = forward(batch.rainy)
+        return multi_to_one(outputs.float(), batch.clean, batch.scene, internal)
 
     architect = Architect(
         net,

@@ -168,6 +168,11 @@ def add_arguments(parser):
     run.add_argument("--seed", type=seed, default=0, help="of the weights, crops and flips (default: 0)")
     run.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     run.add_argument(
+        "--amp",
+        action="store_true",
+        help="compute the network in bfloat16 (autocast); weights and losses stay float32",
+    )
+    run.add_argument(
         "--deterministic",
         action="store_true",
         help="CUDA kernels that repeat to the bit, where there are such; slower",
@@ -254,6 +259,11 @@ def be_deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+def autocast(device, amp):
+    """With `amp`: bfloat16 for what computes best in it; the caller makes the outputs float32 again."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
 def device_name(device):
@@ -635,7 +645,8 @@ class Experiment:
         bad = []
         try:
             scenes = [s for s in scenes if s.key not in self.bad]
-            scores, panel = validate(net, scenes, self.device, bad, self.stop_if_asked, self.cache)
+            between, amp = self.stop_if_asked, self.args.amp
+            scores, panel = validate(net, scenes, self.device, bad, between, amp, self.cache)
         except UserError as error:
             self.give_up(error)
         self.leave_out(bad)
@@ -837,19 +848,20 @@ def _duration(seconds):
 
 
 @torch.inference_mode()
-def validate(net, scenes, device, bad=None, between=None, cache=None):
+def validate(net, scenes, device, bad=None, between=None, amp=False, cache=None):
     """Mean RGB PSNR (dB) and SSIM over the images, as saved in 8 bits, and mean external loss over the
     scenes.
 
     Whole pictures, one at a time. Returns ({"psnr", "ssim", "loss"}, (rainy, restored, clean) of the first).
-    bad, cache: as in `dataset.full_images`; between() is called after each.
+    bad, cache: as in `dataset.full_images`; between() is called after each; amp: see `autocast`.
     """
     was_training = net.training
     net.eval()
     psnr, similarity, loss, panel = [], [], [], None
     for rainy, clean in dataset.full_images(scenes, bad, cache):
         clean = clean.to(device)
-        outputs = torch.cat([net(image[None].to(device)).float() for image in rainy])
+        with autocast(device, amp):
+            outputs = torch.cat([net(image[None].to(device)).float() for image in rainy])
         saved = (outputs.clamp(0, 1) * 255).round() / 255
         target = clean.expand_as(saved)
         psnr += [-10 * (saved - target).square().mean((1, 2, 3)).clamp(min=1e-10).log10()]

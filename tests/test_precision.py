@@ -1,0 +1,120 @@
+"""bfloat16 and memory formats: gradients are those of float32, contiguous; a run remembers its --amp."""
+
+import copy
+
+import pytest
+import torch
+
+import train_model_batch
+import train_search_batch
+from architect import Architect
+from genotypes import MODULES, PRIMITIVES
+from losses import multi_to_one
+from model_search import MixedOperation, SearchNetwork
+from operations import MULTI_SCALE, OPERATIONS, AttentionModule, Bottleneck, Head, Transition
+from support.errors import UserError
+from support.experiment import autocast
+from tests.made import write_scenes
+
+CPU = torch.device("cpu")
+CHANNELS = 8
+# Relative, of one module's gradients together. With channels last bfloat16 is less exact: 0.16 was seen,
+# in the 7x7 convolution before CBAM's BatchNorm. The garbage that this test is for is infinite.
+MODES = {
+    "float32 channels last": (False, torch.channels_last, 1e-4),
+    "bfloat16 contiguous": (True, torch.contiguous_format, 0.1),
+    "bfloat16 channels last": (True, torch.channels_last, 0.25),
+}
+MADE = {
+    **{name: OPERATIONS[name] for name in PRIMITIVES[2:]},
+    "mixed": MixedOperation,
+    "attention": lambda c: AttentionModule(
+        c, [OPERATIONS[n](c // 2) for n in ("dil_conv_3x3", "CBAM", "SE")]
+    ),
+    "bottleneck": lambda c: Bottleneck(c, c // 2, 2 * c),
+    "transition": lambda c: Transition([c], [c // 2, c]),
+    "head": lambda c: Head([c, c]),
+    **{name: lambda c, name=name: MULTI_SCALE[name]([c, c]) for name in MODULES},
+}
+
+
+def gradients(kind, size, amp, layout):
+    """The output and gradients of a module of a kind, as two vectors."""
+    torch.manual_seed(0)
+    module = MADE[kind](CHANNELS).to(memory_format=layout)
+    maps = [torch.randn(3, CHANNELS, size >> k, size >> k).to(memory_format=layout) for k in range(2)]
+    taken = {"parallel": maps, "fusion": maps, "head": maps, "transition": maps[:1]}.get(kind, maps[0])
+    beta = (torch.linspace(0.1, 0.9, 9),) if kind == "mixed" else ()
+    leaves = taken if isinstance(taken, list) else [taken]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    with autocast(CPU, amp):
+        outputs = module(taken, *beta)
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    loss = sum((output.float() * torch.randn(output.shape)).sum() for output in outputs)
+    found = torch.autograd.grad(loss, [*leaves, *module.parameters()])
+    return [torch.cat([t.detach().double().flatten() for t in ts]) for ts in (outputs, found)]
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("kind", MADE)
+def test_the_gradients_of_every_kind_in_every_mode_are_those_of_float32(kind, size):
+    expected = gradients(kind, size, False, torch.contiguous_format)
+    for mode, (amp, layout, allowed) in MODES.items():
+        for found, right in zip(gradients(kind, size, amp, layout), expected, strict=True):
+            assert (found - right).norm() <= allowed * right.norm(), mode
+
+
+def test_a_whole_network_made_bfloat16_has_no_garbage_either():
+    torch.manual_seed(0)
+    gate = OPERATIONS["dil_conv_3x3"](CHANNELS)
+    x = torch.randn(3, CHANNELS, 32, 32)
+    expected = torch.autograd.grad(gate(x).sum(), gate.body[0].weight)[0]
+    gate.to(torch.bfloat16, memory_format=torch.channels_last)
+    output = gate(x.to(torch.bfloat16, memory_format=torch.channels_last))
+    found = torch.autograd.grad(output.float().sum(), gate.body[0].weight)[0]
+    assert output.dtype == torch.bfloat16
+    assert (found - expected).norm() <= 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_architecture_steps_in_bfloat16_point_where_float32_does(unrolled):
+    torch.manual_seed(0)
+    net = SearchNetwork((2, 2, 2, 2)).to(memory_format=torch.channels_last)
+    rainy, clean = torch.rand(3, 3, 16, 16), torch.rand(1, 3, 16, 16)
+    net(rainy)
+    found = []
+    for amp in (False, True):
+
+        def loss(forward, batch, amp=amp):
+            with autocast(CPU, amp):
+                output = forward(batch)
+            return multi_to_one(output.float(), clean, torch.zeros(3, dtype=torch.long))
+
+        same = copy.deepcopy(net).eval()
+        sgd = torch.optim.SGD(same.weights(), 0.01, momentum=0.9)
+        architect = Architect(same, None, loss, weight_optimizer=sgd)
+        _, gradient = architect.unrolled(rainy, rainy) if unrolled else architect.first_order(rainy)
+        found.append(torch.cat([g.flatten() for g in gradient]))
+    assert torch.cosine_similarity(*found, dim=0) > 0.97
+
+
+TINY = "--save run --epochs 1 --steps_per_epoch 2 --batch_size 1 --patch_size 16 --workers 0 --device cpu"
+
+
+@pytest.mark.parametrize(
+    "script, more", [(train_model_batch, ""), (train_search_batch, "--arch_start 1 --demo")]
+)
+def test_a_run_with_amp_keeps_float32_and_is_not_resumed_without_its_word(script, more, folder):
+    write_scenes(folder / "data", 24)
+    data = "--data data --clean_side right --channels 2 2 2 2"
+    parser = script.get_args_parser()
+    script.main(parser.parse_args(f"{TINY} {data} {more} --amp".split()))
+    state = torch.load(folder / "run" / "last.pt", weights_only=True)
+    tensors = state["parts"]["net"].values()
+    assert state["options"]["amp"] and all(t.isfinite().all() for t in tensors)
+    assert {t.dtype for t in tensors} <= {torch.float32, torch.int64}
+    state["options"]["amp"] = False
+    torch.save(state, folder / "run" / "last.pt")
+    with pytest.raises(UserError, match="--amp True: the run in run was begun with False"):
+        script.main(parser.parse_args(["--resume", "run", "--amp"]))
