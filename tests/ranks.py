@@ -4,9 +4,9 @@
 
 NAME is that of the run's folder; its beginning is the script's, and words in it ask for what a test needs:
 `eval` BatchNorm by its running statistics, and an Adam that does not blow up the rounding of gradients near
-zero; `stop` SIGTERM for the last rank alone in the third step; `nan` a pixel that is not finite in its share of
-the second batch; `bad` a file that breaks as the run begins. Every rank leaves in NAME.RANK.pt the state of its
-parts, what it counted, and the names of the scenes it was given.
+zero; `stop` SIGTERM for the last rank alone in the third step; `nan` a pixel that is not finite in its share
+of the second batch; `bad` a file that breaks as the run begins. Every rank leaves in NAME.RANK.pt the state
+of its parts, what it counted, and the names of the scenes it was given.
 """
 
 import logging
