@@ -14,9 +14,13 @@ percent with running statistics, and by 49 percent or more with batch statistics
 382). So the term is differentiated exactly, by a double backward: as short, about twice as slow, and right.
 """
 
+from functools import partial
+
 import torch
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
+
+from support.distributed import average
 
 
 class Architect:
@@ -31,8 +35,12 @@ class Architect:
     divide: divide(batch) -> list of (share, part), the batch's loss being the sum of share * the part's.
         Where BatchNorm keeps its running statistics the images do not see each other, and the double
         backward, which takes about 2.6 times a gradient's memory, is summed over such parts.
+    parts: likewise, for every other gradient, whatever BatchNorm does; its statistics are then of the parts.
     batch_statistics: BatchNorm normalises by the batch in this step; else by its running statistics, as the
         released code does. Neither changes the running statistics.
+
+    Of several processes each has its share of a batch: every gradient, the virtual step's and the product's
+    included, is averaged over them where it is taken, which makes it that of the whole batch.
     """
 
     def __init__(
@@ -44,6 +52,7 @@ class Architect:
         weight_optimizer=None,
         batch_statistics=False,
         divide=None,
+        parts=lambda batch: [(1.0, batch)],
     ):
         self.net = net
         self.optimizer = optimizer
@@ -51,7 +60,8 @@ class Architect:
         self.penalty = penalty
         self.weight_optimizer = weight_optimizer
         self.batch_statistics = batch_statistics
-        self.divide = None if batch_statistics else divide
+        self.parts = parts
+        self.divide = parts if batch_statistics or divide is None else divide
 
     def step(self, batch, training_batch=None, allow=None):
         """One step of the optimizer; returns the validation loss before it, penalty included, as a tensor.
@@ -78,26 +88,27 @@ class Architect:
 
     def first_order(self, batch):
         """(L_val, [grad_alpha, grad_beta]) at the present weights."""
-        loss = self.validation_loss(self.net.weights(), batch)
-        return loss.detach(), torch.autograd.grad(loss, self.net.architecture())
+        weights, architecture = self.net.weights(), self.net.architecture()
+        return self.gradient(partial(self.validation_loss, weights), batch, architecture)
 
     def unrolled(self, batch, training_batch):
         """(L_val, [grad_alpha, grad_beta]) after one virtual step of the weights on the training batch."""
         architecture = self.net.architecture()
         virtual = self.virtual_weights(training_batch)
-        loss = self.validation_loss(virtual, batch)
-        gradients = torch.autograd.grad(loss, [*architecture, *virtual])
+        loss, gradients = self.gradient(
+            partial(self.validation_loss, virtual), batch, [*architecture, *virtual]
+        )
         direct, vector = gradients[: len(architecture)], gradients[len(architecture) :]
         del virtual, gradients
         product = self.hessian_vector_product(vector, training_batch)
         rate = self.weight_optimizer.param_groups[0]["lr"]
-        return loss.detach(), [d - rate * p for d, p in zip(direct, product, strict=True)]
+        return loss, [d - rate * p for d, p in zip(direct, product, strict=True)]
 
     def virtual_weights(self, training_batch):
         """w' = w - xi * (mu * v + grad_w L_train + lambda * w), as leaves that require a gradient."""
         group = self.weight_optimizer.param_groups[0]
         weights = self.net.weights()
-        gradient = torch.autograd.grad(self.training_loss(weights, training_batch), weights)
+        _, gradient = self.gradient(partial(self.training_loss, weights), training_batch, weights)
         virtual = []
         for w, g in zip(weights, gradient, strict=True):
             momentum = self.weight_optimizer.state.get(w, {}).get("momentum_buffer")
@@ -110,14 +121,23 @@ class Architect:
     def hessian_vector_product(self, vector, training_batch):
         """grad_a [ grad_w L_train(w, a) . vector ] for alpha and beta, part by part of the batch."""
         weights = self.net.weights()
-        parts = self.divide(training_batch) if self.divide else [(1.0, training_batch)]
         products = []
-        for share, part in parts:
+        for share, part in self.divide(training_batch):
             gradient = torch.autograd.grad(self.training_loss(weights, part), weights, create_graph=True)
             product = share * sum((g * v).sum() for g, v in zip(gradient, vector, strict=True))
             del gradient
             products.append(torch.autograd.grad(product, self.net.architecture()))
-        return [sum(of_parts) for of_parts in zip(*products, strict=True)]
+        return average([sum(of_parts) for of_parts in zip(*products, strict=True)])
+
+    def gradient(self, loss, batch, inputs):
+        """(loss(batch), its gradient by the inputs), summed over the parts of the batch."""
+        value, summed = 0.0, None
+        for share, part in self.parts(batch):
+            part_loss = share * loss(part)
+            gradient = torch.autograd.grad(part_loss, inputs)
+            value = value + part_loss.detach()
+            summed = gradient if summed is None else torch._foreach_add(summed, gradient)
+        return value, average(summed)
 
     def validation_loss(self, weights, batch):
         loss = self.training_loss(weights, batch)

@@ -417,6 +417,8 @@ class Batch(NamedTuple):
 
     def parts(self, count):
         """The batch as up to `count` smaller ones of whole scenes: a list of (share of the scenes, Batch)."""
+        if count == 1:
+            return [(1.0, self)]
         divided = []
         for scenes in torch.arange(len(self.clean)).chunk(count):
             first, last = scenes[0].item(), scenes[-1].item()
@@ -523,16 +525,21 @@ def augment(images, random):
 
 
 class Draws(Sampler):
-    """Lists of `batch_size` consecutive draw numbers from step `first` on, without end."""
+    """Lists of `batch_size` consecutive draw numbers from step `first` on, without end.
 
-    def __init__(self, batch_size, first=0):
+    Of several ranks, which make one batch together, each has an equal share of the list.
+    """
+
+    def __init__(self, batch_size, first=0, rank=0, ranks=1):
         self.batch_size = batch_size
         self.first = first
+        self.rank = rank
+        self.share = batch_size // ranks
 
     def __iter__(self):
-        start = self.first * self.batch_size
+        start = self.first * self.batch_size + self.rank * self.share
         while True:
-            yield list(range(start, start + self.batch_size))
+            yield list(range(start, start + self.share))
             start += self.batch_size
 
 
@@ -565,15 +572,18 @@ def batches(
     clean_inputs=0.0,
     bad=(),
     cache=None,
+    rank=0,
+    ranks=1,
 ):
     """An endless iterator over Batches of `batch_size` scenes on `device`, beginning with step `first_step`.
 
     bad: keys of scenes to leave out. cache: a support.cache.Cache, or None; it changes nothing but the speed.
-    Raises UserError when scene after scene cannot be read.
+    rank, ranks: give part number `rank` of each batch, cut in `ranks` parts. Raises UserError when scene
+    after scene cannot be read.
     """
     loader = DataLoader(
         ScenePatches(scenes, patch_size, seed, clean_inputs, bad, cache),
-        batch_sampler=Draws(batch_size, first_step),
+        batch_sampler=Draws(batch_size, first_step, rank, ranks),
         collate_fn=collate,
         num_workers=workers,
         worker_init_fn=_start_worker,

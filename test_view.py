@@ -5,6 +5,8 @@
     python test_view.py --path rain800/test_syn --clean_side left  # another set of side-by-side pairs
     python test_view.py --path photo.jpg --result_path out         # a file or folder without ground truth
     python test_view.py --path film.mp4                            # a video, frame by frame
+    torchrun --nproc_per_node=8 test_view.py --path many           # shared out over 8 GPUs
+    python test_view.py --path many --skip_done                    # goes on where that was stopped
 
 Scores are of the pictures as they are saved, in 8 bits. RGB and Y conventions differ by 1 dB or more: both
 are given, beside those of the untouched input.
@@ -32,10 +34,11 @@ from tqdm import tqdm
 
 import dataset
 import model_train
-from support import experiment, images
+from support import distributed, experiment, images
 from support.errors import UserError
 from support.fast import for_inference
 from support.gallery import FOLDER, MONTAGE, Gallery, montage
+from support.journal import Journal
 from support.metrics import METRICS, mean_scores, score
 from support.rain import demo_set
 from support.restore import SMALLEST_TILE, restore
@@ -74,6 +77,11 @@ def get_args_parser():
     add("--self_ensemble", action="store_true", help="mean over 8 flips and turns; 8 times slower")
     add("--amp", action="store_true", help="half precision: float16 on CUDA, bfloat16 on a CPU")
     add(
+        "--skip_done",
+        action="store_true",
+        help="go on where a run was stopped: pictures that this checkpoint has restored are left as they are",
+    )
+    add(
         "--montage",
         nargs="*",
         metavar="NAME",
@@ -84,6 +92,7 @@ def get_args_parser():
 
 def main(args):
     """Restore and score; returns the exit status: 0, 1 where some file could not be used, 130 for Ctrl-C."""
+    distributed.start()
     checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
     print(f"checkpoint: {checkpoint}", flush=True)
     device = experiment.pick_device(args.device)
@@ -94,6 +103,8 @@ def main(args):
     out = Path(args.result_path)
     images.check_folder(out)
     if path.suffix.lower() in images.VIDEO_EXTENSIONS:
+        if distributed.size() > 1:
+            raise UserError(f"{path}: a video is restored by one process; leave torchrun out")
         return restore_video(run, path, out)
     found = dataset.find(path, args.clean_side)
     alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
@@ -111,7 +122,26 @@ def main(args):
                 f"--montage {name}: no picture of that name; there are {', '.join(names[:3])}, ..."
             )
     gallery = Gallery(out)
-    rows, failures, status = restore_pictures(run, found, source, gallery, len(names))
+    options = {name: getattr(args, name) for name in ("tile", "self_ensemble", "amp")}
+    of = {"data": str(path.resolve()), "clean_side": args.clean_side}
+    journal = Journal(out, of | {"sha256": sha256, "options": options})
+    done = journal.done() if args.skip_done else {}
+    if done:
+        print(f"done already: {sum(name in done for name in names)} of {len(names)} pictures", flush=True)
+    first = 1 + max((entry.number for entry in done.values()), default=0)
+    left = [name for name in names if name not in done]
+    numbers = {name: number for number, name in enumerate(left, start=first)}
+    journal.begin(fresh=not args.skip_done)
+    failures, stopped, status = restore_pictures(run, found, source, gallery, journal, numbers)
+    failures, stopped, status = together(failures, stopped, status)
+    if not distributed.is_main():
+        return 0  # what follows is done once
+    done = journal.done()
+    gallery.entries = [done[name] for name in names if name in done]
+    rows = [entry.row for entry in gallery.entries]
+    failures = [f"{file}: has no partner, so it is left out" for file in found.unpaired] + failures
+    if stopped:
+        failures.append(f"{stopped} {len(rows)} of {len(names)} pictures are done")
     scored = [row for row in rows if METRICS[0] in row]
     facts = {
         "checkpoint": str(checkpoint),
@@ -120,7 +150,7 @@ def main(args):
         "layout": found.layout,
         "pictures": len(names),
         "without_partner": len(found.unpaired),
-        "options": {name: getattr(args, name) for name in ("tile", "self_ensemble", "amp")},
+        "options": options,
         "device": experiment.device_name(device),
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, np, cv2, skimage)},
@@ -154,7 +184,7 @@ def choose_path(args):
         return Path(DEFAULT_PATH)
     if not args.demo:
         experiment.announce_demo(DEFAULT_PATH, "--path")
-    return demo_set(experiment.DEMO_DATA) / "DID-MDN-test"
+    return distributed.from_main(lambda: demo_set(experiment.DEMO_DATA)) / "DID-MDN-test"
 
 
 def other_kinds(path):
@@ -186,24 +216,38 @@ def restore_video(run, path, out):
     return 0
 
 
-def restore_pictures(run, found, source, gallery, count):
-    """Restore all `count` pictures that can be; returns the rows, a line a failure, the exit status."""
-    rows, failures = [], [f"{file}: has no partner, so it is left out" for file in found.unpaired]
-    with tqdm(total=count, unit="image", disable=None) as bar:
-        for scene in found.scenes:
+def restore_pictures(run, found, source, gallery, journal, numbers):
+    """Restore this process's share of the pictures in `numbers`, that is {name: number in the gallery}.
+
+    Returns ((place, line) of each scene that cannot be, why it stopped early or "", the exit status).
+    """
+    left = [
+        (n, scene) for n, scene in enumerate(found.scenes) if not numbers.keys().isdisjoint(names_of(scene))
+    ]
+    share = left[distributed.rank() :: distributed.size()]
+    failures = []
+    total = sum(name in numbers for _, scene in share for name in names_of(scene))
+    with tqdm(total=total, unit="image", disable=None if distributed.is_main() else True) as bar:
+        for place, scene in share:
             try:
-                for row in view(run, scene, source, gallery):
-                    rows.append(row)
+                for entry in view(run, scene, source, gallery, numbers):
+                    journal.add(entry, scene.files)
+                    gallery.entries.clear()  # the journal has it
                     bar.update()
             except images.CannotWrite as error:  # what room is left is for the tables
-                failures.append(f"{error}; stopped there, {len(rows)} of {count} pictures are done")
-                break
+                return failures, f"{error}; stopped there,", 1
             except UserError as error:
-                failures.append(str(error))
+                failures.append((place, str(error)))
             except KeyboardInterrupt:
-                failures.append(f"interrupted: {len(rows)} of {count} pictures are done")
-                return rows, failures, 130
-    return rows, failures, 1 if failures else 0
+                return failures, "interrupted:", 130
+    return failures, "", 1 if failures or found.unpaired else 0
+
+
+def together(failures, stopped, status):
+    """The same of all processes, the lines in the order of the scenes."""
+    lines = [line for _, line in sorted(distributed.join(failures))]
+    reasons = distributed.join([stopped] if stopped else [])
+    return lines, reasons[0] if reasons else "", max(distributed.gather(status))
 
 
 def names_of(scene):
@@ -211,8 +255,10 @@ def names_of(scene):
     return [f"{density}/{scene.name}" for density in scene.densities] or [scene.name] * len(scene.rainy)
 
 
-def view(run, scene, source, gallery):
-    """Restore and save each rainy image of a scene, and show it; yields a row of `COLUMNS` for each."""
+def view(run, scene, source, gallery, numbers):
+    """Restore and save each rainy image of a scene that has a number, and show it; yields the gallery's entry
+    of each, whose row has `COLUMNS`.
+    """
     if scene.clean is None:
         pictures, clean = [images.load(scene.rainy[0].path)], None
     else:
@@ -220,6 +266,8 @@ def view(run, scene, source, gallery):
         pictures = [images.Picture(image) for image in rainy]
     densities = scene.densities or [""] * len(pictures)
     for picture, half, density, name in zip(pictures, scene.rainy, densities, names_of(scene), strict=True):
+        if name not in numbers:
+            continue
         # Scored pictures are saved without loss; others as they came.
         file = Path(f"{name}.png") if clean is not None else half.path.relative_to(source)
         if file.parts[0] in (FOLDER, MONTAGE):
@@ -234,8 +282,7 @@ def view(run, scene, source, gallery):
         if clean is not None:
             row |= score(restored, clean)
             row |= {f"input_{metric}": value for metric, value in score(picture.rgb, clean).items()}
-        gallery.add(row, file, picture.rgb, restored, clean)
-        yield row
+        yield gallery.add(row, file, picture.rgb, restored, clean, numbers[name])
 
 
 def report(rows, out, facts):

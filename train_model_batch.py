@@ -4,6 +4,7 @@
     python train_model_batch.py --demo                             # minutes on a laptop, no download
     python train_model_batch.py --arch NAME --max_minutes 120
     python train_model_batch.py --weights eval-EXP/derain.pt --data MY_PAIRS --clean_side left
+    torchrun --nproc_per_node=8 train_model_batch.py               # 8 GPUs, each with an eighth of a batch
 
 All training scenes but the validation part are trained on with the multi-to-one losses; checkpoints are
 chosen on the validation part. The test set is not opened.
@@ -20,7 +21,7 @@ import genotypes
 import model_train
 from losses import multi_to_one
 from model_train import DerainNetwork
-from support import experiment
+from support import distributed, experiment
 from support.errors import UserError
 from support.experiment import Experiment, even, natural, not_negative, patch, positive, share
 
@@ -81,9 +82,13 @@ def main(args):
     args = run.args
     net = build(run)
     print(f"data: {' '.join(args.data)}", flush=True)
-    parts = run.scenes or dataset.split(dataset.find_training(args.data, args.clean_side), args.split_seed)
+    parts = run.scenes or distributed.from_main(
+        lambda: dataset.split(dataset.find_training(args.data, args.clean_side), args.split_seed)
+    )
     run.decode_once(parts)
 
+    if args.sync_bn:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), args.learning_rate, weight_decay=args.weight_decay)
     tracked = {"net": net, "optimizer": optimizer}
@@ -94,8 +99,10 @@ def main(args):
     run.start(**tracked)
     run.describe(parts)
     validation = dataset.spread(parts["validation"], args.val_scenes)
-    genotypes.write_json(net.genotype, run.folder / "genotype.json")
+    if distributed.is_main():
+        genotypes.write_json(net.genotype, run.folder / "genotype.json")
 
+    forward = distributed.parallel(net)
     shipped = averaged.module if averaged else net  # what is scored and kept
     batches = dataset.batches(
         parts["weights"] + parts["architecture"],
@@ -108,28 +115,34 @@ def main(args):
         clean_inputs=args.clean_inputs,
         bad=run.bad,
         cache=run.cache,
+        rank=distributed.rank(),
+        ranks=distributed.size(),
     )
     for epoch in run.epochs():
         net.train()
         if args.freeze_start and epoch >= args.freeze_start:
             for module in net.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         for step in run.steps(epoch):
             warm = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
             optimizer.param_groups[0]["lr"] = warm * run.cosine(args.learning_rate, args.learning_rate_min)
             batch = run.draw(batches)
-            with experiment.autocast(run.device, args.amp):
-                outputs = net(batch.rainy)
-            loss = multi_to_one(
-                outputs.float(),
-                batch.clean,
-                batch.scene,
-                use_internal=epoch >= args.internal_start,
-                mse_weight=args.mse_weight,
-            )
             optimizer.zero_grad()
-            loss.backward()
+            loss = 0.0
+            for share_of_batch, part in distributed.in_parts(forward, batch.parts(args.accumulate)):
+                with experiment.autocast(run.device, args.amp):
+                    outputs = forward(part.rainy)
+                part_loss = share_of_batch * multi_to_one(
+                    outputs.float(),
+                    part.clean,
+                    part.scene,
+                    use_internal=epoch >= args.internal_start,
+                    mse_weight=args.mse_weight,
+                )
+                part_loss.backward()
+                loss = loss + part_loss.detach()
+            run.share_statistics()
             clipping = experiment.clip(net.parameters(), args.grad_clip)
             if run.allow(batch, loss=loss, **clipping):
                 optimizer.step()
@@ -137,7 +150,8 @@ def main(args):
                     averaged.update_parameters(net)
 
         scores, panel = run.validate(shipped, validation)
-        run.panel(*panel)
+        if panel:
+            run.panel(*panel)
         run.finish_epoch(
             epoch, scores, partial(model_train.save, shipped), learning_rate=optimizer.param_groups[0]["lr"]
         )

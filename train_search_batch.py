@@ -4,6 +4,7 @@
     python train_search_batch.py --demo                            # minutes on a laptop, no download
     python train_search_batch.py --data MY_PAIRS --clean_side left --name my_search
     python train_search_batch.py --resume search-EXP-20260101-1200
+    torchrun --nproc_per_node=8 train_search_batch.py              # 8 GPUs, each with an eighth of a batch
     python train_search_batch.py --random 12                       # no search: random genotypes instead
 
 The weights of the supernet are trained on one half of the training scenes; from --arch_start on, every step
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import dataset
 import genotypes
@@ -26,7 +28,7 @@ from architect import Architect
 from losses import MEASURES, architecture_regulariser, choice_sizes, complexity, multi_to_one
 from model_search import SearchNetwork
 from model_train import from_supernet, write_whole
-from support import experiment
+from support import distributed, experiment
 from support.draw import draw_genotype
 from support.errors import UserError
 from support.experiment import Experiment, even, log, not_negative, patch, positive, share
@@ -106,20 +108,25 @@ def get_args_parser():
 
 def main(args):
     if args.random:
-        write_random(args)
+        distributed.start()
+        distributed.from_main(partial(write_random, args))
         return 0
     run = Experiment("search", args, get_args_parser(), DEMO)
     args = run.args
-    args.name = args.name or time.strftime("search_%Y%m%d_%H%M%S")
+    args.name = args.name or distributed.agree(time.strftime("search_%Y%m%d_%H%M%S"))
     if not (args.demo or run.done()):
         genotypes.check_new_name(args.name)
     print(f"genotype: {'in the run folder (demo)' if args.demo else args.name}")
     print(f"data: {' '.join(args.data)}", flush=True)
-    parts = run.scenes or dataset.split(dataset.find_training(args.data, args.clean_side), args.split_seed)
+    parts = run.scenes or distributed.from_main(
+        lambda: dataset.split(dataset.find_training(args.data, args.clean_side), args.split_seed)
+    )
     run.decode_once(parts)
 
     torch.manual_seed(args.seed)
     net = SearchNetwork(args.channels, args.residual)
+    if args.sync_bn:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(run.device, memory_format=torch.channels_last)
     optimizer, arch_optimizer = make_optimizers(net, args)
     health = Health(args.arch_start)
@@ -142,8 +149,10 @@ def main(args):
         make_penalty(net, args),
         weight_optimizer=optimizer if args.unrolled else None,
         batch_statistics=args.arch_batch_statistics,
-        divide=lambda batch: batch.parts(HESSIAN_PARTS),
+        divide=lambda batch: batch.parts(max(HESSIAN_PARTS, args.accumulate)),
+        parts=lambda batch: batch.parts(args.accumulate),
     )
+    forward = distributed.parallel(net, ignored=("alpha", "beta"))
     draw = partial(
         dataset.batches,
         patch_size=args.patch_size,
@@ -154,13 +163,15 @@ def main(args):
         clean_inputs=args.clean_inputs,
         bad=run.bad,
         cache=run.cache,
+        rank=distributed.rank(),
+        ranks=distributed.size(),
     )
     weight_batches = draw(parts["weights"], first_step=run.step)
     first_arch_step = (args.arch_start - 1) * args.steps_per_epoch
     arch_batches = draw(parts["architecture"], first_step=max(run.step, first_arch_step))
 
     for epoch in run.epochs():
-        if args.stop_on_collapse and health.collapse:
+        if args.stop_on_collapse and distributed.agree(health.collapse):
             break
         net.train()
         for _ in run.steps(epoch):
@@ -169,18 +180,24 @@ def main(args):
             if epoch >= args.arch_start:
                 arch_batch = run.draw(arch_batches)
                 architect.step(arch_batch, batch, allow=partial(run.allow, arch_batch))
-            training_loss = loss(net, batch)
             optimizer.zero_grad()
-            training_loss.backward(inputs=net.weights())
+            training_loss = 0.0
+            for share_of_batch, part in distributed.in_parts(forward, batch.parts(args.accumulate)):
+                part_loss = share_of_batch * loss(forward, part)
+                part_loss.backward(inputs=net.weights())
+                training_loss = training_loss + part_loss.detach()
+            run.share_statistics()
             clipping = experiment.clip(net.weights(), args.grad_clip)
             if run.allow(batch, loss=training_loss, **clipping):
                 optimizer.step()
 
         scores, panel = run.validate(net, validation)
-        run.panel(*panel)
+        if panel:
+            run.panel(*panel)
         genotype = net.genotype()
-        genotypes.write_json(genotype, run.folder / f"genotype_{epoch:03d}.json")
-        draw_genotype(genotype, run.folder / "genotype.svg", f"{args.name}, epoch {epoch}", args.channels)
+        if distributed.is_main():
+            genotypes.write_json(genotype, run.folder / f"genotype_{epoch:03d}.json")
+            draw_genotype(genotype, run.folder / "genotype.svg", f"{args.name}, epoch {epoch}", args.channels)
         run.writer.add_text("genotype", f"```\n{genotypes.literal(genotype)}\n```", run.step)
         health.examine(run, epoch, net, genotype)
         run.finish_epoch(
@@ -191,6 +208,8 @@ def main(args):
             arch_learning_rate=args.arch_learning_rate if epoch >= args.arch_start else 0.0,
         )
 
+    if not distributed.is_main():
+        return 0  # what follows is done once
     genotype, origin = net.genotype(), provenance(run)
     if args.stop_on_collapse and health.collapse:
         if health.healthy is None:

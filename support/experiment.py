@@ -17,6 +17,8 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ import dataset
 from genotypes import GenotypeError
 from losses import SSIM_WINDOW, external, ssim
 from model_train import MAX_CHANNELS, CheckpointError, read, write_whole
+from support import distributed
 from support.cache import open_cache
 from support.errors import UserError
 from support.fast import keep_freed_memory
@@ -44,6 +47,7 @@ BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
 # What may differ when a run is resumed: it changes where, when and how long the run computes, not what.
 FREE_OPTIONS = {"resume", "save", "name", "device", "workers", "save_every", "max_minutes"}
 FREE_OPTIONS |= {"max_bad_steps", "allow_bad", "cache"}
+FREE_OPTIONS |= {"accumulate"}  # as the number of processes may: both divide the batch for BatchNorm alone
 # Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
 UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.json)")
 MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
@@ -116,7 +120,8 @@ class Parser(argparse.ArgumentParser):
         return argparse.Namespace(**names, given=given)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {_one_line(message)} (--help says more)\n")
+        message = f"{self.prog}: error: {_one_line(message)} (--help says more)\n"
+        self.exit(2, message if distributed.first_to_say(message) else None)
 
 
 def add_arguments(parser):
@@ -146,8 +151,9 @@ def add_arguments(parser):
     data.add_argument(
         "--workers",
         type=natural,
-        default=min(8, max(1, cores // 2)),
-        help="loader processes; 0: load in the main one (default: half the cores, at most 8)",
+        default=min(8, max(1, cores // 2 // distributed.local_size())),
+        help="loader processes; 0: load in the main one (default: half the cores, at most 8). Under torchrun "
+        "each process has so many (default: its share)",
     )
     data.add_argument(
         "--cache",
@@ -171,6 +177,18 @@ def add_arguments(parser):
         "--amp",
         action="store_true",
         help="compute the network in bfloat16 (autocast); weights and losses stay float32",
+    )
+    run.add_argument(
+        "--accumulate",
+        type=positive,
+        default=1,
+        metavar="K",
+        help="sum the gradients of K equal parts of a batch: less memory, BatchNorm by the part (default: 1)",
+    )
+    run.add_argument(
+        "--sync_bn",
+        action="store_true",
+        help="BatchNorm by the batches of all GPUs together, where torchrun started several processes",
     )
     run.add_argument(
         "--deterministic",
@@ -200,7 +218,9 @@ def command(main, parser):
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     keep_freed_memory()
     try:
-        sys.exit(main(parser.parse_args()))
+        status = distributed.recorded(main)(parser.parse_args())
+        distributed.end()
+        sys.exit(status)
     except (UserError, GenotypeError, CheckpointError) as error:
         sys.exit(_report(parser, f"error: {error}", 2))
     except Interrupted as stop:
@@ -219,7 +239,8 @@ def _full_disk(error):
 
 
 def _report(parser, text, status):
-    print(f"{parser.prog}: {_one_line(text)}", file=sys.stderr)
+    if distributed.first_to_say(text):
+        print(f"{parser.prog}: {_one_line(text)}", file=sys.stderr, flush=True)
     return status
 
 
@@ -238,12 +259,21 @@ def announce_demo(missing, flag):
 
 
 def pick_device(name=None):
-    """The torch.device called `name`, or the best there is; UserError if it is not there."""
+    """The torch.device called `name`, or the best there is; UserError if it is not there.
+
+    Of several processes each has the GPU of its own number.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if distributed.launched() and name.partition(":")[0] != "cpu":
+        if name != "cuda":
+            raise UserError(f"--device {name}: torchrun's processes run on cuda, each on its own GPU, or cpu")
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if distributed.launched() and device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device
@@ -314,9 +344,12 @@ class Experiment:
     kind: "search" or "eval", the beginning of the folder's name. demo: options that --demo changes. Until
     `start`, options are only decided and nothing is written, so that a mistake in them costs nothing.
     `args` are the options of the run: those given, or, resumed, those that it was begun with.
+
+    Under torchrun every rank has one, and all of them decide alike; that of rank 0 writes.
     """
 
     def __init__(self, kind, args, parser, demo):
+        distributed.start()
         self.kind = kind
         self.step = 0
         self.before = 0.0  # seconds of the sessions before this one
@@ -347,6 +380,8 @@ class Experiment:
         self.clock = time.monotonic()
         if self.state and self.done() and (self.folder / "summary.json").exists():
             raise UserError(f"--resume {self.folder}: this run has finished, with step {self.step}")
+        self._check_division()
+        distributed.barrier()  # rank 0 does not touch the folder while others still look at it
 
     def _begin(self, args, demo):
         if args.data is None and not args.demo and not Path(DEFAULT_DATA).exists():
@@ -357,10 +392,10 @@ class Experiment:
                 if name not in self.given:
                     setattr(args, name, value)
             if args.data is None:
-                demo_set(DEMO_DATA)
+                distributed.from_main(lambda: demo_set(DEMO_DATA) and None)
         if args.data is None:
             args.data = [DEMO_DATA if args.demo else DEFAULT_DATA]
-        self.folder = Path(args.save or time.strftime(f"{self.kind}-EXP-%Y%m%d-%H%M%S"))
+        self.folder = Path(args.save or distributed.agree(time.strftime(f"{self.kind}-EXP-%Y%m%d-%H%M%S")))
         if any(os.path.exists(self.folder / file) for file in STATES):
             raise UserError(
                 f"--save {self.folder}: holds a run; go on with --resume, or choose another folder"
@@ -408,6 +443,16 @@ class Experiment:
             }
         return begun
 
+    def _check_division(self):
+        processes, parts, scenes = distributed.size(), self.args.accumulate, self.args.batch_size
+        if scenes % (processes * parts):
+            raise UserError(
+                f"--batch_size {scenes}: cannot be divided evenly over {processes} processes with "
+                f"--accumulate {parts}; make it a multiple of {processes * parts}"
+            )
+        if self.args.sync_bn and self.device.type != "cuda":
+            raise UserError(f"--sync_bn: works on CUDA alone, not on {self.device.type}; leave it out")
+
     def start(self, **parts):
         """Open the folder, log and TensorBoard, and track `parts`, whose state_dict is saved and loaded.
 
@@ -415,6 +460,26 @@ class Experiment:
         """
         self.parts = parts
         options = {k: v for k, v in vars(self.args).items() if k not in ("resume", "save")}
+        self.writer = _NoWriter()
+        log.handlers = [logging.NullHandler()]
+        self.folder = distributed.from_main(partial(self._open_folder, options))
+        if self.state:
+            for name, part in parts.items():
+                if name in self.state["parts"]:  # else the run was begun before there was such a part
+                    part.load_state_dict(self.state["parts"][name])
+            self.state = None
+            if self.damaged:
+                log.warning("%s; going on from %s", self.damaged, self.folder / STATES[1])
+            log.info("continuing %s after step %d", self.folder, self.step)
+        else:
+            log.info("run folder %s on %s", self.folder, self.device)
+            log.info("options: %s", " ".join(f"--{k} {_text(v)}" for k, v in options.items()))
+        self.buffers = _Buffers(parts["net"])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _open_folder(self, options):
+        """Make the folder, clear it of what is unfinished, and open what is written there; returns it."""
         self._make_folder()
         try:
             for path in self.folder.glob(".*"):
@@ -430,20 +495,7 @@ class Experiment:
             self.writer = SummaryWriter(self.folder, purge_step=redone if self.state else None)
         except OSError as error:
             raise UserError(f"--save {self.folder}: cannot be written: {error.strerror}") from None
-        if self.state:
-            for name, part in parts.items():
-                if name in self.state["parts"]:  # else the run was begun before there was such a part
-                    part.load_state_dict(self.state["parts"][name])
-            self.state = None
-            if self.damaged:
-                log.warning("%s; going on from %s", self.damaged, self.folder / STATES[1])
-            log.info("continuing %s after step %d", self.folder, self.step)
-        else:
-            log.info("run folder %s on %s", self.folder, self.device)
-            log.info("options: %s", " ".join(f"--{k} {_text(v)}" for k, v in options.items()))
-        self.buffers = _Buffers(parts["net"])
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
+        return self.folder
 
     def _make_folder(self):
         """Two runs that begin in one second, unnamed, get folders of their own."""
@@ -498,6 +550,10 @@ class Experiment:
         return sizes
 
     def _stop(self, number, frame):
+        if (
+            self.stopping and distributed.launched()
+        ):  # which passes on what Slurm may have sent to all as well
+            return
         if self.stopping:  # asked twice: at once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -519,7 +575,13 @@ class Experiment:
     def describe(self, parts):
         """Log how many scenes each part of the split has. A resumed run keeps them, whatever files came."""
         self.scenes = parts
+        if distributed.size() > 1:
+            log.info("processes: %d, %d scenes a step each", distributed.size(), self.own_scenes())
         log.info("scenes: %s", ", ".join(f"{len(scenes)} {name}" for name, scenes in parts.items()))
+
+    def own_scenes(self):
+        """Scenes a step of this process."""
+        return self.args.batch_size // distributed.size()
 
     # --- time ---
 
@@ -531,7 +593,8 @@ class Experiment:
         """How far the run is, 0 to 1: by steps, or by the clock where --max_minutes leaves less."""
         by_steps = self.step / self.steps_in_all
         budget = self.args.max_minutes
-        return min(1.0, max(by_steps, self.seconds() / (60 * budget) if budget else 0.0))
+        by_clock = distributed.agree(self.seconds()) / (60 * budget) if budget else 0.0
+        return min(1.0, max(by_steps, by_clock))
 
     def cosine(self, highest, lowest=0.0):
         """The learning rate now: from `highest` to `lowest` on half a cosine over the run."""
@@ -552,7 +615,11 @@ class Experiment:
         """The steps that remain of an epoch, with a progress bar; saves and stops between them."""
         end = epoch * self.args.steps_per_epoch
         bar = tqdm(
-            total=self.args.steps_per_epoch, desc=f"epoch {epoch}", unit="step", leave=False, disable=None
+            total=self.args.steps_per_epoch,
+            desc=f"epoch {epoch}",
+            unit="step",
+            leave=False,
+            disable=None if distributed.is_main() else True,
         )
         bar.update(self.step % self.args.steps_per_epoch)
         saved = time.monotonic()
@@ -568,10 +635,10 @@ class Experiment:
                     saved = time.monotonic()
 
     def stop_if_asked(self):
-        """Save and raise Interrupted after SIGINT or SIGTERM."""
-        if self.stopping:
+        """Save and raise Interrupted after SIGINT or SIGTERM, to whichever rank."""
+        if stopping := distributed.join([self.stopping] if self.stopping else []):
             self.save()
-            raise Interrupted(f"stopped by {self.stopping} after step {self.step}; {self.how_to_go_on()}")
+            raise Interrupted(f"stopped by {stopping[0]} after step {self.step}; {self.how_to_go_on()}")
 
     def give_up(self, reason):
         """Save, and raise UserError."""
@@ -587,9 +654,14 @@ class Experiment:
         """The next of the batches. Names, once, the files that it had to do without."""
         try:
             batch = next(batches)
+            bad = batch.bad
         except UserError as error:
-            self.give_up(error)
-        self.leave_out(batch.bad)
+            bad = [error]
+        bad = distributed.join(bad)
+        for error in bad:
+            if isinstance(error, UserError):
+                self.give_up(error)
+        self.leave_out(bad)
         if batch.padded and not self.padded_mentioned:
             self.padded_mentioned = True
             log.warning(
@@ -623,6 +695,7 @@ class Experiment:
         --max_bad_steps in a row end the run, without another save. It waits for the GPU, once.
         """
         kind = next(iter(values))
+        values = dict(zip(values, distributed.average([*values.values()]), strict=True))
         if torch.stack([value.detach() for value in values.values()]).isfinite().all():
             self.in_a_row.pop(kind, None)
             self.count(**values)
@@ -632,7 +705,8 @@ class Experiment:
         self.skipped += 1
         self.in_a_row[kind] = self.in_a_row.get(kind, 0) + 1
         found = ", ".join(f"{name} {value.item():g}" for name, value in values.items())
-        log.warning("step %d skipped: %s; its files: %s", self.step + 1, found, " ".join(batch.files))
+        files = distributed.join(batch.files)
+        log.warning("step %d skipped: %s; its files: %s", self.step + 1, found, " ".join(files))
         if self.in_a_row[kind] >= self.args.max_bad_steps:
             raise UserError(
                 f"--max_bad_steps: {self.in_a_row[kind]} in a row were not finite ({found}; log.txt names "
@@ -640,13 +714,24 @@ class Experiment:
             )
         return False
 
+    def share_statistics(self):
+        """Average what a step changed in BatchNorm's statistics over the ranks, which so stay equal."""
+        self.buffers.average_changes()
+
     def validate(self, net, scenes):
-        """`validate`, without the scenes that cannot be read. SIGINT and SIGTERM stop it between two."""
+        """`validate`, without the scenes that cannot be read, each on one rank. SIGINT and SIGTERM stop it
+        between two. The panel is this rank's, None where it had nothing to read.
+        """
         bad = []
+        scenes = [s for s in scenes if s.key not in self.bad][distributed.rank() :: distributed.size()]
+        measured, panel = measure(
+            net, scenes, self.device, bad, lambda: self.stopping, self.args.amp, self.cache
+        )
+        self.stop_if_asked()
+        bad = distributed.join(bad)
+        in_turn = zip_longest(*distributed.gather(measured))
         try:
-            scenes = [s for s in scenes if s.key not in self.bad]
-            between, amp = self.stop_if_asked, self.args.amp
-            scores, panel = validate(net, scenes, self.device, bad, between, amp, self.cache)
+            scores = means([of_scene for several in in_turn for of_scene in several if of_scene], bad)
         except UserError as error:
             self.give_up(error)
         self.leave_out(bad)
@@ -692,7 +777,7 @@ class Experiment:
             better = scores[name] < self.best[name] if name == "loss" else scores[name] > self.best[name]
             if better:
                 self.best[name] = scores[name]
-                write_best(self.folder / file)
+                distributed.from_main(partial(write_best, self.folder / file))
         self.save()
 
     def panel(self, rainy, restored, clean):
@@ -702,7 +787,9 @@ class Experiment:
         )
 
     def save(self):
-        """Write last.pt: all that continuing needs, in plain tensors, numbers and text."""
+        """Write last.pt: all that continuing needs, in plain tensors, numbers and text. Rank 0 does."""
+        if not distributed.is_main():
+            return
         last, previous = (self.folder / file for file in STATES)
         scenes = self.scenes or {}
         state = {
@@ -736,7 +823,8 @@ class Experiment:
             "left_out": self.bad,
             **summary,
         }
-        write_bytes(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        if distributed.is_main():
+            write_bytes(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
         self.writer.close()
         best = ", ".join(f"{name} {value:.4f}" for name, value in self.best.items())
         log.info(
@@ -814,6 +902,20 @@ class _Buffers:
         for kept, buffers in self.pairs:
             torch._foreach_copy_(buffers, kept)
 
+    def average_changes(self):
+        """Add the ranks' mean change since `keep`, which was of equal values on all of them."""
+        for kept, buffers in self.pairs if distributed.size() > 1 else ():
+            if kept[0].is_floating_point():
+                changes = distributed.average(torch._foreach_sub(buffers, kept))
+                torch._foreach_copy_(buffers, torch._foreach_add(kept, changes))
+
+
+class _NoWriter:
+    """TensorBoard's writer of a rank that writes nothing."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
 
 class _FileHandler(logging.FileHandler):
     """A full disk ends the run, with one line, where logging would print a traceback and go on."""
@@ -847,31 +949,46 @@ def _duration(seconds):
 # --- validation ---------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def validate(net, scenes, device, bad=None, between=None, amp=False, cache=None):
+def validate(net, scenes, device):
     """Mean RGB PSNR (dB) and SSIM over the images, as saved in 8 bits, and mean external loss over the
     scenes.
 
-    Whole pictures, one at a time. Returns ({"psnr", "ssim", "loss"}, (rainy, restored, clean) of the first).
-    bad, cache: as in `dataset.full_images`; between() is called after each; amp: see `autocast`.
+    Returns ({"psnr", "ssim", "loss"}, (rainy, restored, clean) of the first image).
+    """
+    measured, panel = measure(net, scenes, device)
+    return means(measured), panel
+
+
+def means(measured, bad=()):
+    """What `validate` says of what `measure` found; UserError where that is nothing."""
+    if not measured:
+        raise UserError(f"{bad[0][1] if bad else '--data'}; no validation picture can be read any more")
+    psnr, similarity, loss = zip(*measured, strict=True)
+    scores = {"psnr": torch.cat(psnr), "ssim": torch.cat(similarity), "loss": torch.stack(loss)}
+    return {name: value.mean().item() for name, value in scores.items()}
+
+
+@torch.inference_mode()
+def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
+    """([(PSNR an image, SSIM an image, external loss) of each scene], panel), as `validate` says.
+
+    Whole pictures, one at a time. bad, cache: as in `dataset.full_images`; amp: see `autocast`. Ends early
+    when stop(), asked after each scene, says so.
     """
     was_training = net.training
     net.eval()
-    psnr, similarity, loss, panel = [], [], [], None
+    measured, panel = [], None
     for rainy, clean in dataset.full_images(scenes, bad, cache):
         clean = clean.to(device)
         with autocast(device, amp):
             outputs = torch.cat([net(image[None].to(device)).float() for image in rainy])
         saved = (outputs.clamp(0, 1) * 255).round() / 255
         target = clean.expand_as(saved)
-        psnr += [-10 * (saved - target).square().mean((1, 2, 3)).clamp(min=1e-10).log10()]
-        similarity += [ssim(saved, target)]
-        loss += [external(outputs, clean, torch.zeros(len(outputs), dtype=torch.long, device=device))]
+        psnr = -10 * (saved - target).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+        loss = external(outputs, clean, torch.zeros(len(outputs), dtype=torch.long, device=device))
+        measured.append((psnr.cpu(), ssim(saved, target).cpu(), loss.cpu()))
         panel = panel or (rainy[0], saved[0].cpu(), clean[0].cpu())
-        if between:
-            between()
+        if stop and stop():
+            break
     net.train(was_training)
-    if not psnr:
-        raise UserError(f"{bad[0][1] if bad else '--data'}; no validation picture can be read any more")
-    scores = {"psnr": torch.cat(psnr), "ssim": torch.cat(similarity), "loss": torch.stack(loss)}
-    return {name: value.mean().item() for name, value in scores.items()}, panel
+    return measured, panel

@@ -42,6 +42,7 @@ class Entry(NamedTuple):
     size: tuple[int, int]
     thumbnails: dict[str, Path]  # by kind, of `LABELS`
     shown: dict[str, Path]
+    number: int
 
 
 class Example(NamedTuple):
@@ -68,7 +69,8 @@ class Gallery:
         rainy: np.ndarray,
         restored: np.ndarray,
         clean: np.ndarray | None = None,
-    ) -> None:
+        number: int | None = None,
+    ) -> Entry:
         """Write the thumbnails of a picture, and the large versions that are not there yet.
 
         Args:
@@ -76,6 +78,7 @@ class Gallery:
                 `support.metrics.score` and those of the input, as `input_psnr_rgb` and so on.
             file: where the restored picture lies, under `out`.
             rainy, restored, clean: HxWx3 RGB, uint8 or uint16, of one size; clean is None where unknown.
+            number: in the names of these files (default: how many were added).
 
         Raises:
             UserError: a file cannot be written.
@@ -83,7 +86,7 @@ class Gallery:
         pictures = {"rain": rainy, "restored": restored, "truth": clean}
         pictures = {kind: _to_8_bits(image) for kind, image in pictures.items() if image is not None}
         file = Path(file).relative_to(self.out)
-        number = len(self.entries) + 1  # not the name: that may be as long as names get
+        number = number or len(self.entries) + 1  # not the name: that may be as long as names get
         thumbnails = {kind: Path(FOLDER, "small", f"{number:05}-{kind}.jpg") for kind in pictures}
         shown = {kind: Path(FOLDER, f"{number:05}-{kind}.jpg") for kind in pictures}
         # Any browser shows the lossless file of a scored picture, but maybe not TIFF, and alpha misleads.
@@ -93,7 +96,8 @@ class Gallery:
             write_image(self.out / thumbnails[kind], _at_most(THUMBNAIL, image), quality=70)
             if shown[kind] != file:
                 write_image(self.out / shown[kind], _at_most(SHOWN, image), quality=92)
-        self.entries.append(Entry(dict(row), file, restored.shape[:2], thumbnails, shown))
+        self.entries.append(Entry(dict(row), file, restored.shape[:2], thumbnails, shown, number))
+        return self.entries[-1]
 
     def write(self, facts: Mapping[str, object], left_out: Sequence[str] = ()) -> Path:
         """Write the page, with a summary; returns its path.

@@ -125,7 +125,8 @@ def test_the_product_summed_over_parts_of_the_batch_is_the_whole_one(search):
 def test_a_batch_whose_statistics_count_is_not_divided(search):
     net, _ = search
     adam = torch.optim.Adam(net.architecture())
-    assert Architect(net, adam, loss, batch_statistics=True, divide=lambda batch: []).divide is None
+    architect = Architect(net, adam, loss, batch_statistics=True, divide=lambda batch: [])
+    assert architect.divide("batch") == [(1.0, "batch")]
 
 
 def test_virtual_step_is_the_optimizers(search):

@@ -164,7 +164,14 @@ def test_a_folder_without_ground_truth_is_restored_and_not_scored(network, capsy
     output = read_image("out/a.png").astype(int)
     assert np.abs(output - restored(network, photograph(0, 21, 34))).max() <= 1
     assert read_image("out/deep/b.jpg").shape == (40, 23, 3)
-    assert {file.name for file in Path("out").iterdir()} == {"a.png", "deep", "index.html", "gallery"}
+    journal = ".done.0.jsonl"
+    assert {file.name for file in Path("out").iterdir()} == {
+        "a.png",
+        "deep",
+        "index.html",
+        "gallery",
+        journal,
+    }
 
 
 def test_results_keep_relative_names_also_where_only_the_suffix_differs(network):

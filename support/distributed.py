@@ -1,0 +1,166 @@
+"""One script in several processes, the ranks, that torchrun started: what they share and agree on.
+
+    torchrun --nproc_per_node=8 train_model_batch.py
+
+Without torchrun there is one process, rank 0 of 1, and everything here gives back what it is given. Numbers
+on the CPU travel by gloo, those on GPUs by NCCL. All ranks have to make the same calls in the same order.
+"""
+
+import os
+import sys
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.parallel import DistributedDataParallel
+
+# The others wait for rank 0 while it reads a data set or writes a checkpoint, and at the end of a search.
+TIMEOUT = timedelta(hours=2)
+
+
+def launched():
+    """Whether torchrun started this process."""
+    return dist.is_torchelastic_launched()
+
+
+def rank():
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def size():
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def local_rank():
+    """The number of this process on its machine, which is that of its GPU."""
+    return int(os.environ["LOCAL_RANK"]) if launched() else 0
+
+
+def local_size():
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
+
+
+def is_main():
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def start():
+    """Meet the other ranks; from now on the main one alone is heard on standard output."""
+    if not launched() or dist.is_initialized():
+        return
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    dist.init_process_group(backend, store=_store(), rank=rank(), world_size=size(), timeout=TIMEOUT)
+    if not is_main():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def end():
+    """Wait for the other ranks, and part."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
+@lru_cache
+def _store():
+    """torchrun's table of keys and values, there before the ranks have met."""
+    return next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+
+
+def first_to_say(text):
+    """Whether no other rank has said this yet: a mistake that all of them find is told once."""
+    return not launched() or _store().add(f"said {text}", 1) == 1
+
+
+def recorded(function):
+    """The function; under torchrun the traceback that ends it is in torchrun's report too."""
+    return record(function) if launched() else function
+
+
+# --- agreeing -----------------------------------------------------------------------------------------------
+
+
+def barrier():
+    if size() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+def from_main(make):
+    """What make() returns on rank 0, on every rank; likewise a ValueError, as a user's mistake is."""
+    if size() == 1:
+        return make()
+    made = [None]
+    if is_main():
+        try:
+            made = [make()]
+        except ValueError as error:
+            made = [error]
+    dist.broadcast_object_list(made)
+    if isinstance(made[0], ValueError):
+        raise made[0]
+    return made[0]
+
+
+def agree(value):
+    """Rank 0's value."""
+    return from_main(lambda: value)
+
+
+def gather(value):
+    """A list of all ranks' values, tensors in them on the CPU."""
+    if size() == 1:
+        return [value]
+    values = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def join(found):
+    """All ranks' lists as one. Where all are empty, as of mishaps, that costs one number."""
+    if size() == 1:
+        return found
+    count = torch.tensor([len(found)])
+    dist.all_reduce(count)
+    return [one for several in gather(found) for one in several] if count else []
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def average(tensors):
+    """The tensors' means over the ranks, the same bits on all of them."""
+    if size() == 1:
+        return tensors
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    pieces = (flat / size()).split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def parallel(net, ignored=()):
+    """The network, whose backward pass averages the gradients of all parameters but the ignored, by name.
+
+    Buffers are left alone: see `experiment.Experiment.share_statistics`.
+    """
+    if size() == 1:
+        return net
+    names = [
+        *ignored,
+        *(f".{name}" for name in ignored),
+    ]  # DDP calls the network's own by both, in two places
+    names += [name for name, _ in net.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, names)
+    return DistributedDataParallel(net)
+
+
+def in_parts(net, parts):
+    """The parts of a batch, whose gradients are summed: `parallel`'s are averaged with those of the last."""
+    for number, part in enumerate(parts, start=1):
+        last = number == len(parts) or not isinstance(net, DistributedDataParallel)
+        with nullcontext() if last else net.no_sync():
+            yield part

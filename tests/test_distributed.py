@@ -1,0 +1,192 @@
+"""Two processes of torchrun's compute what one does, decide alike, and stop and go on together."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dataset
+import genotypes
+from model_search import SearchNetwork
+from model_train import DerainNetwork
+from support import distributed
+from tests import ranks
+from tests.made import assert_same, session, write_pairs, write_scenes
+from tests.test_genotypes import random_genotype
+
+ROOT = Path(__file__).parents[1]
+DATA = "--data scenes pairs --clean_side right left --patch_size 16 --device cpu --workers 0"
+FIVE = f"{DATA} --batch_size 4 --epochs 1 --steps_per_epoch 5 --val_scenes 3 --internal_start 1"
+TRAIN = f"{FIVE} --channels 4 4 4 4 --arch genotype.json --ema 0.9"
+SEARCH = f"{FIVE} --channels 2 2 2 2 --arch_start 1"
+JOBS = {
+    "train_eval": f"{TRAIN} --freeze_start 1",
+    "train_eval_parts": f"{TRAIN} --freeze_start 1 --accumulate 2",
+    "train": TRAIN,
+    "train_stop": TRAIN,
+    "train_nan": TRAIN,
+    "train_bad": f"{TRAIN} --allow_bad --data scenes --clean_side right",
+    "search_eval": f"{SEARCH} --name found_eval --max_minutes 1000",
+    "search_eval_unrolled_parts": f"{SEARCH} --name found_unrolled --unrolled --accumulate 2",
+    "search": f"{SEARCH} --name found_search --arch_batch_statistics",
+}
+RESUMED = {"train_resumed": "--resume train_stop"}
+EQUAL_TO_ONE = [name for name in JOBS if "eval" in name]
+
+
+def torchrun(*command, processes=2):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=500)
+
+
+def prepare(folder):
+    write_scenes(folder / "scenes", 6)
+    write_pairs(folder / "pairs", 6)
+    genotypes.write_json(random_genotype(0), folder / "genotype.json")
+    shutil.copy(ROOT / "genotypes.py", folder / "vocabulary.py")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder in which two processes have run every job."""
+    folder = tmp_path_factory.mktemp("two")
+    prepare(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        jobs = [f"{name}={flags} --save {name}" for name, flags in JOBS.items()]
+        jobs += [f"{name}={flags}" for name, flags in RESUMED.items()]
+        done = torchrun("-m", "tests.ranks", *jobs)
+    assert done.returncode == 0, "".join(line for line in done.stderr.splitlines(True) if "[rank" in line)
+    (folder / "printed").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The folder in which this process has run those jobs whose results must be the same."""
+    folder = tmp_path_factory.mktemp("one")
+    prepare(folder)
+    with pytest.MonkeyPatch.context() as patch, session():
+        patch.chdir(folder)
+        patch.setattr(genotypes, "FILE", folder / "vocabulary.py")
+        for name in EQUAL_TO_ONE:
+            ranks.run(name, f"{JOBS[name].replace('--accumulate 2', '')} --save {name}")
+    return folder
+
+
+def left(folder, name):
+    """What each rank left of a job."""
+    return [torch.load(path, weights_only=False) for path in sorted(folder.glob(f"{name}.[0-9].pt"))]
+
+
+@pytest.mark.parametrize("name", [*JOBS, *RESUMED])
+def test_all_ranks_hold_the_same_bits(two, name):
+    """Weights, alpha and beta, the optimizers' moments and BatchNorm's statistics; and the scores."""
+    first, second = left(two, name)
+    for what in ("parts", "best", "skipped", "bad", "step", "stopped"):
+        assert_same(first[what], second[what], what)
+    assert first["step"] == (3 if name == "train_stop" else 5)
+
+
+@pytest.mark.parametrize("name", EQUAL_TO_ONE)
+def test_two_processes_compute_what_one_does(two, one, name):
+    (expected,), (found, _) = left(one, name), left(two, name)
+    for part in ("net", "ema"):
+        for key, value in expected["parts"].get(part, {}).items():
+            torch.testing.assert_close(found["parts"][part][key], value, rtol=0, atol=1e-5, msg=key)
+    for measure, value in expected["best"].items():
+        assert found["best"][measure] == pytest.approx(value, abs=1e-3)
+    torch.manual_seed(0)
+    begun = SearchNetwork((2,) * 4) if "search" in name else DerainNetwork(random_genotype(0), (4,) * 4)
+    changes = [(expected["parts"]["net"][key] - p).abs().max() for key, p in begun.named_parameters()]
+    assert min(changes) > 0 and max(changes) > 5e-4  # by far more than what is allowed above
+
+
+@pytest.mark.parametrize("name", ["train_eval", "search_eval"])
+def test_each_scene_of_a_batch_goes_to_one_rank(two, one, name):
+    (whole,), shares = left(one, name), left(two, name)
+    assert [a + b for a, b in zip(*(share["names"] for share in shares), strict=True)] == whole["names"]
+
+
+def test_a_batch_is_the_ranks_shares_crops_and_flips_included(two):
+    scenes = dataset.find_training([two / "scenes", two / "pairs"], ["right", "left"])
+
+    def batch(**share):
+        return next(dataset.batches(scenes, 16, 6, 0, "cpu", first_step=4, **share))
+
+    shares = [batch(rank=rank, ranks=3) for rank in range(3)]
+    assert torch.equal(torch.cat([share.rainy for share in shares]), batch().rainy)
+    assert torch.equal(torch.cat([share.clean for share in shares]), batch().clean)
+
+
+def test_sigterm_to_one_rank_stops_all_at_the_same_step_and_they_go_on(two):
+    stopped = [rank["stopped"] for rank in left(two, "train_stop")]
+    assert stopped[0].startswith("stopped by SIGTERM after step 3; ")
+    whole, resumed = left(two, "train")[0], left(two, "train_resumed")[0]
+    for what in ("parts", "best"):
+        assert_same(resumed[what], whole[what], what)
+
+
+def test_a_run_of_two_processes_goes_on_in_one(two, tmp_path, monkeypatch):
+    folder = shutil.copytree(two, tmp_path / "copy")
+    state = torch.load(folder / "train_stop" / "last.prev.pt", weights_only=True)
+    assert state["step"] < 5
+    (folder / "train_stop" / "last.pt").unlink()
+    (folder / "train_stop" / "summary.json").unlink()
+    monkeypatch.chdir(folder)
+    with session():
+        ranks.run("train_on", "--resume train_stop --accumulate 2 --workers 0 --device cpu")
+    assert left(folder, "train_on")[0]["step"] == 5
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two):
+    assert [rank["skipped"] for rank in left(two, "train_nan")] == [1, 1]
+    (line,) = re.findall("step 2 skipped: .*", (two / "train_nan" / "log.txt").read_text())
+    assert len(set(re.findall(r"\S+\.png", line))) >= 4  # of the whole batch
+
+
+def test_a_file_that_breaks_for_one_rank_is_left_out_by_all(two):
+    bad = [rank["bad"] for rank in left(two, "train_bad")]
+    assert bad[0] == bad[1]
+    assert len(bad[0]) == 1
+    assert (two / "train_bad" / "log.txt").read_text().count("left out from now on") == 1
+
+
+def test_rank_0_alone_writes(two):
+    for name in ("train", "search"):
+        files = [file.name for file in (two / name).iterdir()]
+        assert sum(file.startswith("events.out.tfevents.") for file in files) == 1
+        log = (two / name / "log.txt").read_text()
+        assert log.count("epoch 1 step 5/5") == log.count("run folder") == 1
+        assert (two / "printed").read_text().count(f"run folder {name} ") == 1
+    assert (two / "vocabulary.py").read_text().count("\nfound_search = ") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--batch_size 5 --demo", "--batch_size 5: cannot be divided evenly over 2 processes"),
+        ("--batch_size 0", "--batch_size: '0' is not a whole number"),
+    ],
+)
+def test_a_mistake_is_told_once(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    done = torchrun(str(ROOT / "train_search_batch.py"), *flags.split(), "--device", "cpu", "--save", "run")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train_search_batch.py: ")]
+    assert len(lines) == 1 and words in lines[0]
+    assert set(re.findall(r"exitcode +: (\S+)", done.stderr)) <= {"2", "-15"}
+    assert not Path("run").exists()
+
+
+def test_one_process_is_left_as_it_is():
+    net = torch.nn.Linear(2, 2)
+    assert distributed.parallel(net) is net
+    assert distributed.average([net.weight])[0] is net.weight
+    assert distributed.size() == 1 and distributed.is_main() and not distributed.launched()

@@ -1,0 +1,128 @@
+"""A folder restored by several processes, or in several goes, gives what one process in one go gives."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import model_train
+import test_view
+from tests.made import photograph, write_pairs, write_scenes
+from tests.test_distributed import ROOT, torchrun
+from tests.test_view_script import network, view  # noqa: F401  a fixture
+
+
+def content(folder):
+    """{name: bytes} of what is in the folder, without the seconds, the command, and the journals."""
+    files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in Path(folder).rglob("*.*")}
+    files = {name: data for name, data in files.items() if not name.startswith(".done.")}
+    if "results.csv" in files:
+        rows = csv.DictReader(files["results.csv"].decode().splitlines())
+        files["results.csv"] = [{**row, "seconds": None} for row in rows]
+        files["results.json"] = {**json.loads(files["results.json"]), "command": None}
+    return files
+
+
+@pytest.fixture
+def pictures(folder):
+    """Scenes of three densities, the second of which breaks."""
+    write_scenes(folder / "set", 4)
+    file = folder / "set" / "DID-MDN-training" / "Rain_Medium" / "train2018new" / "1.png"
+    file.write_bytes(file.read_bytes()[:200])
+    return "--path set/DID-MDN-training"
+
+
+def count_restored(monkeypatch):
+    """A list that grows by one for each picture that is restored from now on."""
+    restored = []
+    restore = test_view.restore
+    monkeypatch.setattr(
+        test_view, "restore", lambda *args, **options: restored.append(1) or restore(*args, **options)
+    )
+    return restored
+
+
+def test_three_processes_write_what_one_does(pictures):
+    flags = f"{pictures} --ckt_path net.pt --device cpu --result_path"
+    done = torchrun(str(ROOT / "test_view.py"), *f"{flags} out".split(), processes=3)
+    (names,) = re.findall(r"1 could not be used:\n +(.*)", done.stderr)
+    assert "1.png" in names
+    shutil.move("out", "three")
+    assert view(f"{pictures} --result_path out") == 1
+    one, three = content("out"), content("three")
+    assert len(one["results.csv"]) == 9
+    assert one == three
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(pictures, monkeypatch):
+    assert view(f"{pictures} --result_path whole") == 1
+    restore, calls = test_view.restore, []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return restore(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(test_view, "restore", interrupted)
+        assert view(f"{pictures} --result_path out") == 130
+    assert len(content("out")["results.csv"]) == 4
+    with open("out/.done.0.jsonl", "a") as journal:
+        journal.write('{"key": "cut o')  # it was killed while it wrote
+    before = {file: file.stat().st_mtime_ns for file in Path("out").rglob("*.png")}
+    restored = count_restored(monkeypatch)
+    assert view(f"{pictures} --result_path out --skip_done") == 1
+    assert len(restored) == 5
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    # The broken one took no number, so those after it are called otherwise in the gallery.
+    whole, out = content("whole"), content("out")
+    for name in whole.keys() - {"index.html"}:
+        assert name.startswith("gallery/") or out[name] == whole[name], name
+    assert view(f"{pictures} --result_path out --skip_done") == 1
+    assert len(restored) == 5
+
+
+def test_what_has_changed_is_done_again(network, folder, monkeypatch):  # noqa: F811
+    write_pairs(Path("pairs"), 4)
+    flags = "--path pairs --clean_side left --result_path out"
+    assert view(flags) == 0
+    restored = count_restored(monkeypatch)
+
+    def again(flags=f"{flags} --skip_done"):
+        restored.clear()
+        assert view(flags) == 0
+        assert len(content("out")["results.csv"]) == 4 + Path("pairs", "9.png").exists()
+        return len(restored)
+
+    assert again() == 0
+    Path("out", "2.png").unlink()
+    assert again() == 1
+    shutil.copy("pairs/1.png", "pairs/3.png")  # another picture of that name
+    assert again() == 1
+    shutil.copy("pairs/1.png", "pairs/9.png")  # a picture more, whose gallery files take no other's place
+    assert again() == 1
+    names = [row["name"] for row in content("out")["results.csv"]]
+    assert names == ["0", "1", "2", "3", "9"]
+    thumbnails = re.findall(r'data-small="([^"]+)"', Path("out", "index.html").read_text())
+    assert len(set(thumbnails)) == len(thumbnails) == 15
+    assert again(f"{flags} --skip_done --self_ensemble") == 5
+    network.head.to_rgb.weight.data += 0.1
+    model_train.save(network, "net.pt")
+    assert again() == 5
+    assert again(flags) == 5
+
+
+def test_pictures_without_truth_go_on_too(network, folder, monkeypatch):  # noqa: F811
+    for i in range(3):
+        test_view.images.write_image(Path("photos", f"{i}.jpg"), photograph(i))
+    assert view("--path photos --result_path out") == 0
+    Path("out", "1.jpg").unlink()
+    restored = count_restored(monkeypatch)
+    assert view("--path photos --result_path out --skip_done") == 0
+    assert len(restored) == 1
+    assert sorted(file.name for file in Path("out").glob("*.jpg")) == ["0.jpg", "1.jpg", "2.jpg"]
+    assert Path("out", "index.html").read_text().count("<li ") == 3
