@@ -407,7 +407,7 @@ class Experiment:
         runs.sort(key=lambda path: path.stat().st_mtime)
         self.folder = Path(args.resume or args.save or (runs[-1].parent if runs else f"{self.kind}-EXP-*"))
         if self.folder.is_dir():
-            self.lock = _claim(self.folder)
+            distributed.from_main(self._claim)
         path, self.state, self.damaged = read_state(self.folder)
         if self.state.get("format") != FORMAT or self.state.get("kind") != self.kind:
             raise UserError(f"{path}: not the checkpoint of a {self.kind} run of this project")
@@ -442,6 +442,9 @@ class Experiment:
                 for part, scenes in self.state["scenes"].items()
             }
         return begun
+
+    def _claim(self):
+        self.lock = self.lock or _claim(self.folder)
 
     def _check_division(self):
         processes, parts, scenes = distributed.size(), self.args.accumulate, self.args.batch_size
@@ -503,7 +506,7 @@ class Experiment:
         for number in range(2, 1000):
             try:
                 self.folder.mkdir(parents=True, exist_ok=named)
-                self.lock = self.lock or _claim(self.folder)
+                self._claim()
                 return
             except OSError as error:
                 if named or not isinstance(error, FileExistsError):
