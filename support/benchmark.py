@@ -7,8 +7,7 @@
 
 Plain is: eager, contiguous, float32, each candidate of a mixed edge evaluated by itself, `none` as zeros.
 Offered is what the scripts run, on pictures `support.fast.for_inference`. Both have the same weights, and
-both keep freed memory (`support.fast.keep_freed_memory`), which one process cannot give to one alone: what
-that gains on a CPU is not in the ratios. Before they are timed, their outputs and
+neither keeps freed memory (`support.fast.keep_freed_memory`). Before they are timed, their outputs and
 gradients are compared twice, see `ALLOWED`; the exit status is 1 where they differ by more. Then they take
 turns, so that a busy machine slows both alike, and the medians count.
 

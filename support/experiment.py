@@ -33,7 +33,6 @@ from genotypes import GenotypeError
 from losses import SSIM_WINDOW, external, ssim
 from model_train import MAX_CHANNELS, CheckpointError, read, write_whole
 from support.errors import UserError
-from support.fast import keep_freed_memory
 from support.images import write_bytes
 from support.rain import demo_set
 
@@ -187,7 +186,6 @@ def add_arguments(parser):
 def command(main, parser):
     """Run a script's `main`, which returns the exit status; a user's mistake is one line and status 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-    keep_freed_memory()
     try:
         sys.exit(main(parser.parse_args()))
     except (UserError, GenotypeError, CheckpointError) as error:
