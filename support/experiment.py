@@ -34,7 +34,6 @@ from model_train import MAX_CHANNELS, CheckpointError, read, write_whole
 from support import distributed
 from support.cache import open_cache
 from support.errors import UserError
-from support.fast import keep_freed_memory
 from support.images import write_bytes
 from support.rain import demo_set
 
@@ -216,7 +215,6 @@ def add_arguments(parser):
 def command(main, parser):
     """Run a script's `main`, which returns the exit status; a user's mistake is one line and status 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-    keep_freed_memory()
     try:
         status = distributed.recorded(main)(parser.parse_args())
         distributed.end()

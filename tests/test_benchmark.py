@@ -105,6 +105,13 @@ def test_the_table_says_what_unrolling_costs_and_what_a_run_waits_for(capsys):
     assert "training_step eats 30.0 scenes a second: a run waits for the loader" in text
 
 
+def test_in_half_precision_a_picture_differs_but_by_no_more_than_is_allowed(capsys, monkeypatch):
+    monkeypatch.setitem(benchmark.PICTURES, "inference_256", (64, 64))
+    full = run(capsys, "--rows", "inference_256")["inference_256"]
+    half = run(capsys, "--rows", "inference_256", "--amp")["inference_256"]
+    assert full["error"] < 1e-4 < half["error"] < benchmark.ALLOWED_IN_HALF["inference_256"]
+
+
 @pytest.mark.parametrize("wrong", [lambda y: 1.01 * y, lambda y: y * math.nan])
 def test_a_form_that_computes_something_else_gives_exit_status_1(capsys, monkeypatch, wrong):
     def broken(net):
