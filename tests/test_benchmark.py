@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import operations
 from genotypes import PRIMITIVES
 from model_search import MixedOperation, SearchNetwork
 from operations import Gate, Zero
@@ -118,6 +119,24 @@ def test_a_form_that_computes_something_else_gives_exit_status_1(capsys, monkeyp
         benchmark.main(parse("--json", "--rows", "training_step"))
     assert "training_step" in stop.value.code  # Python prints a text and exits with status 1
     assert json.loads(capsys.readouterr().out)[0]["name"] == "training_step"
+
+
+def test_amp_adds_a_row_in_bfloat16_and_a_wrong_kernel_in_it_gives_exit_status_1(capsys, monkeypatch):
+    flags = ["--amp", "--rows", "training_step", "--patch_size", "32", "--channels", "16", "16", "16", "16"]
+    rows = run(capsys, *flags)
+    assert list(rows) == ["training_step", "training_step_bf16"]
+    assert rows["training_step"]["error"] < 0.2 and 1e-3 < rows["training_step_bf16"]["error"] < 0.9
+    monkeypatch.setattr(operations.DilatedDepthwise, "forward", garbage_gradient)
+    with pytest.raises(SystemExit) as stop:
+        run(capsys, *flags)
+    assert stop.value.code.endswith("training_step_bf16")
+
+
+def garbage_gradient(self, x):
+    y = torch.nn.Conv2d.forward(self, x)
+    if y.requires_grad and torch.is_autocast_enabled("cpu"):
+        self.weight.register_hook(lambda gradient: gradient * math.inf)
+    return y
 
 
 @pytest.mark.parametrize(
