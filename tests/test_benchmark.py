@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import operations
 from genotypes import PRIMITIVES
 from model_search import MixedOperation, SearchNetwork
 from operations import Gate, Zero
@@ -107,9 +108,9 @@ def test_the_table_says_what_unrolling_costs_and_what_a_run_waits_for(capsys):
 
 def test_in_half_precision_a_picture_differs_but_by_no_more_than_is_allowed(capsys, monkeypatch):
     monkeypatch.setitem(benchmark.PICTURES, "inference_256", (64, 64))
-    full = run(capsys, "--rows", "inference_256")["inference_256"]
-    half = run(capsys, "--rows", "inference_256", "--amp")["inference_256"]
-    assert full["error"] < 1e-4 < half["error"] < benchmark.ALLOWED_IN_HALF["inference_256"]
+    full, half = run(capsys, "--rows", "inference_256", "--amp").values()
+    assert half["name"] == "inference_256_amp"
+    assert full["error"] < 1e-4 < half["error"] < benchmark.ALLOWED_ERROR["inference_256_amp"]
 
 
 @pytest.mark.parametrize("wrong", [lambda y: 1.01 * y, lambda y: y * math.nan])
@@ -125,6 +126,24 @@ def test_a_form_that_computes_something_else_gives_exit_status_1(capsys, monkeyp
         benchmark.main(parse("--json", "--rows", "training_step"))
     assert "training_step" in stop.value.code  # Python prints a text and exits with status 1
     assert json.loads(capsys.readouterr().out)[0]["name"] == "training_step"
+
+
+def test_amp_adds_a_row_in_bfloat16_and_a_wrong_kernel_in_it_gives_exit_status_1(capsys, monkeypatch):
+    flags = ["--amp", "--rows", "training_step", "--patch_size", "32", "--channels", "16", "16", "16", "16"]
+    rows = run(capsys, *flags)
+    assert list(rows) == ["training_step", "training_step_amp"]
+    assert rows["training_step"]["error"] < 0.2 and 1e-3 < rows["training_step_amp"]["error"] < 0.9
+    monkeypatch.setattr(operations.DilatedDepthwise, "forward", garbage_gradient)
+    with pytest.raises(SystemExit) as stop:
+        run(capsys, *flags)
+    assert stop.value.code.endswith("training_step_amp")
+
+
+def garbage_gradient(self, x):
+    y = torch.nn.Conv2d.forward(self, x)
+    if y.requires_grad and torch.is_autocast_enabled("cpu"):
+        self.weight.register_hook(lambda gradient: gradient * math.inf)
+    return y
 
 
 @pytest.mark.parametrize(
