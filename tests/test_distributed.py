@@ -104,8 +104,11 @@ def test_two_processes_compute_what_one_does(two, one, name):
         assert found["best"][measure] == pytest.approx(value, abs=1e-3)
     torch.manual_seed(0)
     begun = SearchNetwork((2,) * 4) if "search" in name else DerainNetwork(random_genotype(0), (4,) * 4)
-    changes = [(expected["parts"]["net"][key] - p).abs().max() for key, p in begun.named_parameters()]
-    assert min(changes) > 0 and max(changes) > 5e-4  # by far more than what is allowed above
+    net = expected["parts"]["net"]
+    changes = {key: (net[key] - p).abs().max().item() for key, p in begun.named_parameters()}
+    for key in ("alpha", "beta") if "search" in name else ["head.to_rgb.weight"]:
+        assert changes[key] > 5e-4  # by far more than what is allowed above
+    assert sum(change > 2e-5 for change in changes.values()) > len(changes) / 3
 
 
 @pytest.mark.parametrize("name", ["train_eval", "search_eval"])
