@@ -1,11 +1,15 @@
 """The upper level of the search, held to exact differentiation."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from torch.func import functional_call
 
+import architect as architect_module
 from architect import Architect
 from dataset import Batch
 from losses import architecture_regulariser, multi_to_one
@@ -120,6 +124,44 @@ def test_the_product_summed_over_parts_of_the_batch_is_the_whole_one(search):
     architect.loss = lambda forward, batch: sizes.append(len(batch.rainy)) or batch_loss(forward, batch)
     assert relative_error(architect.hessian_vector_product(vector, whole), expected) < 1e-12
     assert sizes == [2, 2]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_unrolled_gradient_of_two_ranks_is_that_of_the_whole_batch(search, monkeypatch, accumulate):
+    """Two threads take the ranks' places: each has its scenes, and averages with the other."""
+    net, optimizer = search
+    net.eval()
+    scenes = torch.arange(4).repeat_interleave(2)
+    batches = []
+    for seed in (10, 12):
+        halves = zip(make_batch(seed, torch.float64), make_batch(seed + 1, torch.float64), strict=True)
+        batches.append(Batch(*map(torch.cat, halves), scenes, [*"abcd"], []))
+
+    def batch_loss(forward, batch):
+        return multi_to_one(forward(batch.rainy), batch.clean, batch.scene)
+
+    def unrolled(net, optimizer, batch, training_batch, parts):
+        parts = partial(Batch.parts, count=parts)
+        adam = torch.optim.Adam(net.architecture())
+        made = Architect(net, adam, batch_loss, weight_optimizer=optimizer, divide=parts, parts=parts)
+        return made.unrolled(batch, training_batch)[1]
+
+    expected = unrolled(net, optimizer, *batches, parts=1)
+    both, there = {}, threading.Barrier(2, timeout=60)
+
+    def average(tensors):
+        both[threading.get_ident()] = tensors
+        there.wait()
+        means = [sum(pair) / 2 for pair in zip(*both.values(), strict=True)]
+        there.wait()
+        return means
+
+    monkeypatch.setattr(architect_module, "average", average)
+    shares = zip(*([part for _, part in batch.parts(2)] for batch in batches), strict=True)
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [pool.submit(unrolled, *copy.deepcopy(search), *share, parts=accumulate) for share in shares]
+        for rank in ranks:
+            assert relative_error(rank.result(), expected) < 1e-10
 
 
 def test_a_batch_whose_statistics_count_is_not_divided(search):

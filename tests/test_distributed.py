@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 DATA = "--data scenes pairs --clean_side right left --patch_size 16 --device cpu --workers 0"
 FIVE = f"{DATA} --batch_size 4 --epochs 1 --steps_per_epoch 5 --val_scenes 3 --internal_start 1"
 TRAIN = f"{FIVE} --channels 4 4 4 4 --arch genotype.json --ema 0.9"
-SEARCH = f"{FIVE} --channels 2 2 2 2 --arch_start 1"
+SEARCH = f"{FIVE} --channels 2 2 2 2 --arch_start 1 --learning_rate 0.05"
+TWO = "--steps_per_epoch 2"  # of what is slow
 JOBS = {
     "train_eval": f"{TRAIN} --freeze_start 1",
     "train_eval_parts": f"{TRAIN} --freeze_start 1 --accumulate 2",
@@ -32,8 +33,8 @@ JOBS = {
     "train_nan": TRAIN,
     "train_bad": f"{TRAIN} --allow_bad --data scenes --clean_side right",
     "search_eval": f"{SEARCH} --name found_eval --max_minutes 1000",
-    "search_eval_unrolled_parts": f"{SEARCH} --name found_unrolled --unrolled --accumulate 2",
-    "search": f"{SEARCH} --name found_search --arch_batch_statistics",
+    "search_eval_unrolled_parts": f"{SEARCH} --name found_unrolled --unrolled --accumulate 2 {TWO}",
+    "search": f"{SEARCH} --name found_search --arch_batch_statistics {TWO}",
 }
 RESUMED = {"train_resumed": "--resume train_stop"}
 EQUAL_TO_ONE = [name for name in JOBS if "eval" in name]
@@ -91,7 +92,7 @@ def test_all_ranks_hold_the_same_bits(two, name):
     first, second = left(two, name)
     for what in ("parts", "best", "skipped", "bad", "step", "stopped"):
         assert_same(first[what], second[what], what)
-    assert first["step"] == (3 if name == "train_stop" else 5)
+    assert first["step"] == (3 if name == "train_stop" else 2 if TWO in JOBS.get(name, "") else 5)
 
 
 @pytest.mark.parametrize("name", EQUAL_TO_ONE)
@@ -104,8 +105,11 @@ def test_two_processes_compute_what_one_does(two, one, name):
         assert found["best"][measure] == pytest.approx(value, abs=1e-3)
     torch.manual_seed(0)
     begun = SearchNetwork((2,) * 4) if "search" in name else DerainNetwork(random_genotype(0), (4,) * 4)
-    changes = [(expected["parts"]["net"][key] - p).abs().max() for key, p in begun.named_parameters()]
-    assert min(changes) > 0 and max(changes) > 5e-4  # by far more than what is allowed above
+    net = expected["parts"]["net"]
+    changes = {key: (net[key] - p).abs().max().item() for key, p in begun.named_parameters()}
+    for key in ("alpha", "beta") if "search" in name else ["head.to_rgb.weight"]:
+        assert changes[key] > 1e-4  # by far more than what is allowed above
+    assert sum(change > 1e-4 for change in changes.values()) > len(changes) / 10
 
 
 @pytest.mark.parametrize("name", ["train_eval", "search_eval"])
@@ -159,13 +163,13 @@ def test_a_file_that_breaks_for_one_rank_is_left_out_by_all(two):
 
 
 def test_rank_0_alone_writes(two):
-    for name in ("train", "search"):
+    for name in ("train", "search_eval"):
         files = [file.name for file in (two / name).iterdir()]
         assert sum(file.startswith("events.out.tfevents.") for file in files) == 1
         log = (two / name / "log.txt").read_text()
-        assert log.count("epoch 1 step 5/5") == log.count("run folder") == 1
+        assert log.count("epoch 1 step ") == log.count("run folder") == 1
         assert (two / "printed").read_text().count(f"run folder {name} ") == 1
-    assert (two / "vocabulary.py").read_text().count("\nfound_search = ") == 1
+    assert (two / "vocabulary.py").read_text().count("\nfound_eval = ") == 1
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def parser():
     made = experiment.Parser(prog="train.py")
     made.add_argument("--epochs", type=experiment.positive, default=3)
     made.add_argument("--steps_per_epoch", type=experiment.positive, default=2)
+    made.add_argument("--batch_size", type=experiment.positive, default=2)
     made.add_argument("--learning_rate", type=float, default=0.1)
     experiment.add_arguments(made)
     return made
