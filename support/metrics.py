@@ -9,6 +9,7 @@ from skimage.metrics import peak_signal_noise_ratio
 METRICS = ("psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y")
 SSIM_WINDOW = 11  # pixels a side: of the Gaussian window, so of the smallest image that has an SSIM
 SSIM_SIGMA = 1.5
+BAND = 256  # rows of SSIM at a time
 
 
 def score(output: np.ndarray, target: np.ndarray) -> dict[str, float]:
@@ -66,9 +67,22 @@ def mean_scores(rows: Iterable[Mapping[str, float]]) -> dict:
 
 
 def _ssim(x: np.ndarray, y: np.ndarray) -> float:
-    """scikit-image's structural_similarity with those options, to 1e-10, in less than half its time."""
-    if min(x.shape[:2]) < SSIM_WINDOW:
+    """scikit-image's structural_similarity with those options, to 1e-10, in less than half its time.
+
+    Band by band: a dozen float64 maps of a whole picture of 9 megapixels would take 2.3 GB.
+    """
+    rows = len(x) - SSIM_WINDOW + 1
+    if min(rows, x.shape[1] - SSIM_WINDOW + 1) < 1:
         return float("nan")
+    total = 0.0
+    for top in range(0, rows, BAND):
+        seen = np.s_[top : top + BAND + SSIM_WINDOW - 1]
+        ssim = _ssim_map(x[seen], y[seen])
+        total += ssim.mean() * len(ssim)
+    return float(total / rows)
+
+
+def _ssim_map(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     border = SSIM_WINDOW // 2
     window = np.exp(-0.5 * (np.arange(-border, border + 1) / SSIM_SIGMA) ** 2)
     window /= window.sum()
@@ -81,8 +95,7 @@ def _ssim(x: np.ndarray, y: np.ndarray) -> float:
     means, squares = mean_x * mean_y, mean_x**2 + mean_y**2
     covariance, variances = blur(x * y) - means, blur(x**2 + y**2) - squares
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    ssim = (2 * means + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
-    return float(ssim.mean())
+    return (2 * means + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
 
 
 def _check(output: np.ndarray, target: np.ndarray) -> None:

@@ -65,7 +65,7 @@ def test_ssim_equals_a_plain_computation():
     assert result["ssim_y"] == pytest.approx(plain_ssim(16 + x @ weights, 16 + y @ weights), abs=1e-7)
 
 
-@pytest.mark.parametrize("height, width", [(11, 11), (12, 40), (97, 130)])
+@pytest.mark.parametrize("height, width", [(11, 11), (12, 40), (97, 130), (266, 30), (267, 31), (600, 40)])
 @pytest.mark.parametrize("kind", ["noise", "smooth", "flat", "white on black"])
 def test_ssim_is_scikit_images(kind, height, width):
     """Of noise, of pictures where variances nearly cancel, and at the ends of the range."""
