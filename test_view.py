@@ -36,7 +36,7 @@ import dataset
 import model_train
 from support import distributed, experiment, images
 from support.errors import UserError
-from support.fast import for_inference
+from support.fast import for_inference, keep_freed_memory
 from support.gallery import FOLDER, MONTAGE, Gallery, montage
 from support.journal import Journal
 from support.metrics import METRICS, mean_scores, score
@@ -93,6 +93,7 @@ def get_args_parser():
 def main(args):
     """Restore and score; returns the exit status: 0, 1 where some file could not be used, 130 for Ctrl-C."""
     distributed.start()
+    keep_freed_memory()
     checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
     print(f"checkpoint: {checkpoint}", flush=True)
     device = experiment.pick_device(args.device)

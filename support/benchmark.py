@@ -7,16 +7,19 @@
     python -m support.benchmark --json > rows.json
 
 Plain is: eager, contiguous, float32, each candidate of a mixed edge evaluated by itself, `none` as zeros.
-Offered is what the scripts run, on pictures `support.fast.for_inference`. Both have the same weights, and
-neither keeps freed memory (`support.fast.keep_freed_memory`). Before they are timed, their outputs and
-gradients are compared twice, see `ALLOWED`; the exit status is 1 where they differ by more. Then they take
-turns, so that a busy machine slows both alike, and the medians count.
+Offered is what the scripts run, on pictures `support.fast.for_inference`. Both have the same weights. Before
+they are timed, their outputs and gradients are compared twice, see `ALLOWED`; the exit status is 1 where they
+differ by more. Then they take turns, so that a busy machine slows both alike, and the medians count.
 
 The columns: milliseconds of a step, optimizer included, or of a picture; their ratio; rainy images a second,
 of one batch a step (`weight_and_arch_step` takes a second one, for alpha and beta, from a loader of its own);
 peak memory above what the networks and optimizers hold between steps: allocated tensors on CUDA, the resident
 set on Linux; the errors. The loader is timed alone, `ms` being that of a batch, on files that the system
 keeps in memory: `loader` decodes, `loader_cached` is what --cache makes of it, decoding being its plain form.
+
+The scripts also keep freed memory (`support.fast.keep_freed_memory`), which a process cannot take back. What
+that gains on a CPU is measured by itself, in rows that begin with `kept_`: offered form against offered form,
+in two processes, of which one keeps. The speed of a script is the product of the two ratios.
 """
 
 import argparse
@@ -25,6 +28,7 @@ import copy
 import ctypes
 import json
 import math
+import multiprocessing
 import re
 import statistics
 import sys
@@ -51,7 +55,7 @@ from support import experiment
 from support.cache import open_cache
 from support.errors import UserError
 from support.experiment import natural, positive
-from support.fast import for_inference
+from support.fast import for_inference, keep_freed_memory
 from support.rain import write_scenes
 
 SEARCH_STEPS = {
@@ -62,7 +66,9 @@ SEARCH_STEPS = {
 }
 PICTURES = {"inference_256": (256, 256), "inference_512": (512, 512), "inference_1080p": (1080, 1920)}
 LOADERS = ("loader", "loader_cached")
-ROWS = (*SEARCH_STEPS, "training_step", *PICTURES, *LOADERS)
+KEPT = "kept_"  # begins the name of a row
+KEPT_ROWS = [KEPT + name for name in ("weight_and_arch_step", "training_step", "inference_512")]
+ROWS = (*SEARCH_STEPS, "training_step", *PICTURES, *KEPT_ROWS, *LOADERS)
 DENSITIES = 3  # rainy images a scene
 LOADER_SECONDS = 4
 PATIENCE = 30  # seconds of a row's turns, where --repeats does not say how many
@@ -156,10 +162,10 @@ def main(args):
         if name in LOADERS:
             row = time_loader(args, training, device, cached=name == "loader_cached")
         else:
-            step = name.removesuffix(HALF)
+            step = name.removesuffix(HALF).removeprefix(KEPT)
             options = copy.copy(search if step in SEARCH_STEPS else training)
-            options.amp = step != name
-            row = measure(step, options, device, args.repeats)
+            options.amp = name.endswith(HALF)
+            row = (measure_kept if name in KEPT_ROWS else measure)(step, options, device, args.repeats)
         rows[name] = {**row, "name": name, "device": device.type, **where}
         if not args.json:
             print(table_line(rows[name]), flush=True)
@@ -369,6 +375,49 @@ def measure(name, options, device, repeats=None):
         "error": error,
         "float64": float64,
     }
+
+
+def measure_kept(name, options, device, repeats=None):
+    """The figures of a row of `KEPT_ROWS`: the offered step in a process that keeps freed memory, and in one
+    that does not, taking turns.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    processes, ends = [], []
+    for keep in (False, True):
+        here, there = spawn.Pipe()
+        work = (there, name, options, device, keep, torch.get_num_threads())
+        processes.append(spawn.Process(target=serve, args=work, daemon=True))
+        processes[-1].start()
+        there.close()
+        ends.append(here)
+
+    def in_turn():
+        for end in ends:
+            end.send("go on")
+            yield end.recv()
+
+    memory = list(in_turn())
+    turns = [list(in_turn()) for _ in range(repeats or 5)]
+    for process in processes:
+        process.terminate()
+    plain_ms, ms = map(statistics.median, zip(*turns, strict=True))
+    figures = {"plain_ms": plain_ms, "ms": ms, "ratio": plain_ms / ms}
+    return dict.fromkeys(COLUMNS) | figures | dict(zip(("plain_mb", "mb"), memory, strict=True))
+
+
+def serve(end, name, options, device, keep, threads):
+    """Asked the first time, send the peak memory of a row's offered step; from then on its milliseconds."""
+    torch.set_num_threads(threads)
+    if keep:
+        keep_freed_memory()
+    _, step = steps(name, options, device, picture_size=PICTURES.get(name))
+    step()
+    end.recv()
+    end.send(peak_memory(step, device))
+    step()  # since to measure that, what was kept is given back
+    while True:
+        end.recv()
+        end.send(milliseconds(step, device))
 
 
 def float64_error(name, options, device):

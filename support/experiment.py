@@ -34,6 +34,7 @@ from model_train import MAX_CHANNELS, CheckpointError, read, write_whole
 from support import distributed
 from support.cache import open_cache
 from support.errors import UserError
+from support.fast import keep_freed_memory
 from support.images import write_bytes
 from support.rain import demo_set
 
@@ -347,6 +348,7 @@ class Experiment:
     """
 
     def __init__(self, kind, args, parser, demo):
+        keep_freed_memory()
         distributed.start()
         self.kind = kind
         self.step = 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 
 import pytest
 import torch
@@ -111,6 +112,14 @@ def test_in_half_precision_a_picture_differs_but_by_no_more_than_is_allowed(caps
     full, half = run(capsys, "--rows", "inference_256", "--amp").values()
     assert half["name"] == "inference_256_amp"
     assert full["error"] < 1e-4 < half["error"] < benchmark.ALLOWED_ERROR["inference_256_amp"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
+def test_kept_memory_is_measured_against_a_process_that_does_not_keep(capsys):
+    flags = ["--rows", "kept_inference_512", "--channels", "16", "16", "16", "16", "--repeats", "2"]
+    row = run(capsys, *flags)["kept_inference_512"]
+    assert row["ratio"] == pytest.approx(row["plain_ms"] / row["ms"])
+    assert min(row["plain_mb"], row["mb"]) > 60  # one activation of 64 channels at 512x512
 
 
 @pytest.mark.parametrize("wrong", [lambda y: 1.01 * y, lambda y: y * math.nan])

@@ -11,7 +11,7 @@ from losses import multi_to_one
 from model_search import MixedModule, MixedOperation, SearchNetwork
 from tests.made import write_scenes
 
-REAL = Path("/work/shared/data/did-mdn-sample")
+REAL = Path(__file__).parents[2] / "shared" / "data" / "did-mdn-sample"
 NONE = PRIMITIVES.index("none")
 
 
