@@ -501,7 +501,9 @@ experiment.command(train_model_batch.main, train_model_batch.get_args_parser())
     )
     wait_for(lambda: unfinished(folder))
     run.send_signal(number)
-    (line,) = run.communicate()[1].splitlines()
+    error = run.communicate()[1]
+    assert error.count("\n") == 1, error
+    line = error.rstrip("\n")
     assert run.returncode == 130
     assert line == (
         "train_model_batch.py: stopped while decoding; what was not finished of the cache is gone"

@@ -28,7 +28,7 @@ from model_train import from_supernet
 from support import experiment, health
 from support.draw import svg
 from support.errors import UserError
-from support.experiment import BEST, Interrupted
+from support.experiment import BEST, LOCK, STATES, Interrupted
 from support.health import ALPHA_ROWS, BETA_ROWS
 from tests.made import assert_same, interrupt, scalars, session, spoil, write_pairs, write_scenes
 
@@ -97,7 +97,7 @@ def finished(tmp_path_factory):
 
 def test_the_run_folder_holds_what_a_search_found(finished):
     files = {file.name for file in finished.run.iterdir()}
-    expected = {"log.txt", "options.json", "summary.json", "last.pt", "last.prev.pt", *BEST.values()}
+    expected = {"log.txt", "options.json", "summary.json", *STATES, LOCK, *BEST.values()}
     expected |= {"genotype_001.json", "genotype_002.json", "genotype.json", "genotype.svg"}
     events = {name for name in files if name.startswith("events.out.tfevents.")}
     assert len(events) == 1

@@ -21,7 +21,7 @@ from genotypes import GenotypeError
 from model_train import CheckpointError, DerainNetwork
 from support import experiment
 from support.errors import UserError
-from support.experiment import BEST, Interrupted
+from support.experiment import BEST, LOCK, STATES, Interrupted
 from support.images import read_image
 from tests.made import assert_same, interrupt, scalars, spoil, write_pairs, write_scenes
 from tests.test_genotypes import random_genotype
@@ -68,7 +68,7 @@ def trained_network(path="trained.pt", seed=1, channels=(4, 4, 4, 4), residual=T
 def test_scenes_and_pairs_train_a_network_that_loads(data):
     train(f"{MIXED} {TINY} --internal_start 2 --save run")
     files = {file.name for file in Path("run").iterdir()}
-    expected = {"log.txt", "options.json", "summary.json", "genotype.json", "last.pt", "last.prev.pt"}
+    expected = {"log.txt", "options.json", "summary.json", "genotype.json", *STATES, LOCK}
     events = {name for name in files if name.startswith("events.out.tfevents.")}
     assert len(events) == 1
     assert files - events == expected | set(BEST.values())
