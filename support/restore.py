@@ -80,7 +80,7 @@ def restore(
 
 def _restore_in_tiles(run: Callable, image: np.ndarray, tile: int, overlap: int) -> np.ndarray:
     height, width = image.shape[:2]
-    if max(height, width) > tile:
+    if max(height, width) > tile and (height % 8 or width % 8):
         # Padded as the networks pad a whole picture, every tile can lie on the grid of their coarsest scale.
         image = np.pad(image, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge")
     rows = _windows(image.shape[0], tile, overlap)
@@ -95,7 +95,9 @@ def _restore_in_tiles(run: Callable, image: np.ndarray, tile: int, overlap: int)
             weights = row_weights[:, None, None] * column_weights[:, None]
             band[:, inside] += weights * run(image[top : top + len(row_weights), inside])
         result[top:end] = np.rint(band[: end - top] * np.iinfo(image.dtype).max)
-        band = np.concatenate([band[end - top :], np.zeros_like(band[: end - top])])
+        left_over = len(band) - (end - top)
+        band[:left_over] = band[end - top :]
+        band[left_over:] = 0
     return np.ascontiguousarray(result[:height, :width])
 
 
