@@ -406,7 +406,7 @@ class Experiment:
         runs = [path for file in STATES for path in Path().glob(f"{self.kind}-EXP-*/{file}")]
         runs.sort(key=lambda path: path.stat().st_mtime)
         self.folder = Path(args.resume or args.save or (runs[-1].parent if runs else f"{self.kind}-EXP-*"))
-        if self.folder.is_dir():
+        if os.path.isdir(self.folder):  # where the name is too long, pathlib raises
             distributed.from_main(self._claim)
         path, self.state, self.damaged = read_state(self.folder)
         if self.state.get("format") != FORMAT or self.state.get("kind") != self.kind:
