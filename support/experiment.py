@@ -566,14 +566,15 @@ class Experiment:
         """With --cache: have the pictures of all parts as pixels on the disk. Before `start`."""
         if self.args.cache is None:
             return
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             scenes = [scene for scenes in parts.values() for scene in scenes]
             self.cache = open_cache(scenes, self.args.data, self.args.cache)
         except KeyboardInterrupt:
             raise Interrupted("stopped while decoding; what was not finished of the cache is gone") from None
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def describe(self, parts):
         """Log how many scenes each part of the split has. A resumed run keeps them, whatever files came."""
