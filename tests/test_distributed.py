@@ -38,6 +38,17 @@ JOBS = {
 }
 RESUMED = {"train_resumed": "--resume train_stop"}
 EQUAL_TO_ONE = [name for name in JOBS if "eval" in name]
+SLOW = {"search_eval_unrolled_parts", "search"}
+
+
+def each(names):
+    """Parameters of a test, those that take long marked as such."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+
+
+def chosen(request, names):
+    """Those that this session runs."""
+    return [name for name in names if name not in SLOW or "not slow" not in request.config.option.markexpr]
 
 
 def torchrun(*command, processes=2):
@@ -54,13 +65,13 @@ def prepare(folder):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(request, tmp_path_factory):
     """The folder in which two processes have run every job."""
     folder = tmp_path_factory.mktemp("two")
     prepare(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        jobs = [f"{name}={flags} --save {name}" for name, flags in JOBS.items()]
+        jobs = [f"{name}={JOBS[name]} --save {name}" for name in chosen(request, JOBS)]
         jobs += [f"{name}={flags}" for name, flags in RESUMED.items()]
         done = torchrun("-m", "tests.ranks", *jobs)
     assert done.returncode == 0, "".join(line for line in done.stderr.splitlines(True) if "[rank" in line)
@@ -69,14 +80,14 @@ def two(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def one(request, tmp_path_factory):
     """The folder in which this process has run those jobs whose results must be the same."""
     folder = tmp_path_factory.mktemp("one")
     prepare(folder)
     with pytest.MonkeyPatch.context() as patch, session():
         patch.chdir(folder)
         patch.setattr(genotypes, "FILE", folder / "vocabulary.py")
-        for name in EQUAL_TO_ONE:
+        for name in chosen(request, EQUAL_TO_ONE):
             ranks.run(name, f"{JOBS[name].replace('--accumulate 2', '')} --save {name}")
     return folder
 
@@ -86,7 +97,7 @@ def left(folder, name):
     return [torch.load(path, weights_only=False) for path in sorted(folder.glob(f"{name}.[0-9].pt"))]
 
 
-@pytest.mark.parametrize("name", [*JOBS, *RESUMED])
+@pytest.mark.parametrize("name", each([*JOBS, *RESUMED]))
 def test_all_ranks_hold_the_same_bits(two, name):
     """Weights, alpha and beta, the optimizers' moments and BatchNorm's statistics; and the scores."""
     first, second = left(two, name)
@@ -95,7 +106,7 @@ def test_all_ranks_hold_the_same_bits(two, name):
     assert first["step"] == (3 if name == "train_stop" else 2 if TWO in JOBS.get(name, "") else 5)
 
 
-@pytest.mark.parametrize("name", EQUAL_TO_ONE)
+@pytest.mark.parametrize("name", each(EQUAL_TO_ONE))
 def test_two_processes_compute_what_one_does(two, one, name):
     (expected,), (found, _) = left(one, name), left(two, name)
     for part in ("net", "ema"):
