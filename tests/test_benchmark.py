@@ -114,6 +114,7 @@ def test_in_half_precision_a_picture_differs_but_by_no_more_than_is_allowed(caps
     assert full["error"] < 1e-4 < half["error"] < benchmark.ALLOWED_ERROR["inference_256_amp"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
 def test_kept_memory_is_measured_against_a_process_that_does_not_keep(capsys):
     flags = ["--rows", "kept_inference_512", "--channels", "16", "16", "16", "16", "--repeats", "2"]
