@@ -56,7 +56,7 @@ def gradients(kind, size, amp, layout):
     return [torch.cat([t.detach().double().flatten() for t in ts]) for ts in (outputs, found)]
 
 
-@pytest.mark.parametrize("size", [32, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("kind", MADE)
 def test_the_gradients_of_every_kind_in_every_mode_are_those_of_float32(kind, size):
     expected = gradients(kind, size, False, torch.contiguous_format)
