@@ -90,7 +90,7 @@ def main(args):
     if args.sync_bn:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(run.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(net.parameters(), args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = make_optimizer(net, args)
     tracked = {"net": net, "optimizer": optimizer}
     averaged = None
     if args.ema:
@@ -158,6 +158,10 @@ def main(args):
 
     run.finish(parameters=sum(p.numel() for p in net.parameters()))
     experiment.log.info("score it with: python test_view.py --ckt_path %s", run.folder / "best_psnr.pt")
+
+
+def make_optimizer(net, args):
+    return torch.optim.Adam(net.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
 
 
 def build(run):

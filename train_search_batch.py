@@ -245,7 +245,11 @@ def provenance(run):
 def make_optimizers(net, args):
     """(of the weights, of alpha and beta)."""
     weights = torch.optim.SGD(
-        net.weights(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
+        net.weights(),
+        args.learning_rate,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        fused=True,
     )
     architecture = torch.optim.Adam(
         net.architecture(), args.arch_learning_rate, betas=(0.5, 0.999), weight_decay=args.arch_weight_decay

@@ -298,7 +298,7 @@ def search_step(net, batch, arch_batch, options, weights=False, architecture=Fal
 
 def training_step(net, batch, _, options):
     """The step of train_model_batch.py."""
-    optimizer = torch.optim.Adam(net.parameters(), options.learning_rate, weight_decay=options.weight_decay)
+    optimizer = train_model_batch.make_optimizer(net, options)
     gradients = []
     optimizer.register_step_pre_hook(partial(keep_gradients, gradients))
     net.train()

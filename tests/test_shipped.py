@@ -1,5 +1,9 @@
 """The network that ships in eval-EXP: that it is there, small, and does what its card says."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +13,13 @@ import dataset
 import genotypes
 import model_train
 import test_view
+from support.images import write_image
 from support.metrics import score
 from support.rain import demo_set
 from support.restore import restore
+from tests.made import photograph, write_pairs
 
+ROOT = test_view.SHIPPED.parents[1]
 SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "did-mdn-sample" / "DID-MDN-training"
 
 
@@ -49,3 +56,36 @@ def test_it_beats_the_input_on_each_density_of_the_did_mdn_sample(net):
     found = gains(net, dataset.find(SAMPLE).scenes)
     assert list(found) == ["Heavy", "Medium", "Light"]
     assert all(gain > 0 for gain in found.values()), found
+
+
+@pytest.mark.slow
+def test_the_cards_command_trains_from_photographs_and_goes_on(tmp_path):
+    for name in ("support", "eval-EXP"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    for i in range(20):
+        write_image(tmp_path / "photographs" / f"{i}.jpg", photograph(i, 64, 96))
+    write_pairs(tmp_path / "pairs", 20, suffix=".jpg", first=100)
+    shutil.copy(tmp_path / "pairs" / "0.jpg", tmp_path / "pairs" / "460.jpg")
+    command = ["sh", "eval-EXP/train.sh", "photographs", "pairs"]
+    short = "--epochs 1 --steps_per_epoch 1 --val_scenes 1 --patch_size 16 --workers 0 --device cpu".split()
+
+    def run(*flags):
+        return subprocess.run(
+            [*command, *flags],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    run(*short)
+    runs = sorted(path.parent.name for path in tmp_path.glob("*/summary.json"))
+    assert runs == [f"eval-EXP-derain-{i}" for i in range(1, len(runs) + 1)]
+    assert (tmp_path / runs[-1] / "best_psnr.pt").exists()
+    assert not list((tmp_path / "datasets").rglob("460.*"))
+    (tmp_path / runs[-1] / "summary.json").unlink()
+    assert run().count("is done") == len(runs) - 1
+    assert (tmp_path / runs[-1] / "summary.json").exists()

@@ -1,0 +1,72 @@
+#!/bin/sh
+# The training of derain.pt, from the photographs on; interrupted, it goes on where it was. In the project's folder:
+#
+#     sh eval-EXP/train.sh BSDS500 RAIN800_TRAINING [FLAG ...]
+#
+# BSDS500: a folder of clean photographs; RAIN800_TRAINING: Rain800's side-by-side training pairs. Flags are added to
+# each run's: `--workers 8`, `--device cuda`, or `--epochs 1 --steps_per_epoch 1` to see that all is in place.
+set -eu
+usage="sh eval-EXP/train.sh BSDS500 RAIN800_TRAINING [FLAG ...]"
+bsds=${1:?$usage} rain800=${2:?$usage}
+shift 2
+python=${PYTHON:-python}
+made=datasets/derain
+
+# Scenes of three densities over clean photographs: made SEED FOLDER PHOTOGRAPHS [FLAG ...]
+scenes() {
+    [ -d "$made/$2" ] || "$python" -m support.rain "$3" "$made/$2" --seed "$1" ${4-}
+}
+
+# One run, unless it is done: train NUMBER FLAG ...
+train() {
+    run=eval-EXP-derain-$1
+    shift
+    if [ -f "$run/summary.json" ]; then
+        echo "$run is done"
+    elif [ -f "$run/last.pt" ]; then
+        "$python" train_model_batch.py --resume "$run"
+    else
+        "$python" train_model_batch.py "$@" --save "$run"
+    fi
+}
+
+if [ ! -d "$made/rain800" ]; then # without pair 460, whose background is in Rain800's test set
+    mkdir -p "$made/copying"
+    cp "$rain800"/*.jpg "$made/copying"
+    rm -f "$made/copying/460.jpg"
+    mv "$made/copying" "$made/rain800"
+fi
+scenes 0 bsds-0 "$bsds"
+scenes 1 bsds-1 "$bsds"
+scenes 4 bsds-4 "$bsds"
+scenes 7 bsds-7 "$bsds" "--style mixed"
+scenes 2 rain800-2 "$made/rain800" "--clean_side left"
+scenes 3 rain800-3 "$made/rain800" "--clean_side left --style mixed"
+scenes 5 rain800-5 "$made/rain800" "--clean_side left"
+
+# The flags of made folders, `of FOLDER ...`: the clean side is right but in Rain800's own pairs
+of() {
+    data= sides=
+    for name; do
+        data="$data $made/$name"
+        case $name in rain800) sides="$sides left" ;; *) sides="$sides right" ;; esac
+    done
+    echo "--data$data --clean_side$sides"
+}
+three=$(of bsds-0 bsds-1 rain800-2 rain800-3 rain800)
+four=$(of bsds-0 bsds-1 bsds-4 bsds-7 rain800-2 rain800-3 rain800-5 rain800 rain800)
+five=$(of bsds-0 bsds-1 bsds-7 rain800-2 rain800-3 rain800-5 rain800 rain800 rain800)
+few="--val_scenes 12 --steps_per_epoch 200 --warmup_steps 100 --clean_inputs 0.1"
+many="--val_scenes 24 --steps_per_epoch 500 --warmup_steps 100 --ema 0.999 --learning_rate 6e-4 --learning_rate_min 2e-6"
+fine="--freeze_start 1 --internal_start 1 --batch_size 2 --patch_size 96"
+
+train 1 $three $few --arch half_width_mixed_rain --channels 16 32 64 128 --residual --batch_size 4 --epochs 9 \
+    --ema 0.999 --learning_rate_min 1e-5 "$@"
+train 2 $three $few --weights eval-EXP-derain-1/best_loss.pt $fine --epochs 10 \
+    --ema 0.998 --learning_rate 7e-4 --learning_rate_min 1e-5 "$@"
+train 3 $three $few --weights eval-EXP-derain-2/best_psnr.pt $fine --mse_weight 20 --epochs 13 \
+    --ema 0.998 --learning_rate 6e-4 --learning_rate_min 5e-6 --warmup_steps 50 --seed 1 "$@"
+train 4 $four $many --weights eval-EXP-derain-3/best_psnr.pt $fine --mse_weight 20 --epochs 20 \
+    --clean_inputs 0.1 --seed 4 "$@"
+train 5 $five $many --weights eval-EXP-derain-4/best_psnr.pt $fine --mse_weight 20 --epochs 12 \
+    --clean_inputs 0.25 --seed 5 "$@"
