@@ -111,6 +111,8 @@ def main(args):
         distributed.start()
         distributed.from_main(partial(write_random, args))
         return 0
+    if args.unrolled and args.arch_batch_statistics and args.sync_bn:
+        raise UserError("--sync_bn: has no second derivative, which --unrolled needs; leave one of them out")
     run = Experiment("search", args, get_args_parser(), DEMO)
     args = run.args
     args.name = args.name or distributed.agree(time.strftime("search_%Y%m%d_%H%M%S"))

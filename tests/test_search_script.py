@@ -521,6 +521,11 @@ def test_a_search_whose_name_was_taken_meanwhile_goes_on_under_another(vocabular
 # --- refused before anything is written ---
 
 
+def test_an_unrolled_step_through_statistics_of_all_gpus_is_refused():
+    with pytest.raises(UserError, match="--sync_bn: has no second derivative"):
+        search("--unrolled --arch_batch_statistics --sync_bn")
+
+
 @pytest.mark.parametrize("name", ["PRIMITIVES", "find", "taken", "not-a-name"])
 def test_a_name_that_cannot_be_added_is_refused_before_anything_is_written(vocabulary, name):
     text = vocabulary.read_text(encoding="utf-8") + "\ntaken = None\n"
