@@ -1,0 +1,105 @@
+"""How much networks change pictures: whether they harm dry ones, and where an artefact may be.
+
+    python -m support.changes DRY_PHOTOGRAPHS --every 12
+    python -m support.changes RAINY_PHOTOGRAPHS --ckt_path before.pt after.pt --worst 5
+    python -m support.changes rain800/training --clean_side left --half clean
+
+For each checkpoint, over the pictures of all folders: RGB PSNR of the output to the input, mean, least and
+how many are above 38 dB, which on dry pictures is the harm done; and the largest mean change of a 16x16 block
+in grey levels, the median of the pictures and the worst of them by name: where to look for artefacts.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from skimage.metrics import peak_signal_noise_ratio
+from tqdm import tqdm
+
+import dataset
+from model_train import load
+from support import experiment
+from support.errors import UserError
+from support.experiment import natural, positive
+from support.fast import for_inference, keep_freed_memory
+from support.restore import restore
+from support.tiling import BLOCK, SHIPPED, worst_block
+
+UNHARMED = 38  # dB
+
+
+def get_args_parser():
+    parser = experiment.Parser(
+        prog="python -m support.changes", description="How much networks change pictures."
+    )
+    parser.add_argument("folders", nargs="+", metavar="PATH", help="folders or files, in any known layout")
+    parser.add_argument(
+        "--ckt_path", nargs="+", default=[SHIPPED], metavar="CKPT", help="(default: what ships)"
+    )
+    parser.add_argument("--clean_side", choices=dataset.SIDES, help="files are side by side")
+    parser.add_argument(
+        "--half", choices=("rainy", "clean"), default="rainy", help="of a pair (default: rainy)"
+    )
+    parser.add_argument("--every", type=positive, default=1, metavar="N", help="of the pictures, each N-th")
+    parser.add_argument("--worst", type=natural, default=1, metavar="N", help="pictures to name (default: 1)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
+    return parser
+
+
+def main(args):
+    """Print a table; returns 1 where some file could not be used."""
+    keep_freed_memory()
+    device = experiment.pick_device(args.device)
+    nets = {str(path): for_inference(load(path, device)) for path in args.ckt_path}
+    scenes = [
+        scene for folder in args.folders for scene in dataset.find(Path(folder), args.clean_side).scenes
+    ]
+    scenes = scenes[:: args.every]
+    changes = {path: {} for path in nets}
+    unusable = []
+    for scene in tqdm(scenes, unit="scene", disable=None):
+        try:
+            pictures = pictures_of(scene, args.half)
+        except UserError as error:
+            unusable.append(str(error))
+            continue
+        for name, image in pictures.items():
+            for path, net in nets.items():
+                output = restore(net, image, device)
+                with np.errstate(divide="ignore"):  # inf where they are equal
+                    psnr = peak_signal_noise_ratio(image, output, data_range=255)
+                changes[path][name] = psnr, worst_block(output, image)
+
+    for path, of_pictures in changes.items():
+        if of_pictures:
+            print(f"{path}: {len(of_pictures)} pictures")
+            report(of_pictures, args.worst)
+    if unusable:
+        print(f"{len(unusable)} could not be used:", *unusable, sep="\n  ", file=sys.stderr)
+    return 1 if unusable else 0
+
+
+def pictures_of(scene, half):
+    """{name: HxWx3 uint8} of a scene: its rainy images, or its clean one."""
+    rainy, clean = dataset.read_scene(scene)
+    if half == "clean":
+        if clean is None:
+            raise UserError(f"{scene.key}: has no clean half; leave --half out")
+        return {scene.name: clean}
+    return dict(zip((str(half.path) for half in scene.rainy), rainy, strict=True))
+
+
+def report(changes, count):
+    """Print the figures of {name: (PSNR, worst block)}, and the `count` names with the worst blocks."""
+    psnr, blocks = (np.array(values) for values in zip(*changes.values(), strict=True))
+    print(
+        f"  output to input: {psnr.mean():.1f} dB, at least {psnr.min():.1f}; "
+        f"{(psnr > UNHARMED).sum()} of {len(psnr)} above {UNHARMED}"
+    )
+    print(f"  worst {BLOCK}x{BLOCK} block: {blocks.max():.1f} grey levels, median {np.median(blocks):.1f}")
+    for name in sorted(changes, key=lambda name: -changes[name][1])[:count]:
+        print(f"    {changes[name][1]:5.1f} {name}")
+
+
+if __name__ == "__main__":
+    experiment.command(main, get_args_parser())

@@ -1,0 +1,70 @@
+"""What the report on changes says is what `restore` does to the pictures."""
+
+import numpy as np
+import pytest
+import torch
+
+from model_train import DerainNetwork, load, save
+from support import changes
+from support.errors import UserError
+from support.images import write_image
+from support.restore import restore
+from support.tiling import worst_block
+from tests.made import photograph, write_pairs
+from tests.test_genotypes import random_genotype
+
+
+def change(flags, capsys):
+    status = changes.main(changes.get_args_parser().parse_args([str(flag) for flag in flags]))
+    return status, capsys.readouterr()
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """One network drawn at random, and one that changes nothing."""
+    torch.manual_seed(0)
+    net = DerainNetwork(random_genotype(0), (4, 4, 4, 4), residual=True)
+    save(net, tmp_path / "some.pt")
+    torch.nn.init.zeros_(net.head.to_rgb.weight)
+    save(net, tmp_path / "none.pt")
+    return tmp_path / "some.pt", tmp_path / "none.pt"
+
+
+def test_its_figures_are_of_the_restored_pictures(checkpoints, tmp_path, capsys):
+    pictures = {f"{tmp_path}/p/{i}.png": photograph(i) for i in range(3)}
+    for name, image in pictures.items():
+        write_image(name, image)
+    status, said = change([tmp_path / "p", "--worst", 3, "--ckt_path", *checkpoints], capsys)
+    assert status == 0
+    some, none = said.out.split(str(checkpoints[1]))
+    net = load(checkpoints[0])
+    outputs = {name: restore(net, image, torch.device("cpu")) for name, image in pictures.items()}
+    psnr = [10 * np.log10(255**2 / np.mean((outputs[n] - pictures[n].astype(float)) ** 2)) for n in pictures]
+    blocks = {name: worst_block(outputs[name], pictures[name]) for name in pictures}
+    assert f"output to input: {np.mean(psnr):.1f} dB, at least {min(psnr):.1f}; " in some
+    assert f"{sum(p > 38 for p in psnr)} of 3 above 38" in some
+    assert f"{max(blocks.values()):.1f} grey levels, median {np.median([*blocks.values()]):.1f}" in some
+    named = [line.split()[1] for line in some.splitlines() if line.endswith(".png")]
+    assert named == sorted(blocks, key=blocks.get, reverse=True)
+    assert "output to input: inf dB, at least inf; 3 of 3 above 38" in none
+    assert "0.0 grey levels" in none
+
+
+def test_either_half_of_pairs_and_every_nth(checkpoints, tmp_path, capsys):
+    write_pairs(tmp_path / "pairs", 4)
+    for half in ("rainy", "clean"):
+        flags = [tmp_path / "pairs", "--clean_side", "left", "--half", half, "--every", 2]
+        _, said = change([*flags, "--ckt_path", checkpoints[1]], capsys)
+        assert "2 pictures" in said.out
+    scene = changes.dataset.find(tmp_path / "pairs", "left").scenes[1]
+    (clean,) = changes.pictures_of(scene, "clean").values()
+    assert np.array_equal(clean, photograph(1))
+    with pytest.raises(UserError, match="has no clean half"):
+        changes.pictures_of(scene._replace(clean=None), "clean")
+
+
+def test_a_bad_file_is_named_and_the_rest_is_reported(checkpoints, tmp_path, capsys):
+    write_image(tmp_path / "p" / "good.png", photograph(0))
+    (tmp_path / "p" / "bad.png").write_bytes(b"no picture")
+    status, said = change([tmp_path / "p", "--ckt_path", checkpoints[1]], capsys)
+    assert status == 1 and "1 pictures" in said.out and "bad.png" in said.err
