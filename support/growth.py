@@ -24,6 +24,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
@@ -99,6 +100,12 @@ def get_args_parser():
     add("--json", metavar="FILE", help="write the points measured")
     add("--svg", metavar="FILE", help="draw them")
     add("--repeats", type=experiment.positive, default=3, help="timed steps a point (default: 3)")
+    add(
+        "--most_gb",
+        type=experiment.above_zero,
+        default=8,
+        help="leave out what would take more memory, in the row memory (default: 8)",
+    )
     add("--threads", type=experiment.positive, default=1, help="of the CPU (default: 1)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     add(
@@ -186,13 +193,20 @@ def by_width(args, row):
 
 
 def by_parts(args, row):
-    """Memory alone, so of one step."""
+    """Memory alone, so of one step; the smallest part tells whether a larger one is within --most_gb."""
     for curve, factor in product(STEPS, WIDE):
         released = STEPS[curve][1].get_args_parser().get_default("batch_size")
+        name, a_scene = f"{curve} x{factor}", 0
         for scenes in (released // parts for parts in PARTS):
-            make = a_step(args, curve, scenes, widen=factor)
-            name = f"{curve} x{factor}"
-            yield {"row": row, "curve": name, "x": scenes, "mb": alone(args, make, repeats=0)["mb"]}
+            if scenes * a_scene > 1000 * args.most_gb:
+                print(
+                    f"{name}, {scenes} scenes: left out, takes over --most_gb {args.most_gb:g}",
+                    file=sys.stderr,
+                )
+                continue
+            mb = alone(args, a_step(args, curve, scenes, widen=factor), repeats=0)["mb"]
+            a_scene = mb / scenes
+            yield {"row": row, "curve": name, "x": scenes, "mb": mb}
 
 
 def by_workers(args, row):
@@ -237,7 +251,7 @@ def alone(args, make, repeats=None):
     repeats = args.repeats if repeats is None else repeats
     # Forked from a server that has imported everything, it begins at once, and with no memory of others.
     context = get_context("forkserver")
-    context.set_forkserver_preload(["support.growth"])
+    context.set_forkserver_preload(["support.benchmark", "test_view"])
     with ProcessPoolExecutor(1, context) as pool:
         try:
             return pool.submit(measure, make, args.device, args.threads, repeats).result()
