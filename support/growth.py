@@ -50,7 +50,7 @@ from support.errors import UserError
 from support.fast import for_inference, keep_freed_memory
 from support.restore import restore
 
-WHOLE = (0.25, 1, 4)  # megapixels; 16 would take 16 GB
+WHOLE = (0.25, 1, 4)  # megapixels, of 1 kB a pixel
 TILED = (2, 4, 8, 16)
 BATCHES = (1, 2, 4, 8)  # scenes
 PATCHES = (32, 64, 128)  # pixels a side
@@ -205,7 +205,7 @@ def by_parts(args, row):
                 )
                 continue
             mb = alone(args, a_step(args, curve, scenes, widen=factor), repeats=0)["mb"]
-            a_scene = mb / scenes
+            a_scene = (mb or 0) / scenes  # None where the system does not tell
             yield {"row": row, "curve": name, "x": scenes, "mb": mb}
 
 
