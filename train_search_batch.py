@@ -131,6 +131,7 @@ def main(args):
     optimizer, arch_optimizer = make_optimizers(net, args)
     health = Health(args.arch_start)
     run.start(net=net, optimizer=optimizer, arch_optimizer=arch_optimizer, health=health)
+    run.compile(net)
     run.describe(parts)
     validation = dataset.spread(parts["validation"], args.val_scenes)
     if args.arch_start > args.epochs:
