@@ -97,7 +97,6 @@ def main(args):
         averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
         tracked["ema"] = averaged
     run.start(**tracked)
-    run.compile(net)
     run.describe(parts)
     validation = dataset.spread(parts["validation"], args.val_scenes)
     if distributed.is_main():

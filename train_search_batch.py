@@ -103,6 +103,11 @@ def get_args_parser():
     arch.add_argument("--lambda_comp", type=not_negative, default=0.01, help="of the model complexity")
     arch.add_argument("--complexity", choices=MEASURES, default="params", help="parameters or multiply-adds")
     experiment.add_arguments(parser)
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the mixed edges: takes minutes at first, so for a search of hours",
+    )
     return parser
 
 

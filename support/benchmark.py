@@ -4,7 +4,7 @@
     python -m support.benchmark --rows weight_step training_step --device cuda
     python -m support.benchmark --rows training_step loader --data datasets/Rain1200 --workers 8
     python -m support.benchmark --amp                              # each row in half precision too
-    python -m support.benchmark --rows training_step --compile     # and with --compile, which takes minutes
+    python -m support.benchmark --rows weight_step --compile       # and with --compile, which takes minutes
     python -m support.benchmark --json > rows.json
 
 Plain is: eager, contiguous, float32, each candidate of a mixed edge evaluated by itself, `none` as zeros.
@@ -57,7 +57,7 @@ from support import experiment
 from support.cache import open_cache
 from support.errors import UserError
 from support.experiment import natural, positive
-from support.fast import Compiled, compile_parts, for_inference, keep_freed_memory
+from support.fast import Compiled, compile_edges, for_inference, keep_freed_memory
 from support.rain import write_scenes
 from support.restore import forwards
 
@@ -71,8 +71,8 @@ PICTURES = {"inference_256": (256, 256), "inference_512": (512, 512), "inference
 LOADERS = ("loader", "loader_cached")
 KEPT = "kept_"  # begins the name of a row
 KEPT_ROWS = [KEPT + name for name in ("weight_and_arch_step", "training_step", "inference_512")]
-COMPILABLE = (*SEARCH_STEPS, "training_step", *PICTURES)
-ROWS = (*COMPILABLE, *KEPT_ROWS, *LOADERS)
+COMPILABLE = (*SEARCH_STEPS, *PICTURES)
+ROWS = (*SEARCH_STEPS, "training_step", *PICTURES, *KEPT_ROWS, *LOADERS)
 DENSITIES = 3  # rainy images a scene
 LOADER_SECONDS = 4
 PATIENCE = 30  # seconds of a row's turns, where --repeats does not say how many
@@ -128,7 +128,7 @@ def get_args_parser():
         help=f"turns of each form (default: 20, on a CPU 3; fewer where they take over {PATIENCE} s)",
     )
     parser.add_argument("--amp", action="store_true", help="measure each row with the scripts' --amp too")
-    parser.add_argument("--compile", action="store_true", help="and each row with the scripts' --compile")
+    parser.add_argument("--compile", action="store_true", help="and what the scripts' --compile changes")
     parser.add_argument("--threads", type=positive, help="of the CPU (default: PyTorch's choice)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else")
     loader = parser.add_argument_group("loader")
@@ -257,7 +257,7 @@ def steps(name, options, device, dtype=torch.float32, picture_size=None):
             formed = Compiled(formed)
             formed.shapes = set(forwards(*picture_size, tile=0))
         elif compiled:
-            compile_parts(formed)
+            compile_edges(formed)
         if half:
             formed.forward = partial(in_half_precision, formed.forward, kind)
         return step(formed, first, second, options)

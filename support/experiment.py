@@ -34,7 +34,7 @@ from model_train import MAX_CHANNELS, CheckpointError, read, write_whole
 from support import distributed
 from support.cache import open_cache
 from support.errors import UserError
-from support.fast import compile_parts, keep_freed_memory, no_compiler
+from support.fast import compile_edges, keep_freed_memory, no_compiler
 from support.images import write_bytes
 from support.rain import demo_set
 
@@ -177,11 +177,6 @@ def add_arguments(parser):
         "--amp",
         action="store_true",
         help="compute the network in bfloat16 (autocast); weights and losses stay float32",
-    )
-    run.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the network: takes minutes at first, so for runs of hours",
     )
     run.add_argument(
         "--accumulate",
@@ -589,13 +584,13 @@ class Experiment:
         log.info("scenes: %s", ", ".join(f"{len(scenes)} {name}" for name, scenes in parts.items()))
 
     def compile(self, net):
-        """With --compile: have the network compiled in place, once `start` has filled it."""
+        """With --compile: have what gains by it compiled in place."""
         if not self.args.compile:
             return
         if missing := no_compiler(self.device):
             log.warning("--compile: %s; the run goes on without", missing)
         else:
-            compile_parts(net)
+            compile_edges(net)
 
     def own_scenes(self):
         """Scenes a step of this process."""
