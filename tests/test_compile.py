@@ -24,6 +24,7 @@ from model_train import DerainNetwork
 from operations import pad_to_multiple
 from support import experiment
 from support.benchmark import every_operation, relative_error
+from support.errors import UserError
 from support.fast import Compiled, compile_edges, for_inference, no_compiler
 from support.images import write_image
 from support.restore import forwards, restore
@@ -185,6 +186,14 @@ def test_a_search_without_a_compiler_says_so_and_goes_on(folder, monkeypatch):
     train_search_batch.main(train_search_batch.get_args_parser().parse_args(f"{TINY} --demo".split()))
     line = "--compile: there is no C++ compiler, no-such-compiler; the run goes on without"
     assert Path("run", "log.txt").read_text().count(line) == 1
+
+
+def test_a_compiled_search_in_half_precision_is_refused_before_anything_is_written(folder):
+    write_scenes(folder / "data", 24)
+    parser = train_search_batch.get_args_parser()
+    with pytest.raises(UserError, match="--compile: with --amp"):
+        train_search_batch.main(parser.parse_args(f"{TINY} --demo --amp".split()))
+    assert not Path("run").exists()
 
 
 def test_compile_may_change_when_a_search_is_resumed(folder, monkeypatch):
