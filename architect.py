@@ -88,8 +88,8 @@ class Architect:
 
     def first_order(self, batch):
         """(L_val, [grad_alpha, grad_beta]) at the present weights."""
-        weights, architecture = self.net.weights(), self.net.architecture()
-        return self.gradient(partial(self.validation_loss, weights), batch, architecture)
+        weights = [w.detach() for w in self.net.weights()]  # compiled, it would compute their gradients too
+        return self.gradient(partial(self.validation_loss, weights), batch, self.net.architecture())
 
     def unrolled(self, batch, training_batch):
         """(L_val, [grad_alpha, grad_beta]) after one virtual step of the weights on the training batch."""
@@ -118,6 +118,7 @@ class Architect:
             virtual.append(torch.add(w.detach(), step, alpha=-group["lr"]).requires_grad_())
         return virtual
 
+    @torch.compiler.set_stance("force_eager")  # torch.compile has no double backward
     def hessian_vector_product(self, vector, training_batch):
         """grad_a [ grad_w L_train(w, a) . vector ] for alpha and beta, part by part of the batch."""
         weights = self.net.weights()

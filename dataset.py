@@ -263,9 +263,9 @@ def _check_equal(sizes):
             )
 
 
-def half_size(half):
+def half_size(half, size_of=image_size):
     """(height, width) of an image, from the file's header."""
-    height, width = image_size(half.path)
+    height, width = size_of(half.path)
     return (height, width) if half.side is None else (height, _half_width(width, half.path))
 
 

@@ -23,6 +23,7 @@ import shlex
 import sys
 import time
 from argparse import ArgumentTypeError
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -36,15 +37,17 @@ import dataset
 import model_train
 from support import distributed, experiment, images
 from support.errors import UserError
-from support.fast import for_inference, keep_freed_memory
+from support.fast import Compiled, for_inference, keep_freed_memory, no_compiler
 from support.gallery import FOLDER, MONTAGE, Gallery, montage
 from support.journal import Journal
 from support.metrics import METRICS, mean_scores, score
 from support.rain import demo_set
-from support.restore import SMALLEST_TILE, restore
+from support.restore import SMALLEST_TILE, forwards, restore
 
 DEFAULT_PATH = "datasets/Rain1200/DID-MDN-test"
 SHIPPED = Path(__file__).parent / "eval-EXP" / "derain.pt"
+COMPILED_FROM = 300_000_000  # pixels
+MOST_COMPILED = 8  # sizes: what PyTorch allows
 COLUMNS = ("name", "density", "height", "width", "seconds", *METRICS, *(f"input_{m}" for m in METRICS))
 
 
@@ -77,6 +80,13 @@ def get_args_parser():
     add("--self_ensemble", action="store_true", help="mean over 8 flips and turns; 8 times slower")
     add("--amp", action="store_true", help="half precision: float16 on CUDA, bfloat16 on a CPU")
     add(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="torch.compile the network: minutes for each size of picture. auto (default): on a CPU, for "
+        f"sizes of which there are {COMPILED_FROM // 10**6} megapixels to restore",
+    )
+    add(
         "--skip_done",
         action="store_true",
         help="go on where a run was stopped: pictures that this checkpoint has restored are left as they are",
@@ -98,15 +108,18 @@ def main(args):
     print(f"checkpoint: {checkpoint}", flush=True)
     device = experiment.pick_device(args.device)
     net = for_inference(model_train.load(checkpoint, device))
+    fast = Compiled(net)
     sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()  # now: a run may replace the file
-    run = partial(restore, net, device=device, tile=args.tile, self_ensemble=args.self_ensemble, amp=args.amp)
+    run = partial(
+        restore, fast, device=device, tile=args.tile, self_ensemble=args.self_ensemble, amp=args.amp
+    )
     path = choose_path(args)
     out = Path(args.result_path)
     images.check_folder(out)
     if path.suffix.lower() in images.VIDEO_EXTENSIONS:
         if distributed.size() > 1:
             raise UserError(f"{path}: a video is restored by one process; leave torchrun out")
-        return restore_video(run, path, out)
+        return restore_video(run, path, out, partial(choose_compiled, args, device, fast))
     found = dataset.find(path, args.clean_side)
     alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
     print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}", flush=True)
@@ -132,6 +145,7 @@ def main(args):
     first = 1 + max((entry.number for entry in done.values()), default=0)
     left = [name for name in names if name not in done]
     numbers = {name: number for number, name in enumerate(left, start=first)}
+    choose_compiled(args, device, fast, sizes_of(found, numbers))
     journal.begin(fresh=not args.skip_done)
     failures, stopped, status = restore_pictures(run, found, source, gallery, journal, numbers)
     failures, stopped, status = together(failures, stopped, status)
@@ -151,7 +165,7 @@ def main(args):
         "layout": found.layout,
         "pictures": len(names),
         "without_partner": len(found.unpaired),
-        "options": options,
+        "options": options | {"compile": [f"{width}x{height}" for height, width in sorted(fast.shapes)]},
         "device": experiment.device_name(device),
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, np, cv2, skimage)},
@@ -188,13 +202,53 @@ def choose_path(args):
     return distributed.from_main(lambda: demo_set(experiment.DEMO_DATA)) / "DID-MDN-test"
 
 
+def choose_compiled(args, device, net, sizes):
+    """Settle for which shapes the network is compiled, by --compile and the (height, width) of all that is to
+    be restored, and print it. Not by timing: results are not to depend on how busy a machine is.
+    """
+    why_not = no_compiler(device)
+    if args.compile == "auto" and device.type != "cpu":
+        why_not = f"on {device.type} it is not known to pay"
+    if args.compile == "off" or why_not:
+        net.shapes = set()
+    else:
+        net.shapes = distributed.from_main(partial(worth_compiling, args, sizes))
+        why_not = f"of no size are there {COMPILED_FROM // 10**6} megapixels"
+    shapes = " ".join(f"{width}x{height}" for height, width in sorted(net.shapes))
+    if shapes:
+        print(f"compiled, which takes minutes at first: {shapes}", flush=True)
+    elif args.compile != "off":
+        print(f"not compiled: {why_not}", flush=True)
+
+
+def worth_compiling(args, sizes):
+    """The shapes, at most `MOST_COMPILED`, for which a process compiles: (height, width), a set."""
+    pixels = Counter()
+    for size, pictures in Counter(sizes).items():
+        for (height, width), passes in forwards(*size, args.tile, args.self_ensemble).items():
+            pixels[height, width] += pictures * passes * height * width
+    least = COMPILED_FROM * distributed.size() if args.compile == "auto" else 0
+    return {shape for shape, number in pixels.most_common(MOST_COMPILED) if number >= least}
+
+
+def sizes_of(found, numbers):
+    """(height, width) of each rainy image that has a number, by its file's header; none where that is bad."""
+    for scene in found.scenes:
+        for half, name in zip(scene.rainy, names_of(scene), strict=True):
+            if name in numbers:
+                try:
+                    yield dataset.half_size(half, images.header_size)
+                except UserError:  # restoring it will say so
+                    continue
+
+
 def other_kinds(path):
     """The suffixes of the files in a folder that are no pictures by their names, as .heic and .mp4."""
     seen = {file.suffix.lower() for file in path.rglob("*") if file.name[0] != "." and os.path.isfile(file)}
     return sorted(seen - {"", *images.EXTENSIONS})
 
 
-def restore_video(run, path, out):
+def restore_video(run, path, out, choose):
     """Restore a video frame by frame into the folder `out`; returns the exit status."""
     video = images.Video(path)
     target = images.video_name(out / path.name)
@@ -204,6 +258,7 @@ def restore_video(run, path, out):
     print(f"data: {path}: a video of {video.frames} frames of {width}x{height}, {video.fps:g} a second")
     print("the sound is not carried over", end="")
     print("; the odd side gains a row or column" if height % 2 or width % 2 else "", flush=True)
+    choose([video.size] * video.frames)
     frames = tqdm(video, total=video.frames or None, unit="frame", disable=None)
     try:
         images.write_video(target, map(run, frames), video.fps)

@@ -103,6 +103,11 @@ def get_args_parser():
     arch.add_argument("--lambda_comp", type=not_negative, default=0.01, help="of the model complexity")
     arch.add_argument("--complexity", choices=MEASURES, default="params", help="parameters or multiply-adds")
     experiment.add_arguments(parser)
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the mixed edges: takes minutes at first, so for a search of hours",
+    )
     return parser
 
 
@@ -115,6 +120,8 @@ def main(args):
         raise UserError("--sync_bn: has no second derivative, which --unrolled needs; leave one of them out")
     run = Experiment("search", args, get_args_parser(), DEMO)
     args = run.args
+    if args.compile and args.amp and run.device.type == "cpu":
+        raise UserError("--compile: with --amp it gives NaN as gradients on a CPU; leave one of them out")
     args.name = args.name or distributed.agree(time.strftime("search_%Y%m%d_%H%M%S"))
     if not (args.demo or run.done()):
         genotypes.check_new_name(args.name)
@@ -133,6 +140,7 @@ def main(args):
     optimizer, arch_optimizer = make_optimizers(net, args)
     health = Health(args.arch_start)
     run.start(net=net, optimizer=optimizer, arch_optimizer=arch_optimizer, health=health)
+    run.compile(net)
     run.describe(parts)
     validation = dataset.spread(parts["validation"], args.val_scenes)
     if args.arch_start > args.epochs:

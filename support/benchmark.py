@@ -4,6 +4,7 @@
     python -m support.benchmark --rows weight_step training_step --device cuda
     python -m support.benchmark --rows training_step loader --data datasets/Rain1200 --workers 8
     python -m support.benchmark --amp                              # each row in half precision too
+    python -m support.benchmark --rows weight_step --compile       # and with --compile, which takes minutes
     python -m support.benchmark --json > rows.json
 
 Plain is: eager, contiguous, float32, each candidate of a mixed edge evaluated by itself, `none` as zeros.
@@ -14,8 +15,9 @@ differ by more. Then they take turns, so that a busy machine slows both alike, a
 The columns: milliseconds of a step, optimizer included, or of a picture; their ratio; rainy images a second,
 of one batch a step (`weight_and_arch_step` takes a second one, for alpha and beta, from a loader of its own);
 peak memory above what the networks and optimizers hold between steps: allocated tensors on CUDA, the resident
-set on Linux; the errors. The loader is timed alone, `ms` being that of a batch, on files that the system
-keeps in memory: `loader` decodes, `loader_cached` is what --cache makes of it, decoding being its plain form.
+set on Linux; with --compile the seconds of the first step, which compiles; the errors. The loader is timed
+alone, `ms` being that of a batch, on files that the system keeps in memory: `loader` decodes, `loader_cached`
+is what --cache makes of it, decoding being its plain form.
 
 The scripts also keep freed memory (`support.fast.keep_freed_memory`), which a process cannot take back. What
 that gains on a CPU is measured by itself, in rows that begin with `kept_`: offered form against offered form,
@@ -55,8 +57,9 @@ from support import experiment
 from support.cache import open_cache
 from support.errors import UserError
 from support.experiment import natural, positive
-from support.fast import for_inference, keep_freed_memory
+from support.fast import Compiled, compile_edges, for_inference, keep_freed_memory
 from support.rain import write_scenes
+from support.restore import forwards
 
 SEARCH_STEPS = {
     "weight_step": {"weights": True},
@@ -87,10 +90,14 @@ ALLOWED_ERROR = {**dict.fromkeys(PICTURES, 1e-4), "loader_cached": 0.0}
 HALF = "_amp"  # ends the name of such a row
 ALLOWED_ERROR |= {name + HALF: 0.2 for name in PICTURES}
 ALLOWED_ERROR |= {name + HALF: 0.9 for name in (*SEARCH_STEPS, "training_step")}
+# Not a search in half precision: see train_search_batch.py.
+COMPILABLE = (*SEARCH_STEPS, *PICTURES, *(name + HALF for name in PICTURES))
+COMPILED = "_compile"  # ends the name of such a row, after HALF
+ALLOWED_ERROR |= {name + COMPILED: error for name, error in ALLOWED_ERROR.items()}
 
 # Field of a row: title and format in the table.
 COLUMNS = {
-    "name": ("row", "<25s"),
+    "name": ("row", "<32s"),
     "device": ("device", "<6s"),
     "plain_ms": ("plain ms", ">9.1f"),
     "ms": ("ms", ">9.1f"),
@@ -98,6 +105,7 @@ COLUMNS = {
     "images_per_second": ("images/s", ">8.2f"),
     "plain_mb": ("plain MB", ">8.0f"),
     "mb": ("MB", ">8.0f"),
+    "compile_s": ("compile s", ">9.0f"),
     "error": ("error", ">7.0e"),
     "float64": ("float64", ">7.0e"),
 }
@@ -121,6 +129,7 @@ def get_args_parser():
         help=f"turns of each form (default: 20, on a CPU 3; fewer where they take over {PATIENCE} s)",
     )
     parser.add_argument("--amp", action="store_true", help="measure each row with the scripts' --amp too")
+    parser.add_argument("--compile", action="store_true", help="and what the scripts' --compile changes")
     parser.add_argument("--threads", type=positive, help="of the CPU (default: PyTorch's choice)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else")
     loader = parser.add_argument_group("loader")
@@ -158,13 +167,16 @@ def main(args):
     names = list(dict.fromkeys(args.rows))
     if args.amp:
         names += [name + HALF for name in names if name + HALF in ALLOWED_ERROR]
+    if args.compile:
+        names += [name + COMPILED for name in names if name in COMPILABLE]
     for name in names:
         if name in LOADERS:
             row = time_loader(args, training, device, cached=name == "loader_cached")
         else:
-            step = name.removesuffix(HALF).removeprefix(KEPT)
+            eager = name.removesuffix(COMPILED)
+            step = eager.removesuffix(HALF).removeprefix(KEPT)
             options = copy.copy(search if step in SEARCH_STEPS else training)
-            options.amp = name.endswith(HALF)
+            options.amp, options.compile = eager.endswith(HALF), name.endswith(COMPILED)
             row = (measure_kept if name in KEPT_ROWS else measure)(step, options, device, args.repeats)
         rows[name] = {**row, "name": name, "device": device.type, **where}
         if not args.json:
@@ -186,7 +198,7 @@ def script_options(script, args, device):
     options.channels = args.channels or [c // 2 if small else c for c in options.channels]
     options.batch_size = args.batch_size or (4 if small else options.batch_size)
     options.patch_size = args.patch_size or options.patch_size
-    options.amp = False
+    options.amp = options.compile = False
     if any(c % 2 for c in options.channels):
         raise UserError(f"--channels {' '.join(map(str, options.channels))}: four even numbers are expected")
     if options.patch_size < SSIM_WINDOW:
@@ -239,16 +251,21 @@ def steps(name, options, device, dtype=torch.float32, picture_size=None):
         kind = None  # autocast's choice: float16 on CUDA, bfloat16 on a CPU
         batch, step = batch._replace(rainy=batch.rainy.new_ones(1, 3, *picture_size).uniform_()), inference
 
-    def in_form(form, layout, half=False):
+    def in_form(form, layout, half=False, compiled=False):
         first, second = (b._replace(rainy=b.rainy.to(memory_format=layout)) for b in (batch, arch_batch))
         formed = form(net)
+        if compiled and picture_size:
+            formed = Compiled(formed)
+            formed.shapes = set(forwards(*picture_size, tile=0))
+        elif compiled:
+            compile_edges(formed)
         if half:
             formed.forward = partial(in_half_precision, formed.forward, kind)
         return step(formed, first, second, options)
 
     plain, offered = INFERENCE_FORMS if picture_size else FORMS
     half = options.amp and dtype == torch.float32
-    return [in_form(*plain), in_form(*offered, half)]
+    return [in_form(*plain), in_form(*offered, half, options.compile)]
 
 
 def in_half_precision(forward, kind, x):
@@ -357,7 +374,11 @@ def measure(name, options, device, repeats=None):
     plain, offered = steps(name, options, device, picture_size=size)
     # By default CUDA's convolutions round to TF32, which would hide smaller mistakes.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        error = relative_error(plain(), offered(), as_one=True)
+        expected = plain()
+        begin = time.monotonic()
+        found = offered()
+        compile_s = time.monotonic() - begin if options.compile else None
+        error = relative_error(expected, found, as_one=True)
     plain_mb, mb = peak_memory(plain, device), peak_memory(offered, device)
     turns, end = [], time.monotonic() + (math.inf if repeats else PATIENCE)
     repeats = repeats or (3 if device.type == "cpu" else 20)
@@ -372,6 +393,7 @@ def measure(name, options, device, repeats=None):
         "images_per_second": 1000 * images / ms,
         "plain_mb": plain_mb,
         "mb": mb,
+        "compile_s": compile_s,
         "error": error,
         "float64": float64,
     }

@@ -34,7 +34,7 @@ from model_train import MAX_CHANNELS, CheckpointError, read, write_whole
 from support import distributed
 from support.cache import open_cache
 from support.errors import UserError
-from support.fast import keep_freed_memory
+from support.fast import compile_edges, keep_freed_memory, no_compiler
 from support.images import write_bytes
 from support.rain import demo_set
 
@@ -46,7 +46,7 @@ STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one bef
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
 # What may differ when a run is resumed: it changes where, when and how long the run computes, not what.
 FREE_OPTIONS = {"resume", "save", "name", "device", "workers", "save_every", "max_minutes"}
-FREE_OPTIONS |= {"max_bad_steps", "allow_bad", "cache"}
+FREE_OPTIONS |= {"max_bad_steps", "allow_bad", "cache", "compile"}
 FREE_OPTIONS |= {"accumulate"}  # as the number of processes may: both divide the batch for BatchNorm alone
 # Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
 UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.json)")
@@ -416,7 +416,7 @@ class Experiment:
         differing = []
         for name, value in vars(args).items():
             if name in FREE_OPTIONS:
-                if name in self.given or name in ("workers", "device"):
+                if name in self.given or name in ("workers", "device", "compile"):
                     setattr(begun, name, value)
             elif name in self.given and value != getattr(begun, name):
                 differing.append(
@@ -582,6 +582,15 @@ class Experiment:
         if distributed.size() > 1:
             log.info("processes: %d, %d scenes a step each", distributed.size(), self.own_scenes())
         log.info("scenes: %s", ", ".join(f"{len(scenes)} {name}" for name, scenes in parts.items()))
+
+    def compile(self, net):
+        """With --compile: have what gains by it compiled in place."""
+        if not self.args.compile:
+            return
+        if missing := no_compiler(self.device):
+            log.warning("--compile: %s; the run goes on without", missing)
+        else:
+            compile_edges(net)
 
     def own_scenes(self):
         """Scenes a step of this process."""
@@ -973,6 +982,7 @@ def means(measured, bad=()):
 
 
 @torch.inference_mode()
+@torch.compiler.set_stance("force_eager")  # to compile for each size of picture would take minutes
 def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
     """([(PSNR an image, SSIM an image, external loss) of each scene], panel), as `validate` says.
 

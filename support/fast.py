@@ -2,15 +2,28 @@
 
 import copy
 import ctypes
+import importlib.util
+import logging
+import os
 import platform
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from model_search import MixedOperation
+from operations import pad_to_multiple
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT = 2**29  # bytes of a block: twice the largest activation of a half-width network in a tile
 MOST_KEPT = 2**30
+
+
+log = logging.getLogger(__name__)
 
 
 def keep_freed_memory():
@@ -43,3 +56,61 @@ def for_inference(net):
                     module[i] = fuse_conv_bn_eval(module[i], module[i + 1])
                     module[i + 1] = nn.Identity()
     return net.to(memory_format=torch.channels_last)
+
+
+def no_compiler(device):
+    """Why torch.compile cannot work for the device here; None where it can."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    headers = Path(sysconfig.get_path("include"))
+    if device.type not in ("cpu", "cuda"):
+        return f"it is not for {device.type}"
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler, {compiler}"
+    if not (headers / "Python.h").exists():
+        return f"there is no Python.h in {headers}; install Python's development files"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "there is no package triton"
+    return None
+
+
+def compile_edges(net):
+    """Have the mixed edges of a supernet compiled in place, for training; its state_dict stays as it is.
+
+    Edge by edge, since those of equal shape then share one compilation. And they alone: on a CPU the
+    multi-scale modules were 1.6 to 2.8 times slower compiled: the kernels of their BatchNorm and ReLU are.
+    """
+    torch._dynamo.config.recompile_limit = 64  # of a line of PyTorch's that all edges share, Module.__call__
+    torch._dynamo.config.optimize_ddp = False  # which would cut what is compiled where its buckets end
+    for module in net.modules():
+        if isinstance(module, MixedOperation):
+            module.compile(dynamic=False)
+
+
+class Compiled(nn.Module):
+    """A network `for_inference`, compiled for pictures of some `shapes`; others go through it as it is.
+
+    shapes: a set of (height, width) in multiples of 8, as the network pads a picture; to be set at any time.
+    The first picture of each takes minutes. Where compiling fails a warning says why, and all go through as
+    they are.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.shapes = set()
+        self.train(net.training)
+        # Freezing: the weights are constants, laid out for the kernels that are chosen.
+        self.compiled = torch.compile(net, dynamic=False, options={"freezing": True})
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        padded = pad_to_multiple(x)
+        if tuple(padded.shape[-2:]) in self.shapes:
+            try:
+                # Flipped or turned, a picture has other strides, for which all would be compiled anew.
+                padded = padded.contiguous(memory_format=torch.channels_last)
+                return self.compiled(padded)[..., :height, :width]
+            except torch._dynamo.exc.TorchDynamoException as error:
+                self.shapes = set()
+                log.warning("compiling failed, going on without: %s", str(error).strip().partition("\n")[0])
+        return self.net(x)

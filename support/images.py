@@ -126,6 +126,15 @@ def image_size(path: str | Path) -> tuple[int, int]:
     return _open(path)[1].size
 
 
+def header_size(path: str | Path) -> tuple[int, int]:
+    """As `image_size`, by the file's first bytes alone, whatever becomes of the rest."""
+    try:
+        with open(path, "rb") as file:
+            return _read_header(path, file).size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
 def write_image(path: str | Path, image: np.ndarray, quality: int = 95) -> None:
     """Write an image; an interrupted run leaves the whole file or none. Folders are made as needed.
 

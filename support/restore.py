@@ -1,7 +1,9 @@
 """From a picture to the restored picture with any network: tiles, self-ensemble, precision."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import torch
@@ -61,11 +63,7 @@ def restore(
     def run(patch: np.ndarray) -> np.ndarray:
         return _forward(net, patch, torch.device(device), self_ensemble, amp)
 
-    height, width = image.shape[:2]
-    if tile is None:
-        tile = TILE if height * width > WHOLE_PIXELS else 0
-    whole = _multiple_of_8(max(height, width))
-    tile = min(tile or whole, whole)
+    tile = _side(*image.shape[:2], tile)
     while True:
         try:
             return _restore_in_tiles(run, image, tile, overlap)
@@ -76,6 +74,29 @@ def restore(
         torch.cuda.empty_cache()
         tile = max(_multiple_of_8(tile // 2), SMALLEST_TILE)
         log.warning("out of GPU memory: trying again with tiles of %d x %d pixels", tile, tile)
+
+
+def forwards(height: int, width: int, tile: int | None = None, self_ensemble: bool = False) -> Counter:
+    """How often `restore` runs the network for a picture of that size, by (height, width) of what it is
+    given, padded to multiples of 8 as the networks do.
+    """
+    tile = _side(height, width, tile)
+    sides = [
+        [len(weights) for _, weights in _windows(_multiple_of_8(n), tile, OVERLAP)] for n in (height, width)
+    ]
+    shapes = Counter(product(*sides))
+    for (height, width), number in [*shapes.items()] if self_ensemble else []:
+        shapes[height, width] += 3 * number
+        shapes[width, height] += 4 * number
+    return shapes
+
+
+def _side(height: int, width: int, tile: int | None) -> int:
+    """Of the tiles for a picture: at most its own longer side."""
+    if tile is None:
+        tile = TILE if height * width > WHOLE_PIXELS else 0
+    whole = _multiple_of_8(max(height, width))
+    return min(tile or whole, whole)
 
 
 def _restore_in_tiles(run: Callable, image: np.ndarray, tile: int, overlap: int) -> np.ndarray:

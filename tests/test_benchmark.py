@@ -114,6 +114,19 @@ def test_in_half_precision_a_picture_differs_but_by_no_more_than_is_allowed(caps
     assert full["error"] < 1e-4 < half["error"] < benchmark.ALLOWED_ERROR["inference_256_amp"]
 
 
+def test_compile_adds_a_row_that_says_what_its_first_step_took_where_the_scripts_compile(capsys, monkeypatch):
+    nets, edges = [], []
+    monkeypatch.setattr(torch, "compile", lambda net, **options: lambda x: nets.append(x.shape) or net(x))
+    monkeypatch.setattr(benchmark, "compile_edges", edges.append)
+    monkeypatch.setitem(benchmark.PICTURES, "inference_256", (30, 40))
+    names = ["weight_step", "training_step", "inference_256"]
+    rows = run(capsys, "--rows", *names, "--compile")
+    assert list(rows) == [*names, "weight_step_compile", "inference_256_compile"]
+    assert [row["compile_s"] is not None for row in rows.values()] == 3 * [False] + 2 * [True]
+    assert {type(net) for net in edges} == {SearchNetwork}
+    assert (1, 3, 32, 40) in nets
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
 def test_kept_memory_is_measured_against_a_process_that_does_not_keep(capsys):
