@@ -12,7 +12,8 @@ from torch import nn
 from support.errors import UserError
 
 WHOLE_PIXELS = 2**20  # a picture of more goes through in tiles, whatever the device, so that results agree
-TILE = 1024
+TILE_PIXELS = WHOLE_PIXELS * 9 // 8  # 1920x1080 goes in two tiles, 4000x3000 in twelve
+SHORTEST_CUT = 512  # side of a tile of that choice, where the picture is longer
 OVERLAP = 64
 SMALLEST_TILE = 64
 
@@ -37,7 +38,7 @@ def restore(
         net: Nx3xHxW in [0, 1] to Nx3xHxW, for any H and W; on `device`, in evaluation mode.
         image: HxWx3 RGB, uint8 or uint16.
         tile: side of the tiles in pixels, a multiple of 8; 0 never tiles; None takes a picture of up to
-            `WHOLE_PIXELS` whole and a larger one in tiles of `TILE`.
+            `WHOLE_PIXELS` whole and a larger one in as few tiles as have at most `TILE_PIXELS`.
         overlap: of neighbouring tiles in pixels, a multiple of 8; at most half a tile is used. The quarter of
             it nearest to a tile's cut edge is thrown away; seams are blended linearly over the middle half.
         self_ensemble: average over the 8 flips and rotations (Timofte et al., CVPR 2016): 8 times as slow.
@@ -63,49 +64,64 @@ def restore(
     def run(patch: np.ndarray) -> np.ndarray:
         return _forward(net, patch, torch.device(device), self_ensemble, amp)
 
-    tile = _side(*image.shape[:2], tile)
+    sides = _sides(*image.shape[:2], tile, overlap)
     while True:
         try:
-            return _restore_in_tiles(run, image, tile, overlap)
+            return _restore_in_tiles(run, image, sides, overlap)
         except torch.cuda.OutOfMemoryError:
-            if tile <= SMALLEST_TILE:
+            if max(sides) <= SMALLEST_TILE:
                 raise
         # Out here, the exception and the tensors that its traceback holds are gone.
         torch.cuda.empty_cache()
-        tile = max(_multiple_of_8(tile // 2), SMALLEST_TILE)
-        log.warning("out of GPU memory: trying again with tiles of %d x %d pixels", tile, tile)
+        sides = 2 * [max(_multiple_of_8(max(sides) // 2), SMALLEST_TILE)]
+        log.warning("out of GPU memory: trying again with tiles of %d x %d pixels", *sides)
 
 
 def forwards(height: int, width: int, tile: int | None = None, self_ensemble: bool = False) -> Counter:
     """How often `restore` runs the network for a picture of that size, by (height, width) of what it is
     given, padded to multiples of 8 as the networks do.
     """
-    tile = _side(height, width, tile)
-    sides = [
-        [len(weights) for _, weights in _windows(_multiple_of_8(n), tile, OVERLAP)] for n in (height, width)
-    ]
-    shapes = Counter(product(*sides))
+    sides = zip((height, width), _sides(height, width, tile, OVERLAP), strict=True)
+    windows = [_windows(_multiple_of_8(length), side, OVERLAP) for length, side in sides]
+    shapes = Counter(product(*([len(weights) for _, weights in along] for along in windows)))
     for (height, width), number in [*shapes.items()] if self_ensemble else []:
         shapes[height, width] += 3 * number
         shapes[width, height] += 4 * number
     return shapes
 
 
-def _side(height: int, width: int, tile: int | None) -> int:
-    """Of the tiles for a picture: at most its own longer side."""
-    if tile is None:
-        tile = TILE if height * width > WHOLE_PIXELS else 0
-    whole = _multiple_of_8(max(height, width))
-    return min(tile or whole, whole)
+def _sides(height: int, width: int, tile: int | None, overlap: int) -> tuple[int, int]:
+    """(height, width) of the tiles for a picture, multiples of 8 that are at most the picture's own."""
+    whole = _multiple_of_8(height), _multiple_of_8(width)
+    if tile:
+        return min(tile, whole[0]), min(tile, whole[1])
+    if tile == 0 or height * width <= WHOLE_PIXELS:
+        return whole
+    grids = [
+        (rows * columns, max(tall, wide) / min(tall, wide), (tall, wide))
+        for (rows, tall), (columns, wide) in product(*(_cuts(length, overlap) for length in whole))
+        if tall * wide <= TILE_PIXELS
+    ]
+    return min(grids)[-1]  # the fewest tiles, and of those the ones nearest to squares
 
 
-def _restore_in_tiles(run: Callable, image: np.ndarray, tile: int, overlap: int) -> np.ndarray:
+def _cuts(length: int, overlap: int) -> list[tuple[int, int]]:
+    """(number, least side) of the windows that cover a length, a multiple of 8, from the whole of it on down
+    to `SHORTEST_CUT`.
+    """
+    overlap = min(overlap, SHORTEST_CUT // 2)
+    cuts = [(1, length)]
+    while (side := _multiple_of_8(-(-(length + len(cuts) * overlap) // (len(cuts) + 1)))) >= SHORTEST_CUT:
+        cuts.append((len(cuts) + 1, side))
+    return cuts
+
+
+def _restore_in_tiles(run: Callable, image: np.ndarray, sides: tuple[int, int], overlap: int) -> np.ndarray:
     height, width = image.shape[:2]
-    if max(height, width) > tile and (height % 8 or width % 8):
+    if (height > sides[0] or width > sides[1]) and (height % 8 or width % 8):
         # Padded as the networks pad a whole picture, every tile can lie on the grid of their coarsest scale.
         image = np.pad(image, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge")
-    rows = _windows(image.shape[0], tile, overlap)
-    columns = _windows(image.shape[1], tile, overlap)
+    rows, columns = (_windows(n, side, overlap) for n, side in zip(image.shape, sides, strict=False))
     result = np.empty_like(image)
     # One row of tiles is summed at a time: the rest of the picture takes no more than its own bits.
     band = np.zeros((len(rows[0][1]), image.shape[1], 3), np.float32)

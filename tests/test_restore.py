@@ -128,17 +128,47 @@ def test_seams_are_ramps_and_not_steps():
 
 def test_a_small_picture_goes_through_whole_and_a_large_one_in_tiles(monkeypatch):
     monkeypatch.setattr(module, "WHOLE_PIXELS", 100 * 100)
-    monkeypatch.setattr(module, "TILE", 64)
+    monkeypatch.setattr(module, "TILE_PIXELS", 110 * 110)
+    monkeypatch.setattr(module, "SHORTEST_CUT", 48)
     for size, tile, seen in (
         ((100, 100), None, {(100, 100)}),
-        ((101, 100), None, {(64, 64)}),
-        ((300, 40), None, {(64, 40)}),
+        ((101, 100), None, {(101, 100)}),  # one tile
+        ((101, 120), None, {(104, 72)}),  # two, their overlap cut to 24
+        ((300, 40), None, {(168, 40)}),
+        ((400, 40), None, {(216, 40)}),
+        ((203, 301), None, {(120, 96)}),  # 2 x 4, not 4 x 2 of (72, 168) nor 3 x 3
         ((101, 100), 0, {(101, 100)}),
         ((40, 40), 64, {(40, 40)}),
     ):
         net = TooBig(pixels=10**9).eval()
         restore(net, picture(*size), tile=tile)
         assert set(net.shapes) == seen
+
+
+@pytest.mark.parametrize(
+    ("size", "sides", "count"),
+    [
+        ((1080, 1920), (1080, 992), 2),
+        ((3000, 4000), (1048, 1048), 12),
+        ((300, 20000), (304, 3392), 6),
+        ((8, 200000), (8, 100032), 2),
+        ((1025, 1024), (1032, 1024), 1),
+        ((16383, 16384), None, None),
+    ],
+)
+@pytest.mark.parametrize("overlap", [0, 64, 4096])
+def test_the_default_takes_few_tiles_that_fit(size, sides, count, overlap):
+    tall, wide = module._sides(*size, None, overlap)
+    assert tall * wide <= module.TILE_PIXELS and tall % 8 == wide % 8 == 0
+    rows, columns = (
+        module._windows(n + -n % 8, side, overlap) for n, side in zip(size, (tall, wide), strict=True)
+    )
+    least = size[0] * size[1] / module.TILE_PIXELS
+    assert least <= len(rows) * len(columns)
+    if overlap == 64:
+        assert len(rows) * len(columns) <= 1.5 * least + 1
+        if sides:
+            assert (tall, wide) == sides and len(rows) * len(columns) == count
 
 
 def test_out_of_memory_halves_the_tile_and_says_so(caplog):
