@@ -19,6 +19,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from model_train import load
 from support import experiment, images
+from support.fast import keep_freed_memory
 from support.restore import OVERLAP, restore
 
 SHIPPED = Path(__file__).parents[1] / "eval-EXP" / "derain.pt"
@@ -49,6 +50,7 @@ def get_args_parser():
 
 
 def main(args):
+    keep_freed_memory()
     device = experiment.pick_device(args.device)
     net = load(args.ckt_path, device)
     rainy = [images.load(path).rgb for path in args.pictures]
