@@ -19,7 +19,7 @@ from model_search import MixedOperation
 from operations import pad_to_multiple
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGEST_KEPT = 2**29  # bytes of a block: twice the largest activation of a half-width network in a tile
+LARGEST_KEPT = 2**27  # bytes of a block: twice the largest activation of a half-width network at 512x512
 MOST_KEPT = 2**30
 
 
@@ -30,11 +30,9 @@ def keep_freed_memory():
     """Have the C library keep what this process frees, in place of handing it back to the system.
 
     An activation of tens of megabytes is otherwise mapped anew at each step, and the system clears it page by
-    page: a fifth of the time of a forward pass at 512x512. All blocks of a tile are kept: were the largest
-    handed back, they would come on top of the others, and memory would grow from tile to tile. Larger ones
-    are, so that a picture that is not tiled takes little more than it needs. Processes forked later, as
-    loaders' are, do the same. Only glibc is told, the C library of most Linux systems; before 2.35 it takes
-    no threshold above 32 MiB.
+    page: a fifth of the time of a forward pass at 512x512. Larger ones are still handed back, so that large
+    pictures need no more memory than they did. Processes forked later, as loaders' are, do the same. Only
+    glibc is told, the C library of most Linux systems; before 2.35 it takes no threshold above 32 MiB.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
