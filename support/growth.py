@@ -62,7 +62,7 @@ WORKERS = (0, 1, 2, 4)
 LOADED = 16  # scenes of a loader's batch
 PROCESSES = (1, 2)
 SHARED = 4  # scenes of a step that processes share
-FOLDER = (8, (192, 256))  # pictures that they share: how many, and of what size
+FOLDER = (16, (384, 512))  # pictures that they share: how many, and of what size
 PATIENCE = 20  # seconds of a point's steps, after which no further one begins
 
 STEPS = {
