@@ -70,3 +70,5 @@ train 4 $four $many --weights eval-EXP-derain-3/best_psnr.pt $fine --mse_weight 
     --clean_inputs 0.1 --seed 4 "$@"
 train 5 $five $many --weights eval-EXP-derain-4/best_psnr.pt $fine --mse_weight 20 --epochs 12 \
     --clean_inputs 0.25 --seed 5 "$@"
+train 6 $five $many --weights eval-EXP-derain-5/best_psnr.pt $fine --mse_weight 20 --epochs 17 \
+    --clean_inputs 0.25 --patch_size 128 --learning_rate 7e-4 --amp --seed 6 "$@"
