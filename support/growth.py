@@ -494,7 +494,8 @@ def _panel(page, x, y, title, against, lines, row=None, field=None):
         page.line(*((across(at), up(cost)) for at, cost in curve), stroke=ink, width=2)
         for at, cost in curve:
             page.add("circle", cx=across(at), cy=up(cost), r=3.5, fill=ink)
-        grown = f"{slope(curve):.2f}" if row in SIZES and x1 > x0 else f"{y1:.3g}"
+        last = f"{y1:,.0f}" if y1 >= 100 else f"{y1:.3g}"
+        grown = f"{slope(curve):.2f}" if row in SIZES and x1 > x0 else last
         ends.append((up(y1), name, grown, ink))
     _label(page, right + 9, sorted(ends), bottom)
 
