@@ -84,18 +84,6 @@ STEPS = {
 }
 
 
-def assert_a_compiled_step_is_the_same(name):
-    torch.manual_seed(0)
-    make, step = STEPS[name]
-    net = make().to(memory_format=torch.channels_last)
-    compiled = copy.deepcopy(net)
-    compile_edges(compiled)
-    assert compiled.state_dict().keys() == net.state_dict().keys()
-    expected, found = step(net), step(compiled)
-    assert relative_error(expected, found, as_one=True) < 1e-4
-    assert len(found[1]) == len(expected[1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_the_steps_of_a_search_are_the_same_compiled(name):
