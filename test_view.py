@@ -213,7 +213,7 @@ def choose_compiled(args, device, net, sizes):
         net.shapes = set()
     else:
         net.shapes = distributed.from_main(partial(worth_compiling, args, sizes))
-        why_not = f"of no size are there {COMPILED_FROM // 10**6} megapixels"
+        why_not = f"it pays from {COMPILED_FROM // 10**6} megapixels of one size on"
     shapes = " ".join(f"{width}x{height}" for height, width in sorted(net.shapes))
     if shapes:
         print(f"compiled, which takes minutes at first: {shapes}", flush=True)

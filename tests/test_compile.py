@@ -327,7 +327,7 @@ def test_of_too_few_pixels_nothing_is_compiled_whatever_is_done_already(network,
     Path("2.png").rename(Path("rain", "2.png"))
     assert view("--path rain --skip_done")[0] == 0  # one is left
     assert not network
-    assert capsys.readouterr().out.count("not compiled: of no size are there 0 megapixels") == 2
+    assert capsys.readouterr().out.count("not compiled: it pays from 0 megapixels of one size on") == 2
 
 
 def test_where_compiling_fails_one_warning_says_so_and_the_picture_is_restored(network, monkeypatch, caplog):
