@@ -14,7 +14,10 @@ made=datasets/derain
 
 # Scenes of three densities over clean photographs: made SEED FOLDER PHOTOGRAPHS [FLAG ...]
 scenes() {
-    [ -d "$made/$2" ] || "$python" -m support.rain "$3" "$made/$2" --seed "$1" ${4-}
+    [ -d "$made/$2" ] && return
+    rm -rf "$made/making" # of a run that was interrupted
+    "$python" -m support.rain "$3" "$made/making" --seed "$1" ${4-}
+    mv "$made/making" "$made/$2"
 }
 
 # One run, unless it is done: train NUMBER FLAG ...
@@ -23,7 +26,7 @@ train() {
     shift
     if [ -f "$run/summary.json" ]; then
         echo "$run is done"
-    elif [ -f "$run/last.pt" ]; then
+    elif [ -f "$run/last.pt" ] || [ -f "$run/last.prev.pt" ]; then
         "$python" train_model_batch.py --resume "$run"
     else
         "$python" train_model_batch.py "$@" --save "$run"

@@ -71,6 +71,10 @@ def test_the_cards_command_trains_from_photographs_and_goes_on(tmp_path):
     command = ["sh", "eval-EXP/train.sh", "photographs", "pairs"]
     short = "--epochs 1 --steps_per_epoch 1 --val_scenes 1 --patch_size 16 --workers 0 --device cpu".split()
 
+    half_made = tmp_path / "datasets" / "derain" / "making" / "DID-MDN-training"
+    half_made.mkdir(parents=True)  # as left by a run that was stopped there
+    (half_made / "left.jpg").write_bytes(b"half a picture")
+
     def run(*flags):
         return subprocess.run(
             [*command, *flags],
@@ -86,6 +90,7 @@ def test_the_cards_command_trains_from_photographs_and_goes_on(tmp_path):
     assert runs == [f"eval-EXP-derain-{i}" for i in range(1, len(runs) + 1)]
     assert (tmp_path / runs[-1] / "best_psnr.pt").exists()
     assert not list((tmp_path / "datasets").rglob("460.*"))
+    assert not list((tmp_path / "datasets").rglob("left.jpg"))
     (tmp_path / runs[-1] / "summary.json").unlink()
     assert run().count("is done") == len(runs) - 1
     assert (tmp_path / runs[-1] / "summary.json").exists()
