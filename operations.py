@@ -33,6 +33,19 @@ def pad_to_multiple(x):
     return F.pad(x, (0, -width % MULTIPLE, 0, -height % MULTIPLE), mode="replicate")
 
 
+def total(terms):
+    """The sum of a sequence of tensors. Python's own begins with 0 + the first: a pass over memory more."""
+    return sum(terms[1:], terms[0])
+
+
+def mean(x, dimensions):
+    """The mean of x over some dimensions, which stay as 1."""
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:  # of which `mean` would copy all to float32
+        sums = x.sum(dimensions, keepdim=True)
+        return sums / (x.numel() // sums.numel())
+    return x.mean(dimensions, keepdim=True)
+
+
 # --- the nine operations of an attention edge: NxcxHxW -> NxcxHxW -------------------------------------------
 
 
@@ -57,7 +70,7 @@ class Pooled:
     def average(self):
         """Nxcx1x1: mean over the pixels."""
         if self._average is None:
-            self._average = self.x.mean((2, 3), keepdim=True)
+            self._average = mean(self.x, (2, 3))
         return self._average
 
     @property
@@ -71,7 +84,7 @@ class Pooled:
     def maps(self):
         """Nx2xHxW: maximum and mean over the channels."""
         if self._maps is None:
-            self._maps = torch.cat([self.x.amax(1, keepdim=True), self.x.mean(1, keepdim=True)], 1)
+            self._maps = torch.cat([self.x.amax(1, keepdim=True), mean(self.x, (1,))], 1)
         return self._maps
 
 
@@ -237,8 +250,8 @@ class AttentionModule(nn.Module):
                 for index, h in zip(indices, inputs, strict=True)
                 if not isinstance(edges[index], Zero)
             ]
-            nodes.append(sum(terms) if terms else torch.zeros_like(group))
-        return self.excite(x + self.project(torch.cat([*nodes, self.skip(sum(groups))], 1)))
+            nodes.append(total(terms) if terms else torch.zeros_like(group))
+        return self.excite(x + self.project(torch.cat([*nodes, self.skip(total(groups))], 1)))
 
 
 # --- the multi-scale modules --------------------------------------------------------------------------------
@@ -253,9 +266,10 @@ class Bottleneck(nn.Module):
             conv_bn(inputs, width), conv_bn(width, width, 3), conv_bn(width, outputs, relu=False)
         )
         self.shortcut = nn.Identity() if inputs == outputs else conv_bn(inputs, outputs, relu=False)
+        self.relu = nn.ReLU()
 
     def forward(self, x):
-        return F.relu(self.body(x) + self.shortcut(x))
+        return self.relu(self.body(x) + self.shortcut(x))
 
 
 def stem(width):
@@ -269,9 +283,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.body = nn.Sequential(conv_bn(channels, channels, 3), conv_bn(channels, channels, 3, relu=False))
+        self.relu = nn.ReLU()
 
     def forward(self, x):
-        return F.relu(x + self.body(x))
+        return self.relu(x + self.body(x))
 
 
 class Parallel(nn.Module):
@@ -298,6 +313,7 @@ class Fusion(nn.Module):
             nn.ModuleList(self._path(channels, source, target) for source in scales)
             for target in scales[:outputs]
         )
+        self.relu = nn.ReLU()
 
     @staticmethod
     def _path(channels, source, target):
@@ -315,7 +331,9 @@ class Fusion(nn.Module):
         )
 
     def forward(self, xs):
-        return [F.relu(sum(path(x) for path, x in zip(paths, xs, strict=True))) for paths in self.paths]
+        return [
+            self.relu(total([path(x) for path, x in zip(paths, xs, strict=True)])) for paths in self.paths
+        ]
 
 
 MULTI_SCALE = {"parallel": Parallel, "fusion": Fusion}

@@ -41,8 +41,8 @@ def keep_freed_memory():
 
 
 def for_inference(net):
-    """A copy of a network in evaluation mode with every BatchNorm folded into the convolution before it, and
-    channels last in memory.
+    """A copy of a network in evaluation mode with every BatchNorm folded into the convolution before it,
+    every ReLU in place, and channels last in memory.
 
     Its outputs are the same but for rounding. It is to be run only: save, train and export `net` itself.
     """
@@ -53,6 +53,8 @@ def for_inference(net):
                 if isinstance(module[i], nn.Conv2d) and isinstance(module[i + 1], nn.BatchNorm2d):
                     module[i] = fuse_conv_bn_eval(module[i], module[i + 1])
                     module[i + 1] = nn.Identity()
+        if isinstance(module, nn.ReLU):
+            module.inplace = True  # each is of a convolution's output or of a sum, of no other use
     return net.to(memory_format=torch.channels_last)
 
 
