@@ -87,7 +87,8 @@ def compile_edges(net):
 
 
 class Compiled(nn.Module):
-    """A network `for_inference`, compiled for pictures of some `shapes`; others go through it as it is.
+    """A network `for_inference`, compiled for pictures of some `shapes`; others go through it as it is. To be
+    run without gradients, else its weights are not frozen.
 
     shapes: a set of (height, width) in multiples of 8, as the network pads a picture; to be set at any time.
     The first picture of each takes minutes. Where compiling fails a warning says why, and all go through as
@@ -99,8 +100,7 @@ class Compiled(nn.Module):
         self.net = net
         self.shapes = set()
         self.train(net.training)
-        # Freezing: the weights are constants, laid out for the kernels that are chosen.
-        self.compiled = torch.compile(net, dynamic=False, options={"freezing": True})
+        self.compiled = torch.compile(net, dynamic=False)
 
     def forward(self, x):
         height, width = x.shape[-2:]
@@ -109,7 +109,10 @@ class Compiled(nn.Module):
             try:
                 # Flipped or turned, a picture has other strides, for which all would be compiled anew.
                 padded = padded.contiguous(memory_format=torch.channels_last)
-                return self.compiled(padded)[..., :height, :width]
+                # Freezing: the weights are constants, laid out for the kernels that are chosen. As an option
+                # of torch.compile it comes after they were made arguments, and does nothing.
+                with torch._inductor.config.patch(freezing=True):
+                    return self.compiled(padded)[..., :height, :width]
             except torch._dynamo.exc.TorchDynamoException as error:
                 self.shapes = set()
                 log.warning("compiling failed, going on without: %s", str(error).strip().partition("\n")[0])

@@ -263,6 +263,13 @@ def assert_compiled_is_the_same(net, amp):
             with torch.inference_mode(), torch.autocast("cpu", enabled=amp):
                 torch.testing.assert_close(compiled(turned), net(turned), rtol=0, atol=1e-2 if amp else 1e-4)
     assert graphs() == 3
+    x = torch.rand(1, 3, 24, 32)
+    with torch.inference_mode(), torch.autocast("cpu", enabled=amp):
+        before = compiled(x)
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.zero_()
+        assert torch.equal(compiled(x), before), "the weights were no constants"
 
 
 @pytest.fixture
