@@ -21,7 +21,8 @@ is what --cache makes of it, decoding being its plain form.
 
 The scripts also keep freed memory (`support.fast.keep_freed_memory`), which a process cannot take back. What
 that gains on a CPU is measured by itself, in rows that begin with `kept_`: offered form against offered form,
-in two processes, of which one keeps. The speed of a script is the product of the two ratios.
+in two processes, of which one keeps. Rows that begin with `whole_` are the speed of a script: the plain form
+in a process that does not keep, against the offered one in one that does.
 """
 
 import argparse
@@ -69,9 +70,10 @@ SEARCH_STEPS = {
 }
 PICTURES = {"inference_256": (256, 256), "inference_512": (512, 512), "inference_1080p": (1080, 1920)}
 LOADERS = ("loader", "loader_cached")
-KEPT = "kept_"  # begins the name of a row
-KEPT_ROWS = [KEPT + name for name in ("weight_and_arch_step", "training_step", "inference_512")]
-ROWS = (*SEARCH_STEPS, "training_step", *PICTURES, *KEPT_ROWS, *LOADERS)
+KEPT, WHOLE = "kept_", "whole_"  # begin the names of rows
+SCRIPT_STEPS = ("weight_and_arch_step", "training_step", "inference_512")
+SCRIPT_ROWS = [kind + name for kind in (KEPT, WHOLE) for name in SCRIPT_STEPS]
+ROWS = (*SEARCH_STEPS, "training_step", *PICTURES, *SCRIPT_ROWS, *LOADERS)
 DENSITIES = 3  # rainy images a scene
 LOADER_SECONDS = 4
 PATIENCE = 30  # seconds of a row's turns, where --repeats does not say how many
@@ -166,18 +168,21 @@ def main(args):
     rows = {}
     names = list(dict.fromkeys(args.rows))
     if args.amp:
-        names += [name + HALF for name in names if name + HALF in ALLOWED_ERROR]
+        names += [name + HALF for name in names if name.removeprefix(WHOLE) + HALF in ALLOWED_ERROR]
     if args.compile:
-        names += [name + COMPILED for name in names if name in COMPILABLE]
+        names += [name + COMPILED for name in names if name.removeprefix(WHOLE) in COMPILABLE]
     for name in names:
         if name in LOADERS:
             row = time_loader(args, training, device, cached=name == "loader_cached")
         else:
             eager = name.removesuffix(COMPILED)
-            step = eager.removesuffix(HALF).removeprefix(KEPT)
+            step = eager.removesuffix(HALF).removeprefix(KEPT).removeprefix(WHOLE)
             options = copy.copy(search if step in SEARCH_STEPS else training)
             options.amp, options.compile = eager.endswith(HALF), name.endswith(COMPILED)
-            row = (measure_kept if name in KEPT_ROWS else measure)(step, options, device, args.repeats)
+            if name.startswith((KEPT, WHOLE)):
+                row = measure_scripts(step, options, device, args.repeats, plain=name.startswith(WHOLE))
+            else:
+                row = measure(step, options, device, args.repeats)
         rows[name] = {**row, "name": name, "device": device.type, **where}
         if not args.json:
             print(table_line(rows[name]), flush=True)
@@ -399,15 +404,15 @@ def measure(name, options, device, repeats=None):
     }
 
 
-def measure_kept(name, options, device, repeats=None):
-    """The figures of a row of `KEPT_ROWS`: the offered step in a process that keeps freed memory, and in one
-    that does not, taking turns.
+def measure_scripts(name, options, device, repeats=None, plain=False):
+    """The figures of a row of `SCRIPT_ROWS`: the offered step in a process that keeps freed memory, and the
+    offered or plain one in a process that does not, taking turns.
     """
     spawn = multiprocessing.get_context("spawn")
     processes, ends = [], []
     for keep in (False, True):
         here, there = spawn.Pipe()
-        work = (there, name, options, device, keep, torch.get_num_threads())
+        work = (there, name, options, device, keep, plain and not keep, torch.get_num_threads())
         processes.append(spawn.Process(target=serve, args=work, daemon=True))
         processes[-1].start()
         there.close()
@@ -427,12 +432,14 @@ def measure_kept(name, options, device, repeats=None):
     return dict.fromkeys(COLUMNS) | figures | dict(zip(("plain_mb", "mb"), memory, strict=True))
 
 
-def serve(end, name, options, device, keep, threads):
-    """Asked the first time, send the peak memory of a row's offered step; from then on its milliseconds."""
+def serve(end, name, options, device, keep, plain, threads):
+    """Asked the first time, send the peak memory of a row's plain or offered step; from then on its
+    milliseconds.
+    """
     torch.set_num_threads(threads)
     if keep:
         keep_freed_memory()
-    _, step = steps(name, options, device, picture_size=PICTURES.get(name))
+    step = steps(name, options, device, picture_size=PICTURES.get(name))[0 if plain else 1]
     step()
     end.recv()
     end.send(peak_memory(step, device))
