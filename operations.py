@@ -46,6 +46,15 @@ def mean(x, dimensions):
     return x.mean(dimensions, keepdim=True)
 
 
+def maximum(x, dimension):
+    """The maximum of x over one dimension, which stays as 1."""
+    if not x.requires_grad:
+        return x.amax(dimension, keepdim=True)
+    # The backward of amax looks where x equals its maximum: compiled in bfloat16, x is computed anew without
+    # the rounding, equals it nowhere, and the gradient is 0 / 0. max remembers the place (one, of several).
+    return x.max(dimension, keepdim=True).values
+
+
 # --- the nine operations of an attention edge: NxcxHxW -> NxcxHxW -------------------------------------------
 
 
@@ -59,7 +68,9 @@ class Zero(nn.Module):
 class Pooled:
     """What the gates of one edge see of its x, NxcxHxW: each is computed once, for the first that asks.
 
-    Not by functools.cached_property, whose lock in Python 3.11 torch.compile cannot trace.
+    Not by functools.cached_property, whose lock in Python 3.11 torch.compile cannot trace. Nor by amax, whose
+    backward looks where x equals its maximum: compiled in bfloat16, x is computed anew without the rounding,
+    equals it nowhere, and the gradient is 0 / 0. max remembers the place (the first, where several are equal).
     """
 
     def __init__(self, x):
@@ -77,14 +88,14 @@ class Pooled:
     def maximum(self):
         """Nxcx1x1: maximum over the pixels."""
         if self._maximum is None:
-            self._maximum = self.x.amax((2, 3), keepdim=True)
+            self._maximum = maximum(self.x.flatten(2), 2)[..., None]
         return self._maximum
 
     @property
     def maps(self):
         """Nx2xHxW: maximum and mean over the channels."""
         if self._maps is None:
-            self._maps = torch.cat([self.x.amax(1, keepdim=True), mean(self.x, (1,))], 1)
+            self._maps = torch.cat([maximum(self.x, 1), mean(self.x, (1,))], 1)
         return self._maps
 
 

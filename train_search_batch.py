@@ -120,8 +120,6 @@ def main(args):
         raise UserError("--sync_bn: has no second derivative, which --unrolled needs; leave one of them out")
     run = Experiment("search", args, get_args_parser(), DEMO)
     args = run.args
-    if args.compile and args.amp and run.device.type == "cpu":
-        raise UserError("--compile: with --amp it gives NaN as gradients on a CPU; leave one of them out")
     args.name = args.name or distributed.agree(time.strftime("search_%Y%m%d_%H%M%S"))
     if not (args.demo or run.done()):
         genotypes.check_new_name(args.name)

@@ -92,8 +92,8 @@ ALLOWED_ERROR = {**dict.fromkeys(PICTURES, 1e-4), "loader_cached": 0.0}
 HALF = "_amp"  # ends the name of such a row
 ALLOWED_ERROR |= {name + HALF: 0.2 for name in PICTURES}
 ALLOWED_ERROR |= {name + HALF: 0.9 for name in (*SEARCH_STEPS, "training_step")}
-# Not a search in half precision: see train_search_batch.py.
-COMPILABLE = (*SEARCH_STEPS, *PICTURES, *(name + HALF for name in PICTURES))
+COMPILABLE = (*SEARCH_STEPS, *PICTURES)
+COMPILABLE += tuple(name + HALF for name in COMPILABLE)
 COMPILED = "_compile"  # ends the name of such a row, after HALF
 ALLOWED_ERROR |= {name + COMPILED: error for name, error in ALLOWED_ERROR.items()}
 
