@@ -67,7 +67,10 @@ class MixedAttention(AttentionModule):
         super().__init__(channels, [MixedOperation(channels // NODES) for _ in range(EDGES)])
 
     def forward(self, x, beta):
-        return self.attend(x, [partial(edge, beta=b) for edge, b in zip(self.edges, beta, strict=True)])
+        # Copied once, each group is dense for all operations of its edge; and compiled once for all edges.
+        groups = [group.clone() for group in x.chunk(NODES, 1)]
+        edges = [partial(edge, beta=b) for edge, b in zip(self.edges, beta, strict=True)]
+        return self.attend(x, groups, edges)
 
 
 class SearchCell(nn.Module):

@@ -70,7 +70,7 @@ class Pooled:
 
     Not by functools.cached_property, whose lock in Python 3.11 torch.compile cannot trace. Nor by amax, whose
     backward looks where x equals its maximum: compiled in bfloat16, x is computed anew without the rounding,
-    equals it nowhere, and the gradient is 0 / 0. max remembers the place (the first, where several are equal).
+    equals it nowhere, and the gradient is 0 / 0. max remembers the place (one, where several are equal).
     """
 
     def __init__(self, x):
@@ -249,10 +249,9 @@ class AttentionModule(nn.Module):
         self.excite = ChannelGate(channels, 16)
 
     def forward(self, x):
-        return self.attend(x, self.edges)
+        return self.attend(x, x.chunk(NODES, 1), self.edges)
 
-    def attend(self, x, edges):
-        groups = x.chunk(NODES, 1)
+    def attend(self, x, groups, edges):
         nodes = []
         for group, indices in zip(groups, NODE_EDGES, strict=True):
             inputs = [group, *nodes]
