@@ -75,3 +75,5 @@ train 5 $five $many --weights eval-EXP-derain-4/best_psnr.pt $fine --mse_weight 
     --clean_inputs 0.25 --seed 5 "$@"
 train 6 $five $many --weights eval-EXP-derain-5/best_psnr.pt $fine --mse_weight 20 --epochs 17 \
     --clean_inputs 0.25 --patch_size 128 --learning_rate 7e-4 --amp --seed 6 "$@"
+train 7 $five $many --weights eval-EXP-derain-6/best_psnr.pt $fine --mse_weight 20 --epochs 17 \
+    --clean_inputs 0.3 --patch_size 128 --learning_rate 7e-4 --amp --seed 7 "$@"
