@@ -420,13 +420,14 @@ def measure_scripts(name, options, device, repeats=None, plain=False):
 
     def in_turn():
         for end in ends:
-            end.send("go on")
+            end.send(True)
             yield end.recv()
 
     memory = list(in_turn())
     turns = [list(in_turn()) for _ in range(repeats or 5)]
-    for process in processes:
-        process.terminate()
+    for end, process in zip(ends, processes, strict=True):
+        end.send(False)
+        process.join()
     plain_ms, ms = map(statistics.median, zip(*turns, strict=True))
     figures = {"plain_ms": plain_ms, "ms": ms, "ratio": plain_ms / ms}
     return dict.fromkeys(COLUMNS) | figures | dict(zip(("plain_mb", "mb"), memory, strict=True))
@@ -434,7 +435,7 @@ def measure_scripts(name, options, device, repeats=None, plain=False):
 
 def serve(end, name, options, device, keep, plain, threads):
     """Asked the first time, send the peak memory of a row's plain or offered step; from then on its
-    milliseconds.
+    milliseconds, until what comes is False.
     """
     torch.set_num_threads(threads)
     if keep:
@@ -444,8 +445,7 @@ def serve(end, name, options, device, keep, plain, threads):
     end.recv()
     end.send(peak_memory(step, device))
     step()  # since to measure that, what was kept is given back
-    while True:
-        end.recv()
+    while end.recv():
         end.send(milliseconds(step, device))
 
 
