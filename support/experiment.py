@@ -209,7 +209,7 @@ def add_arguments(parser):
     run.add_argument(
         "--allow_bad",
         action="store_true",
-        help=f"go on when more than {MOST_BAD:.0%} of the files turn out to be unreadable",
+        help=f"go on when more than {MOST_BAD:.0%}% of the files turn out to be unreadable",  # argparse's %%
     )
 
 

@@ -187,7 +187,7 @@ def test_a_compiled_edge_in_half_precision_is_as_near_to_float32_as_one_that_is_
 
 @pytest.mark.parametrize("name", PRIMITIVES[2:])
 def test_gradients_bear_that_what_they_need_is_computed_anew_with_other_rounding(name):
-    """As compiled kernels do in bfloat16; see operations.Pooled."""
+    """As compiled kernels do in bfloat16; see operations.maximum."""
 
     def rounded_otherwise(saved):
         noisy = saved.is_floating_point() and saved.numel() > 1

@@ -1,5 +1,6 @@
 """A run of either training script: its options, its clock, what it keeps, and how it goes on."""
 
+import importlib
 import json
 import math
 import os
@@ -30,6 +31,17 @@ from support.metrics import mean_scores, score
 from tests.made import photograph, rain_on, scalars, write_pairs
 
 SCRIPTS = {"search": train_search_batch, "train": train_model_batch, "view": test_view}
+ROOT = Path(test_view.__file__).parent
+COMMANDS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py")])
+    if "def get_args_parser(" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_prints_its_help(name):
+    assert "--help" in importlib.import_module(name).get_args_parser().format_help()
 
 
 def parser():
