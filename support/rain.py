@@ -3,6 +3,7 @@
     python -m support.rain photos/ datasets/synthetic                     one scene a photograph
     python -m support.rain photos/ more/ datasets/synthetic --style mixed --size 512 --test 100
     python -m support.rain rain800/training datasets/synthetic --clean_side left
+    python -m support.rain photos/ datasets/moved --rain_of rain800/training --rain_side left
 
 Rain brightens: O = B + a (1 - B), a screen blend of the clean image B with a grey layer a in [0, 1].
 
@@ -12,13 +13,16 @@ cubic kernel 1.55 pixels wide. The densities of a scene share the direction, not
 mean and contrast of a. The numbers of the style "did-mdn" were fitted to those samples, to percentiles and
 autocorrelation together, through the same JPEG coding; every scene draws its own around them. The other
 styles follow Rain800 and photographs of real rain, by eye.
+
+With `--rain_of` nothing is drawn: the rain of given pairs is moved to other backgrounds, see `Borrowed`. That
+reaches what no style has: a sixth of Rain800's rain darkens, blended in ways that raise contrast.
 """
 
 import argparse
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,6 +156,86 @@ def blend(clean: np.ndarray, layer: np.ndarray) -> np.ndarray:
     return np.rint(clean + a * (255 - clean.astype(np.float32))).astype(np.uint8)
 
 
+# --- rain of real pairs -------------------------------------------------------------------------------------
+
+
+class Borrowed(NamedTuple):
+    """The rain of one pair: O = B + offset(B) + spread(B) * streaks, for each colour channel by itself."""
+
+    offset: np.ndarray  # at `TONES`: by how much the rain changes a value, in the median
+    spread: np.ndarray  # at `TONES`: half of what lies between the 16th and the 84th percentile, at least 2
+    streaks: np.ndarray  # HxW float32, grey
+
+
+TONES = np.arange(8, 256, 16)  # middles of 16 equal ranges of values
+TONES_NEEDED = 12  # ranges that a pair's background must fill
+FILLED = 300  # values in a range, to count as filled
+
+
+def borrow(rainy: np.ndarray, clean: np.ndarray) -> Borrowed | None:
+    """Measure the rain of a pair, two HxWx3 uint8 RGB arrays; None if its background has too few tones."""
+    change, ranges = rainy.astype(np.float32) - clean, clean // 16
+    filled = [k for k in range(16) if np.count_nonzero(ranges == k) >= FILLED]
+    if len(filled) < TONES_NEEDED:
+        return None
+    low, median, high = np.array([np.percentile(change[ranges == k], (16, 50, 84)) for k in filled]).T
+    offset = np.interp(TONES, TONES[filled], median)
+    spread = np.interp(TONES, TONES[filled], np.maximum((high - low) / 2, 2))
+    streaks = change - np.interp(clean, TONES, offset)
+    streaks = streaks.sum(-1) / np.interp(clean, TONES, spread).sum(-1)
+    return Borrowed(offset, spread, streaks.astype(np.float32))
+
+
+def lay(clean: np.ndarray, rain: Borrowed) -> np.ndarray:
+    """`clean` HxWx3 uint8 RGB, of the size of the streaks, under borrowed rain: the same shape and type."""
+    offset, spread = np.interp(clean, TONES, rain.offset), np.interp(clean, TONES, rain.spread)
+    return np.rint(np.clip(clean + offset + spread * rain.streaks[..., None], 0, 255)).astype(np.uint8)
+
+
+def borrow_scene(
+    clean: np.ndarray, seed: int | np.random.Generator, lenders: Sequence[Borrowed]
+) -> dict[str, np.ndarray]:
+    """`clean` (HxWx3 uint8 RGB) under three lenders' rain, by level, what changes it most first."""
+    rng = np.random.default_rng(seed)
+    rainy = []
+    for i in rng.choice(len(lenders), len(LEVELS), replace=False):
+        streaks = lenders[i].streaks
+        # From a place drawn at random on; where the background is larger the streaks begin again.
+        window = [
+            (rng.integers(b) + np.arange(a)) % b for a, b in zip(clean.shape, streaks.shape, strict=False)
+        ]
+        rainy.append(lay(clean, lenders[i]._replace(streaks=streaks[np.ix_(*window)])))
+    rainy.sort(key=lambda image: -np.abs(image.astype(np.float32) - clean).mean())
+    return dict(zip(LEVELS, rainy, strict=True))
+
+
+def find_lenders(folder: str | Path, clean_side: str, failures: list[str]) -> list[Borrowed]:
+    """The rain of the side by side pairs of a folder that have enough tones. A line is appended to `failures`
+    for each file that could not be read. Raises UserError where fewer than a scene's three are left.
+    """
+    lenders = []
+    for path in find_photographs([folder]):
+        try:
+            image = read_image(path)
+        except UserError as error:
+            failures.append(str(error))
+            tqdm.write(str(error), file=sys.stderr)
+            continue
+        half = image.shape[1] // 2
+        sides = {"left": image[:, :half], "right": image[:, -half:]}
+        lenders.append(borrow(sides["right" if clean_side == "left" else "left"], sides[clean_side]))
+    lenders = [rain for rain in lenders if rain is not None]
+    if len(lenders) < len(LEVELS):
+        raise UserError(
+            f"--rain_of {folder}: {len(lenders)} pairs whose clean half has {TONES_NEEDED} of 16 ranges of "
+            f"values; {len(LEVELS)} are needed"
+        )
+    return lenders
+
+
+# --- scenes -------------------------------------------------------------------------------------------------
+
+
 def make_scene(
     clean: np.ndarray, seed: int | np.random.Generator, style: str = "did-mdn"
 ) -> dict[str, np.ndarray]:
@@ -173,6 +257,8 @@ def write_scenes(
     test: int = 0,
     size: int | None = None,
     clean_side: str | None = None,
+    rain_of: str | Path | None = None,
+    rain_side: str | None = None,
 ) -> list[str]:
     """Write scenes over clean photographs in DID-MDN's layout, in each file rain left and clean right:
 
@@ -188,23 +274,30 @@ def write_scenes(
         size: crop the middle square and scale it to this side, in pixels (512 in DID-MDN); default: keep the
             photographs' own size. Either way, widths are cut to multiples of 16.
         clean_side: "left" or "right": the photographs are side by side files and this is the clean half.
+        rain_of: a folder of side by side pairs, whose rain is moved here in place of a `style`: each version
+            of a scene has that of another pair.
+        rain_side: "left" or "right": their clean half.
 
     Returns:
-        one line for each photograph that could not be read; the others are done.
+        one line for each photograph or pair that could not be read; the others are done.
 
     Raises:
-        UserError: `out` already holds such a set, cannot be written, or there are too few photographs.
+        UserError: `out` already holds such a set, cannot be written, or there are too few photographs or
+            pairs.
     """
     out = Path(out)
     for part in ("DID-MDN-training", "DID-MDN-test"):
         if (out / part).exists():
             raise UserError(f"{out}: already holds {part}; give another folder, or remove that one")
+    if (rain_of is None) != (rain_side is None):
+        raise UserError("--rain_of, --rain_side: give both or none; the side is the clean half's")
     named = _name(photographs)
     wanted = test + (scenes or 1)
     if len(named) < wanted:
         raise UserError(f"{len(named)} photographs found; {wanted} are needed, {test} of them to test on")
     order = [list(named)[i] for i in np.random.default_rng(seed).permutation(len(named))]
     failures = []
+    lenders = find_lenders(rain_of, rain_side, failures) if rain_of else None
     for i, name in enumerate(tqdm(order[: test + scenes if scenes else None], unit="scene", disable=None)):
         try:
             image = _prepare(read_image(named[name]), named[name], size, clean_side)
@@ -212,13 +305,15 @@ def write_scenes(
             failures.append(str(error))
             tqdm.write(str(error), file=sys.stderr)
         else:
-            _write_scene(image, out, name, seed, style, is_test=i < test)
+            _write_scene(image, out, name, seed, style, lenders, is_test=i < test)
     return failures
 
 
-def _write_scene(clean, out, name, seed, style="did-mdn", is_test=False) -> None:
+def _write_scene(clean, out, name, seed, style="did-mdn", lenders=None, is_test=False) -> None:
     # Seeded by the name, not drawn from one stream: a scene is the same whatever else is in the folder.
-    for level, rainy in make_scene(clean, [seed, zlib.crc32(name.encode())], style).items():
+    own_seed = [seed, zlib.crc32(name.encode())]
+    scene = borrow_scene(clean, own_seed, lenders) if lenders else make_scene(clean, own_seed, style)
+    for level, rainy in scene.items():
         if is_test:
             path = out / "DID-MDN-test" / f"{level.lower()}_{name}.jpg"
         else:
@@ -321,7 +416,10 @@ def get_args_parser():
     parser.add_argument("clean_dirs", nargs="+", help="folders of clean photographs")
     parser.add_argument("out_dir", help="folder to make DID-MDN-training and DID-MDN-test in")
     parser.add_argument("--seed", type=_at_least(0), default=0)
-    parser.add_argument("--style", choices=[*STYLES, "mixed"], default="did-mdn")
+    rain = parser.add_mutually_exclusive_group()
+    rain.add_argument("--style", choices=[*STYLES, "mixed"], default="did-mdn")
+    rain.add_argument("--rain_of", metavar="PAIRS", help="move the rain of these side by side pairs here")
+    parser.add_argument("--rain_side", choices=["left", "right"], help="the clean half of those pairs")
     parser.add_argument("--scenes", type=_at_least(1), help="training scenes; default: one a photograph")
     parser.add_argument("--test", type=_at_least(0), default=0, help="photographs to keep for the test part")
     parser.add_argument("--size", type=_at_least(16), help="crop to squares; default: the photographs' size")

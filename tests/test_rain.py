@@ -15,10 +15,13 @@ from support.rain import (
     LEVELS,
     STYLES,
     blend,
+    borrow,
+    borrow_scene,
     demo_set,
     draw_rain,
     find_photographs,
     get_args_parser,
+    lay,
     main,
     make_scene,
     rain_layer,
@@ -190,6 +193,101 @@ def test_real_samples_could_have_been_drawn(level):
             drawn.append(describe(cv2.imdecode(code, cv2.IMREAD_UNCHANGED)))
         deviations = (describe(real) - np.mean(drawn, 0)) / np.std(drawn, 0)
         assert np.abs(deviations).max() < 2, file
+
+
+# --- rain of real pairs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lent():
+    """(rainy, clean, its streaks) of rain that darkens and raises contrast, as a fifth of Rain800's does."""
+    clean = skimage.data.astronaut()
+    streaks = rain_layer(*clean.shape[:2], "Heavy", np.random.default_rng(0)) - 0.25
+    return darkened(clean, streaks), clean, streaks
+
+
+def darkened(clean, streaks):
+    tone = 255 * (clean / 255.0) ** 1.5
+    return np.rint(np.clip(tone + 200 * streaks[..., None], 0, 255)).astype(np.uint8)
+
+
+def test_a_pairs_own_rain_laid_again_is_the_pair(lent):
+    rainy, clean, _ = lent
+    again = lay(clean, borrow(rainy, clean))
+    assert cv2.PSNR(again, rainy) > 35 > 20 > cv2.PSNR(clean, rainy)
+
+
+def test_moved_rain_changes_another_background_as_its_own(lent, photograph):
+    rainy, clean, streaks = lent
+    rain, photograph = borrow(rainy, clean), photograph[:, : clean.shape[1]]
+    height = len(photograph)
+    moved = lay(photograph, rain._replace(streaks=rain.streaks[:height]))
+    made = darkened(photograph, streaks[:height])
+    assert moved.mean() < photograph.mean() - 20
+    assert cv2.PSNR(moved, made) > 30 and cv2.PSNR(photograph, made) < 18
+
+
+def test_a_scene_has_the_rain_of_three_pairs_and_its_background_whole(lent, photograph):
+    rainy, clean, _ = lent
+    lenders = [borrow(rainy, clean)]
+    for level in ("Light", "Medium"):
+        layer = rain_layer(*clean.shape[:2], level, np.random.default_rng(1))
+        lenders.append(borrow(blend(clean, layer), clean))
+    scene = borrow_scene(photograph, 3, lenders)  # wider than the lenders' 512 pixels
+    assert tuple(scene) == LEVELS and {image.shape for image in scene.values()} == {photograph.shape}
+    changes = {level: image.astype(float) - photograph for level, image in scene.items()}
+    sizes = [np.abs(change).mean() for change in changes.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    assert changes["Heavy"].mean() < -20 and changes["Light"].mean() > 0
+    again = borrow_scene(photograph, 3, lenders)
+    other = borrow_scene(photograph, 4, lenders)
+    assert all(np.array_equal(scene[level], again[level]) for level in LEVELS)
+    assert not np.array_equal(scene["Heavy"], other["Heavy"])
+
+
+def test_a_pair_of_few_tones_lends_nothing(lent):
+    rainy, clean, _ = lent
+    assert borrow(rainy, clean // 2) is None
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
+def test_rain800s_darkening_rain_darkens_other_photographs_too(photograph):
+    pair = read_image(SHARED / "rain800/training/538.jpg")
+    half = pair.shape[1] // 2
+    clean, rainy = pair[:, :half], pair[:, -half:]
+    assert rainy.mean() < clean.mean() - 10
+    rain = borrow(rainy, clean)
+    height, width = np.minimum(rain.streaks.shape, photograph.shape[:2])
+    moved = lay(photograph[:height, :width], rain._replace(streaks=rain.streaks[:height, :width]))
+    assert moved.mean() < photograph[:height, :width].mean() - 10
+
+
+def test_command_with_the_rain_of_pairs(photographs, tmp_path, lent):
+    rainy, clean, _ = lent
+    for k in range(3):
+        write_image(tmp_path / "pairs" / f"{k}.png", np.hstack([clean[k:], rainy[k:]]))
+    out, again = tmp_path / "out", tmp_path / "again"
+    borrowed = ("--rain_of", tmp_path / "pairs", "--rain_side", "left")
+    done = run(photographs, out, *borrowed)
+    assert (done.returncode, done.stderr) == (0, "")
+    pair = read_image(out / "DID-MDN-training/Rain_Medium/train2018new/third.jpg")
+    assert pair.shape == (64, 192, 3) and pair[:, :96].mean() < pair[:, 96:].mean() - 10
+    (tmp_path / "pairs" / "broken.png").write_bytes(b"not an image")
+    done = run(photographs, again, *borrowed)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "broken.png" in done.stderr
+    assert files(again) == files(out)
+
+
+def test_mistakes_with_the_rain_of_pairs(photographs, tmp_path):
+    for flags, told in (
+        (["--rain_of", photographs], "--rain_side"),
+        (["--rain_of", photographs, "--style", "mixed", "--rain_side", "left"], "--style"),
+        (["--rain_of", tmp_path / "none", "--rain_side", "left"], str(tmp_path / "none")),
+        (["--rain_of", photographs, "--rain_side", "left"], "3 are needed"),
+    ):
+        done = run(photographs, tmp_path / "out", *flags)
+        assert done.returncode == 2 and told in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 # --- the files ----------------------------------------------------------------------------------------------
