@@ -68,9 +68,7 @@ class Zero(nn.Module):
 class Pooled:
     """What the gates of one edge see of its x, NxcxHxW: each is computed once, for the first that asks.
 
-    Not by functools.cached_property, whose lock in Python 3.11 torch.compile cannot trace. Nor by amax, whose
-    backward looks where x equals its maximum: compiled in bfloat16, x is computed anew without the rounding,
-    equals it nowhere, and the gradient is 0 / 0. max remembers the place (one, where several are equal).
+    Not by functools.cached_property, whose lock in Python 3.11 torch.compile cannot trace.
     """
 
     def __init__(self, x):

@@ -17,7 +17,7 @@ from support.images import write_image
 from support.metrics import score
 from support.rain import demo_set
 from support.restore import restore
-from tests.made import photograph, write_pairs
+from tests.made import photograph, rain_on, write_pairs
 
 ROOT = test_view.SHIPPED.parents[1]
 SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "did-mdn-sample" / "DID-MDN-training"
@@ -68,6 +68,9 @@ def test_the_cards_command_trains_from_photographs_and_goes_on(tmp_path):
         write_image(tmp_path / "photographs" / f"{i}.jpg", photograph(i, 64, 96))
     write_pairs(tmp_path / "pairs", 20, suffix=".jpg", first=100)
     shutil.copy(tmp_path / "pairs" / "0.jpg", tmp_path / "pairs" / "460.jpg")
+    for number in (501, 600, 700):  # large enough to lend their rain
+        clean = photograph(number, 64, 96)
+        write_image(tmp_path / "pairs" / f"{number}.jpg", np.hstack([clean, rain_on(clean, number)]))
     command = ["sh", "eval-EXP/train.sh", "photographs", "pairs"]
     short = "--epochs 1 --steps_per_epoch 1 --val_scenes 1 --patch_size 16 --workers 0 --device cpu".split()
 
