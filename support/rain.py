@@ -22,7 +22,8 @@ import argparse
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -193,44 +194,43 @@ def lay(clean: np.ndarray, rain: Borrowed) -> np.ndarray:
 
 
 def borrow_scene(
-    clean: np.ndarray, seed: int | np.random.Generator, lenders: Sequence[Borrowed]
+    clean: np.ndarray, rng: np.random.Generator, rains: Iterable[Borrowed]
 ) -> dict[str, np.ndarray]:
-    """`clean` (HxWx3 uint8 RGB) under three lenders' rain, by level, what changes it most first."""
-    rng = np.random.default_rng(seed)
+    """`clean` (HxWx3 uint8 RGB) under the first three rains, by level, what changes it most first."""
     rainy = []
-    for i in rng.choice(len(lenders), len(LEVELS), replace=False):
-        streaks = lenders[i].streaks
+    for rain in islice(rains, len(LEVELS)):
         # From a place drawn at random on; where the background is larger the streaks begin again.
-        window = [
-            (rng.integers(b) + np.arange(a)) % b for a, b in zip(clean.shape, streaks.shape, strict=False)
-        ]
-        rainy.append(lay(clean, lenders[i]._replace(streaks=streaks[np.ix_(*window)])))
+        sides = zip(clean.shape, rain.streaks.shape, strict=False)
+        window = np.ix_(*((rng.integers(lent) + np.arange(side)) % lent for side, lent in sides))
+        rainy.append(lay(clean, rain._replace(streaks=rain.streaks[window])))
     rainy.sort(key=lambda image: -np.abs(image.astype(np.float32) - clean).mean())
     return dict(zip(LEVELS, rainy, strict=True))
 
 
-def find_lenders(folder: str | Path, clean_side: str, failures: list[str]) -> list[Borrowed]:
-    """The rain of the side by side pairs of a folder that have enough tones. A line is appended to `failures`
-    for each file that could not be read. Raises UserError where fewer than a scene's three are left.
+def borrow_in_turn(
+    pairs: Sequence[Path], clean_side: str, rng: np.random.Generator, failures: list[str]
+) -> Iterator[Borrowed]:
+    """The rain of side by side pairs in random order, but of those that have too few tones.
+
+    A line is appended to `failures` for a file that cannot be read. Raises UserError at their end.
     """
-    lenders = []
-    for path in find_photographs([folder]):
+    for i in rng.permutation(len(pairs)):
         try:
-            image = read_image(path)
+            image = read_image(pairs[i])
         except UserError as error:
-            failures.append(str(error))
-            tqdm.write(str(error), file=sys.stderr)
+            if str(error) not in failures:
+                failures.append(str(error))
+                tqdm.write(str(error), file=sys.stderr)
             continue
         half = image.shape[1] // 2
-        sides = {"left": image[:, :half], "right": image[:, -half:]}
-        lenders.append(borrow(sides["right" if clean_side == "left" else "left"], sides[clean_side]))
-    lenders = [rain for rain in lenders if rain is not None]
-    if len(lenders) < len(LEVELS):
-        raise UserError(
-            f"--rain_of {folder}: {len(lenders)} pairs whose clean half has {TONES_NEEDED} of 16 ranges of "
-            f"values; {len(LEVELS)} are needed"
-        )
-    return lenders
+        left, right = image[:, :half], image[:, -half:]
+        rain = borrow(right, left) if clean_side == "left" else borrow(left, right)
+        if rain is not None:
+            yield rain
+    raise UserError(
+        f"--rain_of {pairs[0].parent}: of {len(pairs)} pairs too few have {TONES_NEEDED} of 16 ranges of "
+        f"values in their clean half; {len(LEVELS)} such are needed"
+    )
 
 
 # --- scenes -------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def write_scenes(
         raise UserError(f"{len(named)} photographs found; {wanted} are needed, {test} of them to test on")
     order = [list(named)[i] for i in np.random.default_rng(seed).permutation(len(named))]
     failures = []
-    lenders = find_lenders(rain_of, rain_side, failures) if rain_of else None
+    pairs = find_photographs([rain_of]) if rain_of else None
     for i, name in enumerate(tqdm(order[: test + scenes if scenes else None], unit="scene", disable=None)):
         try:
             image = _prepare(read_image(named[name]), named[name], size, clean_side)
@@ -305,14 +305,21 @@ def write_scenes(
             failures.append(str(error))
             tqdm.write(str(error), file=sys.stderr)
         else:
-            _write_scene(image, out, name, seed, style, lenders, is_test=i < test)
+            rng = _own_rng(seed, name)
+            if pairs:
+                scene = borrow_scene(image, rng, borrow_in_turn(pairs, rain_side, rng, failures))
+            else:
+                scene = make_scene(image, rng, style)
+            _write_scene(scene, image, out, name, is_test=i < test)
     return failures
 
 
-def _write_scene(clean, out, name, seed, style="did-mdn", lenders=None, is_test=False) -> None:
+def _own_rng(seed, name):
     # Seeded by the name, not drawn from one stream: a scene is the same whatever else is in the folder.
-    own_seed = [seed, zlib.crc32(name.encode())]
-    scene = borrow_scene(clean, own_seed, lenders) if lenders else make_scene(clean, own_seed, style)
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def _write_scene(scene, clean, out, name, is_test=False) -> None:
     for level, rainy in scene.items():
         if is_test:
             path = out / "DID-MDN-test" / f"{level.lower()}_{name}.jpg"
@@ -387,11 +394,11 @@ def demo_set(folder: str | Path) -> Path:
         for file in _DEMO_TRAINING:
             photograph = read_image(data / file)
             for k, crop in enumerate((photograph[:240, :320], photograph[-240:, -320:]), 1):
-                _write_scene(crop, folder, f"{Path(file).stem.removesuffix('_left')}_{k}", seed=0)
+                name = f"{Path(file).stem.removesuffix('_left')}_{k}"
+                _write_scene(make_scene(crop, _own_rng(0, name)), crop, folder, name)
         for file in _DEMO_TEST:
-            _write_scene(
-                _prepare(read_image(data / file), file), folder, Path(file).stem, seed=0, is_test=True
-            )
+            name, image = Path(file).stem, _prepare(read_image(data / file), file)
+            _write_scene(make_scene(image, _own_rng(0, name)), image, folder, name, is_test=True)
         marker.write_text(_DEMO_VERSION)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
