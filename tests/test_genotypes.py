@@ -188,18 +188,23 @@ def test_where_one_name_is_taken_none_is_added(vocabulary):
 def test_the_file_is_valid_python_at_every_instant(vocabulary):
     """Read as fast as can be while another process appends to it."""
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=append_many, args=(vocabulary,))
+    enough = context.Event()
+    process = context.Process(target=append_until, args=(enough, vocabulary))
     process.start()
     seen = set()
     while process.is_alive():
         tree = ast.parse(vocabulary.read_text(encoding="utf-8"))
         seen.add(sum(isinstance(node, ast.Assign) for node in tree.body))
+        if len(seen) > 20:
+            enough.set()
     assert process.exitcode == 0
-    assert len(seen) > 2  # it was read between two appends
+    assert len(seen) > 20  # else it ended at its limit, and was not read while it appended
 
 
-def append_many(path):
-    for number in range(40):
+def append_until(enough, path, limit=1000):
+    for number in range(limit):
+        if enough.is_set():
+            break
         append_one(path, number)
 
 
