@@ -46,13 +46,15 @@ def mean(x, dimensions):
     return x.mean(dimensions, keepdim=True)
 
 
-def maximum(x, dimension):
-    """The maximum of x over one dimension, which stays as 1."""
+def maximum(x, dimensions):
+    """The maximum of x over some neighbouring dimensions, which stay as 1."""
     if not x.requires_grad:
-        return x.amax(dimension, keepdim=True)
+        return x.amax(dimensions, keepdim=True)
     # The backward of amax looks where x equals its maximum: compiled in bfloat16, x is computed anew without
     # the rounding, equals it nowhere, and the gradient is 0 / 0. max remembers the place (one, of several).
-    return x.max(dimension, keepdim=True).values
+    first = dimensions[0]
+    top = x.flatten(first, dimensions[-1]).max(first, keepdim=True).values
+    return top.unflatten(first, [1] * len(dimensions))
 
 
 # --- the nine operations of an attention edge: NxcxHxW -> NxcxHxW -------------------------------------------
@@ -86,14 +88,14 @@ class Pooled:
     def maximum(self):
         """Nxcx1x1: maximum over the pixels."""
         if self._maximum is None:
-            self._maximum = maximum(self.x.flatten(2), 2)[..., None]
+            self._maximum = maximum(self.x, (2, 3))
         return self._maximum
 
     @property
     def maps(self):
         """Nx2xHxW: maximum and mean over the channels."""
         if self._maps is None:
-            self._maps = torch.cat([maximum(self.x, 1), mean(self.x, (1,))], 1)
+            self._maps = torch.cat([maximum(self.x, (1,)), mean(self.x, (1,))], 1)
         return self._maps
 
 

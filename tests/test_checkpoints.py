@@ -254,7 +254,7 @@ SIZES = [(1, 3, 9, 11), (2, 3, 16, 24), (3, 3, 37, 50)]
 
 SIMPLE = Genotype(
     (("parallel", "parallel", "parallel", "fusion"),) * 3,
-    tuple((("skip_connect", "none", "SE"),) * branches for branches in BRANCHES),
+    tuple((("skip_connect", "none", "CBAM"),) * branches for branches in BRANCHES),
 )
 EVERYTHING = random_genotype(5)
 
