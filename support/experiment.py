@@ -49,7 +49,7 @@ FREE_OPTIONS = {"resume", "save", "name", "device", "workers", "save_every", "ma
 FREE_OPTIONS |= {"max_bad_steps", "allow_bad", "cache", "compile"}
 FREE_OPTIONS |= {"accumulate"}  # as the number of processes may: both divide the batch for BatchNorm alone
 # Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
-UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.json)")
+UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.(json|svg))")
 MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

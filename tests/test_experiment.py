@@ -611,7 +611,8 @@ def test_what_a_killed_run_wrote_after_its_state_is_written_once(folder):
     run.save = run.writer.flush
     run.finish_epoch(1, scores(), partial(write, "1"))
     Path("run", "events.out.tfevents.2.other").write_bytes(b"of a session that was killed before it saved")
-    unfinished = (".last.pt.77", ".last.pt.77.link", ".genotype_001.json.77", f".{'0af9' * 8}.json")
+    unfinished = [".last.pt.77", ".last.pt.77.link", ".genotype_001.json.77"]
+    unfinished += [f".{'0af9' * 8}.json", f".{'0af9' * 8}.svg"]
     for name in unfinished:
         Path("run", name).write_bytes(b"half of a file")
     Path("run", ".mine").touch()
