@@ -265,8 +265,9 @@ def write_scenes(
         OUT/DID-MDN-training/Rain_{Heavy,Medium,Light}/train2018new/NAME.jpg, OUT/DID-MDN-test/LEVEL_NAME.jpg
 
     NAME is the photograph's stem, after its folder's name where another has that stem; the rain depends on
-    NAME and the seed alone (and on the pairs of `rain_of`). A photograph makes one scene, since in this layout a split by background goes by
-    name: for more rain over the same photographs, write another folder with another seed.
+    NAME and the seed alone, and on the pairs of `rain_of`. A photograph makes one scene, since in this layout
+    a split by background goes by name: for more rain over the same photographs, write another folder with
+    another seed.
 
     Args:
         scenes: so many training scenes, over photographs picked at random; default: over all.
