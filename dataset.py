@@ -637,6 +637,6 @@ def to_tensor(images):
 
 
 if __name__ == "__main__":
-    from support import check, experiment  # which import this file, as `dataset`
+    from support import check, command  # which import this file, as `dataset`
 
-    experiment.command(check.main, check.get_args_parser())
+    command.run(check.main, check.get_args_parser())

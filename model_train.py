@@ -404,7 +404,7 @@ def export(net, path):
 
 
 def get_args_parser():
-    from support.experiment import Parser
+    from support.command import Parser
 
     parser = Parser(
         prog="model_train.py",
@@ -423,6 +423,6 @@ def main(args):
 
 if __name__ == "__main__":
     import model_train  # whose CheckpointError is the one that `command` knows, and not __main__'s
-    from support import experiment
+    from support import command
 
-    experiment.command(model_train.main, model_train.get_args_parser())
+    command.run(model_train.main, model_train.get_args_parser())

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import dataset
 import model_train
-from support import distributed, experiment, images
+from support import command, devices, distributed, experiment, images
 from support.errors import UserError
 from support.fast import Compiled, for_inference, keep_freed_memory, no_compiler
 from support.gallery import FOLDER, MONTAGE, Gallery, montage
@@ -52,14 +52,14 @@ COLUMNS = ("name", "density", "height", "width", "seconds", *METRICS, *(f"input_
 
 
 def tile(text):
-    side = experiment.natural(text)
+    side = command.natural(text)
     if side and (side % 8 or side < SMALLEST_TILE):
         raise ArgumentTypeError(f"{text} is not 0 or a multiple of 8 from {SMALLEST_TILE} on")
     return side
 
 
 def get_args_parser():
-    parser = experiment.Parser(
+    parser = command.Parser(
         prog="test_view.py", description="Restore pictures, and score them where there is ground truth."
     )
     add = parser.add_argument
@@ -106,7 +106,7 @@ def main(args):
     keep_freed_memory()
     checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
     print(f"checkpoint: {checkpoint}", flush=True)
-    device = experiment.pick_device(args.device)
+    device = devices.pick_device(args.device)
     net = for_inference(model_train.load(checkpoint, device))
     fast = Compiled(net)
     sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()  # now: a run may replace the file
@@ -166,7 +166,7 @@ def main(args):
         "pictures": len(names),
         "without_partner": len(found.unpaired),
         "options": options | {"compile": [f"{width}x{height}" for height, width in sorted(fast.shapes)]},
-        "device": experiment.device_name(device),
+        "device": devices.device_name(device),
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, np, cv2, skimage)},
         "command": shlex.join(sys.argv),
@@ -198,7 +198,7 @@ def choose_path(args):
     if Path(DEFAULT_PATH).exists() and not args.demo:
         return Path(DEFAULT_PATH)
     if not args.demo:
-        experiment.announce_demo(DEFAULT_PATH, "--path")
+        command.announce_demo(DEFAULT_PATH, "--path")
     return distributed.from_main(lambda: demo_set(experiment.DEMO_DATA)) / "DID-MDN-test"
 
 
@@ -388,4 +388,4 @@ def _four(means):
 
 
 if __name__ == "__main__":
-    experiment.command(main, get_args_parser())
+    command.run(main, get_args_parser())

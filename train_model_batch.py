@@ -21,9 +21,10 @@ import genotypes
 import model_train
 from losses import multi_to_one
 from model_train import DerainNetwork
-from support import distributed, experiment
+from support import command, devices, distributed, experiment
+from support.command import even, natural, not_negative, patch, positive, share
 from support.errors import UserError
-from support.experiment import Experiment, even, natural, not_negative, patch, positive, share
+from support.experiment import Experiment
 
 # The demo: in under 5 minutes on two cores, the warm-up scaled with the schedule.
 DEMO = {
@@ -38,7 +39,7 @@ DEMO = {
 
 
 def get_args_parser():
-    parser = experiment.Parser(
+    parser = command.Parser(
         prog="train_model_batch.py", description="Retrain the fixed network of a genotype (stage 2)."
     )
     train = parser.add_argument_group("training")
@@ -131,7 +132,7 @@ def main(args):
             optimizer.zero_grad()
             loss = 0.0
             for share_of_batch, part in distributed.in_parts(forward, batch.parts(args.accumulate)):
-                with experiment.autocast(run.device, args.amp):
+                with devices.autocast(run.device, args.amp):
                     outputs = forward(part.rainy)
                 part_loss = share_of_batch * multi_to_one(
                     outputs.float(),
@@ -193,4 +194,4 @@ def build(run):
 
 
 if __name__ == "__main__":
-    experiment.command(main, get_args_parser())
+    command.run(main, get_args_parser())

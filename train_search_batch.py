@@ -28,11 +28,13 @@ from architect import Architect
 from losses import MEASURES, architecture_regulariser, choice_sizes, complexity, multi_to_one
 from model_search import SearchNetwork
 from model_train import from_supernet, write_whole
-from support import distributed, experiment
+from support import command, devices, distributed, experiment
+from support.command import even, not_negative, patch, positive, share
 from support.draw import draw_genotype
 from support.errors import UserError
-from support.experiment import Experiment, even, log, not_negative, patch, positive, share
+from support.experiment import Experiment, log
 from support.health import Health
+from support.validation import validate
 
 # The demo: the whole method in under 5 minutes on two cores, the warm-ups scaled with the schedule.
 DEMO = {
@@ -51,7 +53,7 @@ HESSIAN_PARTS = 4
 
 
 def get_args_parser():
-    parser = experiment.Parser(
+    parser = command.Parser(
         prog="train_search_batch.py",
         description="Search a derain architecture with a supernet (stage 1).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -146,7 +148,7 @@ def main(args):
 
     def loss(forward, batch):
         internal = epoch >= args.internal_start
-        with experiment.autocast(run.device, args.amp):
+        with devices.autocast(run.device, args.amp):
             outputs = forward(batch.rainy)
         return multi_to_one(outputs.float(), batch.clean, batch.scene, internal)
 
@@ -283,7 +285,7 @@ def make_penalty(net, args):
 def discretisation_gap(net, genotype, validation, device):
     """Validation PSNR in dB of the supernet, and of a genotype's network with the supernet's weights."""
     psnr = {
-        name: experiment.validate(forward, validation, device)[0]["psnr"]
+        name: validate(forward, validation, device)[0]["psnr"]
         for name, forward in (("supernet", net), ("chosen", from_supernet(net, genotype)))
     }
     log.info(
@@ -326,4 +328,4 @@ def save_supernet(net, path):
 
 
 if __name__ == "__main__":
-    experiment.command(main, get_args_parser())
+    command.run(main, get_args_parser())

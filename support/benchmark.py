@@ -54,10 +54,10 @@ from genotypes import BRANCHES, CELLS, EDGES, MODULES, MODULES_PER_CELL, PRIMITI
 from losses import SSIM_WINDOW, multi_to_one
 from model_search import MixedOperation, SearchNetwork
 from model_train import DerainNetwork
-from support import experiment
+from support import command, devices
 from support.cache import open_cache
+from support.command import natural, positive
 from support.errors import UserError
-from support.experiment import natural, positive
 from support.fast import Compiled, compile_edges, for_inference, keep_freed_memory
 from support.rain import write_scenes
 from support.restore import forwards
@@ -148,13 +148,13 @@ def get_args_parser():
 
 
 def main(args):
-    device = experiment.pick_device(args.device)
+    device = devices.pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     search = script_options(train_search_batch, args, device)
     training = script_options(train_model_batch, args, device)
     where = {
-        "machine": experiment.device_name(device),
+        "machine": devices.device_name(device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -612,4 +612,4 @@ def json_value(value):
 
 
 if __name__ == "__main__":
-    experiment.command(main, get_args_parser())
+    command.run(main, get_args_parser())

@@ -25,21 +25,22 @@ import genotypes
 import train_model_batch
 from model_search import SearchNetwork
 from model_train import from_supernet, read
-from support import experiment
+from support import command, devices
 from support.errors import UserError
+from support.validation import validate
 
 RECALIBRATION = 16  # batches from which BatchNorm's statistics of a genotype with shared weights are taken
 
 
 def get_args_parser():
-    parser = experiment.Parser(
+    parser = command.Parser(
         prog="python -m support.chance", description="Searched genotypes against random ones."
     )
     parser.add_argument(
         "--searched", nargs="+", required=True, metavar="NAME", help="or a pattern, 'found_*'"
     )
     parser.add_argument("--random", nargs="+", required=True, metavar="NAME", help="or a pattern, 'random_*'")
-    parser.add_argument("--seeds", type=experiment.seed, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0])
     parser.add_argument("--runs", required=True, metavar="DIR", help="folder of the training runs")
     parser.add_argument("--supernet", metavar="CKPT", help="best_*.pt of a search: score with its weights")
     parser.add_argument(
@@ -91,7 +92,7 @@ def retrain(name, seed, runs, flags):
 
 def shared_scores(path, names, options):
     """{name: validation PSNR of the genotype with the supernet's weights}."""
-    device = experiment.pick_device(options.device)
+    device = devices.pick_device(options.device)
     parts = dataset.split(dataset.find_training(options.data, options.clean_side), options.split_seed)
     validation = dataset.spread(parts["validation"], options.val_scenes)
     supernet = load_supernet(path)
@@ -102,7 +103,7 @@ def shared_scores(path, names, options):
             parts["weights"], options.patch_size, options.batch_size, options.seed, device, options.workers
         )
         update_bn((batch.rainy for batch in islice(batches, RECALIBRATION)), net)
-        scores[name] = experiment.validate(net, validation, device)[0]["psnr"]
+        scores[name] = validate(net, validation, device)[0]["psnr"]
     return scores
 
 
@@ -160,4 +161,4 @@ def spread(values):
 
 
 if __name__ == "__main__":
-    experiment.command(main, get_args_parser())
+    command.run(main, get_args_parser())

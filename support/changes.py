@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 import dataset
 from model_train import load
-from support import experiment
+from support import command, devices
+from support.command import natural, positive
 from support.errors import UserError
-from support.experiment import natural, positive
 from support.fast import for_inference, keep_freed_memory
 from support.restore import restore
 from support.tiling import BLOCK, SHIPPED, worst_block
@@ -29,7 +29,7 @@ UNHARMED = 38  # dB
 
 
 def get_args_parser():
-    parser = experiment.Parser(
+    parser = command.Parser(
         prog="python -m support.changes", description="How much networks change pictures."
     )
     parser.add_argument("folders", nargs="+", metavar="PATH", help="folders or files, in any known layout")
@@ -49,7 +49,7 @@ def get_args_parser():
 def main(args):
     """Print a table; returns 1 where some file could not be used."""
     keep_freed_memory()
-    device = experiment.pick_device(args.device)
+    device = devices.pick_device(args.device)
     nets = {str(path): for_inference(load(path, device)) for path in args.ckt_path}
     scenes = [
         scene for folder in args.folders for scene in dataset.find(Path(folder), args.clean_side).scenes
@@ -102,4 +102,4 @@ def report(changes, count):
 
 
 if __name__ == "__main__":
-    experiment.command(main, get_args_parser())
+    command.run(main, get_args_parser())

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from dataset import DENSITIES, SIDES, Half, Scene, cut, find, same_pictures, thumbnail
 from losses import SSIM_WINDOW
+from support.command import Parser
 from support.errors import UserError
-from support.experiment import Parser
 from support.images import read_image
 
 MATCH = 0.3  # all pairs are above 0.48; 99.9 % of clean images beside another's rain are below 0.24

@@ -15,7 +15,7 @@ import torch
 import genotypes
 from genotypes import CELLS, MODULES_PER_CELL, NODE_EDGES
 from model_train import DerainNetwork
-from support import experiment
+from support import command
 from support.errors import UserError
 from support.images import write_bytes
 
@@ -264,14 +264,14 @@ def draw_genotype(genotype, path, name, channels=(32, 64, 128, 256)):
 
 
 def get_args_parser():
-    parser = experiment.Parser(
+    parser = command.Parser(
         prog="python -m support.draw", description="Draw an architecture as an SVG picture."
     )
     parser.add_argument("arch", help="a name in genotypes.py or a run's genotype.json")
     parser.add_argument("out", nargs="?", help="the .svg file to write (default: NAME.svg)")
     parser.add_argument(
         "--channels",
-        type=experiment.even,
+        type=command.even,
         nargs=4,
         default=[32, 64, 128, 256],
         metavar="C",
@@ -290,4 +290,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    experiment.command(main, get_args_parser())
+    command.run(main, get_args_parser())

@@ -1,5 +1,9 @@
-"""The one exception of this project's own."""
+"""The exceptions of this project's own."""
 
 
 class UserError(ValueError):
     """A mistake of the user's that one line explains; scripts print it and exit with status 2."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGINT, SIGTERM) and has saved all it needs to go on."""

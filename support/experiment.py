@@ -8,9 +8,7 @@ import json
 import logging
 import math
 import os
-import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,15 +26,16 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import dataset
-from genotypes import GenotypeError
-from losses import SSIM_WINDOW, external, ssim
-from model_train import MAX_CHANNELS, CheckpointError, read, write_whole
+from model_train import CheckpointError, read, write_whole
 from support import distributed
 from support.cache import open_cache
-from support.errors import UserError
+from support.command import above_zero, announce_demo, natural, positive, seed
+from support.devices import be_deterministic, pick_device
+from support.errors import Interrupted, UserError
 from support.fast import compile_edges, keep_freed_memory, no_compiler
 from support.images import write_bytes
 from support.rain import demo_set
+from support.validation import means, measure
 
 DEFAULT_DATA = "datasets/Rain1200"
 DEMO_DATA = "datasets/demo"
@@ -51,77 +50,8 @@ FREE_OPTIONS |= {"accumulate"}  # as the number of processes may: both divide th
 # Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
 UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.(json|svg))")
 MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 log = logging.getLogger("manas")
-
-
-class Interrupted(Exception):
-    """The run was asked to stop (SIGINT, SIGTERM) and has saved all it needs to go on."""
-
-
-# --- the command line ---------------------------------------------------------------------------------------
-
-
-def positive(text):
-    return _number(text, int, lambda value: value >= 1, "a whole number from 1")
-
-
-def natural(text):
-    return _number(text, int, lambda value: value >= 0, "a whole number from 0")
-
-
-def above_zero(text):
-    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
-
-
-def not_negative(text):
-    return _number(text, float, lambda value: 0 <= value < math.inf, "a number from 0")
-
-
-def even(text):
-    expected = f"an even number from 2 to {MAX_CHANNELS}"
-    return _number(text, int, lambda value: 2 <= value <= MAX_CHANNELS and value % 2 == 0, expected)
-
-
-def patch(text):
-    return _number(text, int, lambda value: value >= SSIM_WINDOW, f"a whole number from {SSIM_WINDOW}")
-
-
-def share(text):
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def seed(text):
-    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
-
-
-def _number(text, kind, allowed, expected):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not allowed(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-    return value
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's, but an error is one line, and `given` of what it returns is the set of flags on the command
-    line: a run that is resumed, or a demo, must tell a default that was asked for from one that was not.
-    """
-
-    def parse_args(self, args=None, namespace=None):
-        args = list(sys.argv[1:] if args is None else args)
-        unset = object()
-        names = vars(super().parse_args(args))
-        marked = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(names, unset))))
-        given = {name for name, value in marked.items() if value is not unset}
-        return argparse.Namespace(**names, given=given)
-
-    def error(self, message):
-        message = f"{self.prog}: error: {_one_line(message)} (--help says more)\n"
-        self.exit(2, message if distributed.first_to_say(message) else None)
 
 
 def add_arguments(parser):
@@ -211,98 +141,6 @@ def add_arguments(parser):
         action="store_true",
         help=f"go on when more than {MOST_BAD:.0%}% of the files turn out to be unreadable",  # argparse's %%
     )
-
-
-def command(main, parser):
-    """Run a script's `main`, which returns the exit status; a user's mistake is one line and status 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-    try:
-        status = distributed.recorded(main)(parser.parse_args())
-        distributed.end()
-        sys.exit(status)
-    except (UserError, GenotypeError, CheckpointError) as error:
-        sys.exit(_report(parser, f"error: {error}", 2))
-    except Interrupted as stop:
-        sys.exit(_report(parser, str(stop), 130))
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        sys.exit(_report(parser, f"error: {_full_disk(error)}", 2))
-
-
-def _full_disk(error):
-    if error.filename is None:
-        return f"a file cannot be written: {error.strerror}"
-    free = shutil.disk_usage(Path(error.filename).absolute().parent).free
-    return f"{error.filename}: cannot be written: {error.strerror}; {free:,} bytes are free"
-
-
-def _report(parser, text, status):
-    if distributed.first_to_say(text):
-        print(f"{parser.prog}: {_one_line(text)}", file=sys.stderr, flush=True)
-    return status
-
-
-def _one_line(text):
-    """What quotes flags and names of files, which may hold a line's end, or bytes that are no text."""
-    return " ".join(text.encode(errors="backslashreplace").decode().split())
-
-
-def announce_demo(missing, flag):
-    """Say loudly that there is no data set and that a demo takes its place."""
-    line = "*" * 100
-    print(f"{line}\nTHIS IS A DEMO: there is no {missing}, and no {flag} was given. It runs on photographs")
-    print(
-        f"at hand, with synthetic rain: its figures mean nothing. The README says how to get DID-MDN.\n{line}"
-    )
-
-
-def pick_device(name=None):
-    """The torch.device called `name`, or the best there is; UserError if it is not there.
-
-    Of several processes each has the GPU of its own number.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if distributed.launched() and name.partition(":")[0] != "cpu":
-        if name != "cuda":
-            raise UserError(f"--device {name}: torchrun's processes run on cuda, each on its own GPU, or cpu")
-        name = f"cuda:{distributed.local_rank()}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-        if distributed.launched() and device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
-    return device
-
-
-def be_deterministic():
-    """Have PyTorch choose kernels that give the same bits each time; before CUDA is first used.
-
-    Nothing that the networks and losses use lacks one, by PyTorch's documentation; should an operation, it
-    warns by name. An error instead might come days into a run, when another loss joins in.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants for it
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-
-
-def autocast(device, amp):
-    """With `amp`: bfloat16 for what computes best in it; the caller makes the outputs float32 again."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
-
-
-def device_name(device):
-    """The name of the GPU or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):  # no Linux; a processor without a name
-        return platform.processor() or platform.machine()
 
 
 def newest(kind, file, demo=None):
@@ -957,52 +795,3 @@ def _text(value):
 def _duration(seconds):
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
-
-
-# --- validation ---------------------------------------------------------------------------------------------
-
-
-def validate(net, scenes, device):
-    """Mean RGB PSNR (dB) and SSIM over the images, as saved in 8 bits, and mean external loss over the
-    scenes.
-
-    Returns ({"psnr", "ssim", "loss"}, (rainy, restored, clean) of the first image).
-    """
-    measured, panel = measure(net, scenes, device)
-    return means(measured), panel
-
-
-def means(measured, bad=()):
-    """What `validate` says of what `measure` found; UserError where that is nothing."""
-    if not measured:
-        raise UserError(f"{bad[0][1] if bad else '--data'}; no validation picture can be read any more")
-    psnr, similarity, loss = zip(*measured, strict=True)
-    scores = {"psnr": torch.cat(psnr), "ssim": torch.cat(similarity), "loss": torch.stack(loss)}
-    return {name: value.mean().item() for name, value in scores.items()}
-
-
-@torch.inference_mode()
-@torch.compiler.set_stance("force_eager")  # to compile for each size of picture would take minutes
-def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
-    """([(PSNR an image, SSIM an image, external loss) of each scene], panel), as `validate` says.
-
-    Whole pictures, one at a time. bad, cache: as in `dataset.full_images`; amp: see `autocast`. Ends early
-    when stop(), asked after each scene, says so.
-    """
-    was_training = net.training
-    net.eval()
-    measured, panel = [], None
-    for rainy, clean in dataset.full_images(scenes, bad, cache):
-        clean = clean.to(device)
-        with autocast(device, amp):
-            outputs = torch.cat([net(image[None].to(device)).float() for image in rainy])
-        saved = (outputs.clamp(0, 1) * 255).round() / 255
-        target = clean.expand_as(saved)
-        psnr = -10 * (saved - target).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
-        loss = external(outputs, clean, torch.zeros(len(outputs), dtype=torch.long, device=device))
-        measured.append((psnr.cpu(), ssim(saved, target).cpu(), loss.cpu()))
-        panel = panel or (rainy[0], saved[0].cpu(), clean[0].cpu())
-        if stop and stop():
-            break
-    net.train(was_training)
-    return measured, panel

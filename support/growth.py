@@ -44,7 +44,7 @@ import model_train
 import test_view
 import train_model_batch
 import train_search_batch
-from support import benchmark, distributed, experiment, images
+from support import benchmark, command, devices, distributed, images
 from support.draw import FAINT, LINE, Page
 from support.errors import UserError
 from support.fast import for_inference, keep_freed_memory
@@ -82,7 +82,7 @@ TOLERATED = 0.1
 
 
 def get_args_parser():
-    parser = experiment.Parser(
+    parser = command.Parser(
         prog="python -m support.growth",
         description="How cost grows with pixels, batch, patch, width, workers and processes.",
     )
@@ -99,18 +99,18 @@ def get_args_parser():
     )
     add("--json", metavar="FILE", help="write the points measured")
     add("--svg", metavar="FILE", help="draw them")
-    add("--repeats", type=experiment.positive, default=3, help="timed steps a point (default: 3)")
+    add("--repeats", type=command.positive, default=3, help="timed steps a point (default: 3)")
     add(
         "--most_gb",
-        type=experiment.above_zero,
+        type=command.above_zero,
         default=8,
         help="leave out what would take more memory, in the row memory (default: 8)",
     )
-    add("--threads", type=experiment.positive, default=1, help="of the CPU (default: 1)")
+    add("--threads", type=command.positive, default=1, help="of the CPU (default: 1)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     add(
         "--channels",
-        type=experiment.even,
+        type=command.even,
         nargs=4,
         default=[16, 32, 64, 128],
         metavar="C",
@@ -120,12 +120,12 @@ def get_args_parser():
 
 
 def main(args):
-    args.device = experiment.pick_device(args.device)
+    args.device = devices.pick_device(args.device)
     for file in filter(None, (args.json, args.svg)):
         images.check_folder(Path(file).parent)
     rows = args.rows or ([] if args.source else [row for row in ROWS if row != "memory"])
     facts = {
-        "machine": experiment.device_name(args.device),
+        "machine": devices.device_name(args.device),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "threads": args.threads,
@@ -544,4 +544,4 @@ def _ticks(low, high):
 
 
 if __name__ == "__main__":
-    experiment.command(main, get_args_parser())
+    command.run(main, get_args_parser())

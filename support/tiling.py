@@ -18,7 +18,7 @@ import numpy as np
 from skimage.metrics import peak_signal_noise_ratio
 
 from model_train import load
-from support import experiment, images
+from support import command, devices, images
 from support.fast import keep_freed_memory
 from support.restore import OVERLAP, restore
 
@@ -31,14 +31,14 @@ def side(text):
 
 
 def multiple_of_8(text):
-    value = experiment.natural(text)
+    value = command.natural(text)
     if value % 8:
         raise argparse.ArgumentTypeError(f"{text} is not a multiple of 8")
     return value
 
 
 def get_args_parser():
-    parser = experiment.Parser(
+    parser = command.Parser(
         prog="python -m support.tiling", description="What tiling costs, against whole pictures."
     )
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files larger than the tiles")
@@ -51,7 +51,7 @@ def get_args_parser():
 
 def main(args):
     keep_freed_memory()
-    device = experiment.pick_device(args.device)
+    device = devices.pick_device(args.device)
     net = load(args.ckt_path, device)
     rainy = [images.load(path).rgb for path in args.pictures]
     wholes, whole_seconds = zip(*(timed(net, image, device, tile=0) for image in rainy), strict=True)
@@ -86,4 +86,4 @@ def worst_block(a, b, size=BLOCK):
 
 
 if __name__ == "__main__":
-    experiment.command(main, get_args_parser())
+    command.run(main, get_args_parser())

@@ -24,7 +24,8 @@ import train_model_batch
 import train_search_batch
 from model_search import SearchNetwork
 from support import distributed
-from support.experiment import Experiment, Interrupted
+from support.errors import Interrupted
+from support.experiment import Experiment
 
 SCRIPTS = {"train": train_model_batch, "search": train_search_batch}
 

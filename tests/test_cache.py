@@ -28,7 +28,7 @@ from dataset import find_training, read_scene
 from support import cache as caching
 from support import experiment
 from support.cache import open_cache
-from support.errors import UserError
+from support.errors import Interrupted, UserError
 from support.images import read_image, write_image
 from tests.made import assert_same, interrupt, photograph, rain_on, session, write_pairs, write_scenes
 from tests.test_genotypes import random_genotype
@@ -186,7 +186,7 @@ def test_a_run_is_the_same_with_and_without_and_resumed(folder, script, flags, d
     assert_same(state("cached")["parts"], state("plain")["parts"])
     assert state("cached")["best"] == state("plain")["best"]
     if script is train_model_batch:
-        with monkeypatch.context() as patch, pytest.raises(experiment.Interrupted):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
             interrupt(patch, dataset, 1)
             run(flags.format("resumed") + " --cache")
         run("--resume resumed --cache elsewhere --workers 0")
@@ -487,9 +487,9 @@ def test_a_signal_leaves_nothing_and_is_one_line(tmp_path, number):
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import train_model_batch
-from support import cache, experiment
+from support import cache, command
 cache.read_image = lambda path: time.sleep(0.5)
-experiment.command(train_model_batch.main, train_model_batch.get_args_parser())
+command.run(train_model_batch.main, train_model_batch.get_args_parser())
 """
     flags = "--data pairs --clean_side left --arch genotype.json --channels 2 2 2 2 --device cpu --cache"
     run = subprocess.Popen(

@@ -19,7 +19,7 @@ import train_search_batch
 from genotypes import BRANCHES, Genotype
 from model_search import SearchNetwork
 from model_train import CheckpointError, DerainNetwork
-from support import experiment
+from support import command, experiment
 from tests.test_genotypes import random_genotype
 from tests.test_models import warm_batch_norm
 from train_search_batch import save_supernet
@@ -240,7 +240,7 @@ def test_view_says_in_one_line_what_a_file_is_that_is_no_network(tmp_path, monke
     for name, words in expected.items():
         monkeypatch.setattr(sys, "argv", ["test_view.py", "--ckt_path", f"{name}.pt", "--demo"])
         with pytest.raises(SystemExit) as stop:
-            experiment.command(test_view.main, test_view.get_args_parser())
+            command.run(test_view.main, test_view.get_args_parser())
         error = capsys.readouterr().err
         assert stop.value.code == 2, name
         assert error.count("\n") == 1 and f"error: {name}.pt: " in error and words in error, error

@@ -23,8 +23,9 @@ from losses import multi_to_one
 from model_search import MixedOperation, SearchNetwork
 from model_train import DerainNetwork
 from operations import OPERATIONS, pad_to_multiple
-from support import experiment
+from support import experiment, validation
 from support.benchmark import every_operation, relative_error
+from support.errors import Interrupted
 from support.fast import Compiled, compile_edges, for_inference, no_compiler
 from support.images import write_image
 from support.restore import forwards, restore
@@ -222,7 +223,7 @@ def test_compile_may_change_when_a_search_is_resumed(folder, monkeypatch):
     monkeypatch.setattr(experiment, "compile_edges", compiled.append)
     for flags in (f"{TINY} --demo --epochs 5", "--resume run"):
         before = len(compiled)
-        with monkeypatch.context() as patch, pytest.raises(experiment.Interrupted):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
             interrupt(patch, dataset, draw=1)
             train_search_batch.main(parser.parse_args(flags.split()))
         assert len(compiled) - before == ("--compile" in flags)
@@ -233,7 +234,7 @@ def test_validation_is_not_compiled(folder):
     scene = dataset.find(write_scenes(folder, 1) / "DID-MDN-training").scenes[0]
     net = Padding(nn.Conv2d(3, 3, 1))  # PyTorch's own modules, called by themselves, 2.11 does not compile
     net.compile(dynamic=False, backend="eager")
-    experiment.validate(net, [scene], CPU)
+    validation.validate(net, [scene], CPU)
     assert graphs() == 0
     net(torch.zeros(1, 3, 8, 8))
     assert graphs() == 1

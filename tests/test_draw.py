@@ -8,7 +8,7 @@ import pytest
 import genotypes
 from genotypes import GenotypeError
 from model_train import DerainNetwork
-from support import draw, experiment
+from support import command, draw
 from support.errors import UserError
 from tests.test_genotypes import random_genotype
 
@@ -86,17 +86,17 @@ def test_the_readmes_picture_is_the_shipped_genotype():
 # --- from the command line ---
 
 
-def command(*flags):
+def drawn(*flags):
     draw.main(draw.get_args_parser().parse_args(flags))
 
 
 def test_any_named_genotype_and_any_runs_is_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command("half_width_mixed_rain")
+    drawn("half_width_mixed_rain")
     assert capsys.readouterr().out == "half_width_mixed_rain.svg\n"
     assert "half_width_mixed_rain" in texts(Path("half_width_mixed_rain.svg").read_text(encoding="utf-8"))
     genotypes.write_json(random_genotype(1), "genotype.json")
-    command("genotype.json", "pictures/mine.svg", "--channels", "4", "4", "4", "4")
+    drawn("genotype.json", "pictures/mine.svg", "--channels", "4", "4", "4", "4")
     picture = Path("pictures/mine.svg").read_text(encoding="utf-8")
     assert picture == draw.svg(random_genotype(1), "genotype.json", [4, 4, 4, 4])
 
@@ -113,14 +113,14 @@ def test_mistakes_are_named(flags, error, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     with pytest.raises(error, match=words):
-        command(*flags)
+        drawn(*flags)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_mistake_is_one_line_and_status_2(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["draw", "no_such"])
     with pytest.raises(SystemExit) as stop:
-        experiment.command(draw.main, draw.get_args_parser())
+        command.run(draw.main, draw.get_args_parser())
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m support.draw: error: ") and "no_such" in line

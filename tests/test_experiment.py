@@ -1,6 +1,5 @@
 """A run of either training script: its options, its clock, what it keeps, and how it goes on."""
 
-import importlib
 import json
 import math
 import os
@@ -12,43 +11,22 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import dataset
-import test_view
-import train_model_batch
-import train_search_batch
-from genotypes import GenotypeError
 from model_train import CheckpointError
-from support import experiment
-from support.errors import UserError
-from support.experiment import Experiment, Interrupted
-from support.images import read_image, write_image
-from support.metrics import mean_scores, score
-from tests.made import photograph, rain_on, scalars, write_pairs
-
-SCRIPTS = {"search": train_search_batch, "train": train_model_batch, "view": test_view}
-ROOT = Path(test_view.__file__).parent
-COMMANDS = [
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py")])
-    if "def get_args_parser(" in path.read_text(encoding="utf-8")
-]
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_prints_its_help(name):
-    assert "--help" in importlib.import_module(name).get_args_parser().format_help()
+from support import command, devices, experiment
+from support.errors import Interrupted, UserError
+from support.experiment import Experiment
+from tests.made import scalars
 
 
 def parser():
-    made = experiment.Parser(prog="train.py")
-    made.add_argument("--epochs", type=experiment.positive, default=3)
-    made.add_argument("--steps_per_epoch", type=experiment.positive, default=2)
-    made.add_argument("--batch_size", type=experiment.positive, default=2)
+    made = command.Parser(prog="train.py")
+    made.add_argument("--epochs", type=command.positive, default=3)
+    made.add_argument("--steps_per_epoch", type=command.positive, default=2)
+    made.add_argument("--batch_size", type=command.positive, default=2)
     made.add_argument("--learning_rate", type=float, default=0.1)
     experiment.add_arguments(made)
     return made
@@ -112,75 +90,10 @@ def clock(monkeypatch):
 # --- the command line ---
 
 
-@pytest.mark.parametrize(
-    ("script", "flags", "words"),
-    [
-        ("search", "--epochs 0", ["--epochs", "'0'", "a whole number from 1"]),
-        ("search", "--steps_per_epoch 1.5", ["--steps_per_epoch", "'1.5'"]),
-        ("search", "--batch_size many", ["--batch_size", "'many'"]),
-        ("search", "--learning_rate -1", ["--learning_rate"]),
-        ("search", "--momentum nan", ["--momentum", "'nan'", "a number from 0"]),
-        ("search", "--arch_learning_rate inf", ["--arch_learning_rate", "'inf'"]),
-        ("search", "--channels 4 4 4", ["--channels", "4"]),
-        ("search", "--channels 4 4 5 4", ["--channels", "'5'", "an even number"]),
-        ("search", "--patch_size 10", ["--patch_size", "'10'", "from 11"]),
-        ("search", "--seed -1", ["--seed", "'-1'", "from 0"]),
-        ("search", "--clean_inputs 1.5", ["--clean_inputs", "'1.5'", "from 0 to 1"]),
-        ("search", "--ema 0.9", ["--ema"]),
-        ("train", "--ema 1.5", ["--ema", "'1.5'", "from 0 to 1"]),
-        ("train", "--max_minutes 0", ["--max_minutes", "'0'", "above 0"]),
-        ("train", "--workers -1", ["--workers", "'-1'", "from 0"]),
-        ("train", "--clean_side top", ["--clean_side", "'top'", "left", "right"]),
-        ("train", "--unrolled", ["--unrolled"]),
-        ("train", "--data", ["--data"]),
-        ("view", "--tile 60", ["--tile", "60", "multiple of 8 from 64"]),
-        ("view", "--clean_side both", ["--clean_side", "'both'"]),
-        ("view", "rain.jpg", ["rain.jpg"]),
-    ],
-)
-def test_a_wrong_flag_is_one_line_and_status_2(script, flags, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        SCRIPTS[script].get_args_parser().parse_args(flags.split())
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert all(word in error for word in [*words, "error", SCRIPTS[script].__name__]), error
-
-
-def test_the_papers_schedules_are_the_defaults():
-    search = train_search_batch.get_args_parser().parse_args([])
-    assert (search.epochs, search.steps_per_epoch) == (200, 1000)
-    assert (search.batch_size, search.patch_size) == (16, 64)
-    assert (search.learning_rate, search.learning_rate_min, search.momentum) == (0.002, 1e-4, 0.9)
-    assert (search.weight_decay, search.arch_learning_rate, search.arch_weight_decay) == (3e-4, 3e-4, 1e-3)
-    assert (search.arch_start, search.internal_start, search.unrolled) == (11, 6, False)
-    assert (search.lambda_arch, search.lambda_comp) == (0.01, 0.01)
-    training = train_model_batch.get_args_parser().parse_args([])
-    assert (training.epochs, training.steps_per_epoch, training.batch_size) == (200, 500, 32)
-    assert (training.learning_rate, training.internal_start, training.patch_size) == (1e-3, 6, 64)
-    assert search.channels == training.channels == [32, 64, 128, 256]
-
-
-def test_a_users_mistake_is_one_line_and_status_2_and_a_stop_130(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    mistakes = UserError("a: bad"), CheckpointError("b: bad"), GenotypeError("c: bad")
-    for error, status in (*((mistake, 2) for mistake in mistakes), (Interrupted("bad"), 130)):
-
-        def main(args, error=error):
-            raise error
-
-        with pytest.raises(SystemExit) as stop:
-            experiment.command(main, parser())
-        assert stop.value.code == status
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("train.py: ")
-        assert line.endswith("bad")
-
-
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x"])
 def test_a_device_that_is_not_there_is_named(name):
     with pytest.raises(UserError, match=f"--device {name}: not available"):
-        experiment.pick_device(name)
+        devices.pick_device(name)
 
 
 def test_demo_changes_only_the_options_that_were_not_given(folder):
@@ -717,63 +630,10 @@ def test_a_full_disk_while_logging_is_one_line_too(folder, full, monkeypatch, ca
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as stop:
-        experiment.command(main, parser())
+        command.run(main, parser())
     assert stop.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("train.py: error: ")
     assert "cannot be written: File too large; " in line
     assert line.endswith(" bytes are free")
     assert f"run/{full}" in line
-
-
-# --- validation ---
-
-
-class Restoring(nn.Module):
-    """Something that is better than nothing and leaves [0, 1]."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        return self.norm(1.2 * x - 0.15)
-
-
-def test_validation_agrees_with_the_scores_of_saved_pictures(folder):
-    for i in range(2):
-        clean = photograph(i, 37, 50)
-        for density in dataset.DENSITIES:
-            picture = np.hstack([rain_on(clean, i), clean])
-            write_image(Path("set", f"Rain_{density}", f"{i}.png"), picture)
-    write_pairs(Path("pairs"), 1, "right")
-    scenes = [*dataset.find("set").scenes, *dataset.find("pairs", "right").scenes]
-    net = Restoring().train()
-    found, (rainy, restored, clean) = experiment.validate(net, scenes, torch.device("cpu"))
-    assert net.training
-    assert net.norm.num_batches_tracked == 0
-
-    net.eval()
-    rows, losses = [], []
-    for scene in scenes:
-        pictures, target = dataset.read_scene(scene)
-        loss = 0
-        for picture in pictures:
-            output = net(dataset.to_tensor(picture[None])).detach()
-            assert output.min() < 0 and output.max() > 1
-            write_image("out.png", (output[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
-            rows.append(score(read_image("out.png"), target))
-            aim = dataset.to_tensor(target[None])
-            loss += ((output - aim) ** 2).mean() + 1 - experiment.ssim(output, aim)[0]
-            if len(rows) == 1:
-                first = read_image("out.png")
-        losses.append(loss.item())
-    means = mean_scores(rows)
-    assert len(rows) == 7
-    assert found["psnr"] == pytest.approx(means["psnr_rgb"], abs=1e-3)
-    assert found["ssim"] == pytest.approx(means["ssim_rgb"], abs=1e-4)
-    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
-    pictures, target = dataset.read_scene(scenes[0])
-    assert torch.equal(rainy, dataset.to_tensor(pictures[0][None])[0])
-    assert torch.equal(clean, dataset.to_tensor(target[None])[0])
-    assert np.array_equal((restored * 255).round().byte().permute(1, 2, 0).numpy(), first)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import benchmark, experiment, growth
+from support import benchmark, command, devices, growth
 from support.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -268,7 +268,7 @@ def test_a_file_is_drawn_again_without_measuring(points, monkeypatch, tmp_path, 
 def test_one_row_is_measured_anew_and_the_others_are_kept(points, monkeypatch, tmp_path):
     new = {"row": "batch", "curve": "training", "x": 1, "seconds": 7.0, "mb": 70.0}
     monkeypatch.setitem(growth.ROWS, "batch", lambda args, row: [new])
-    monkeypatch.setattr(experiment, "device_name", lambda device: FACTS["machine"])
+    monkeypatch.setattr(devices, "device_name", lambda device: FACTS["machine"])
     monkeypatch.setattr(os, "cpu_count", lambda: FACTS["cores"])
     monkeypatch.setattr(torch, "__version__", FACTS["torch"])
     file = tmp_path / "a.json"
@@ -302,7 +302,7 @@ def test_a_mistake_is_one_line_and_status_2(flags, words, points, monkeypatch, c
     Path("made.json").write_text(json.dumps({"facts": FACTS, "points": points}))
     monkeypatch.setattr("sys.argv", ["growth", *flags.split()])
     with pytest.raises(SystemExit) as stop:
-        experiment.command(growth.main, growth.get_args_parser())
+        command.run(growth.main, growth.get_args_parser())
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m support.growth: error: ")

@@ -26,7 +26,7 @@ import train_model_batch
 import train_search_batch
 from genotypes import GenotypeError
 from model_train import CheckpointError, DerainNetwork
-from support import experiment, images
+from support import command, images
 from support.errors import UserError
 from tests.test_genotypes import random_genotype
 
@@ -522,7 +522,7 @@ def test_mutated_flags(folder, capsys, monkeypatch, script, count, every):
                 given += rng.sample(VALUES, rng.choice([0, 1, 1, 1, 2, 4]))
         monkeypatch.setattr("sys.argv", [parser.prog, *given])
         with bounded((given, case)), pytest.raises(SystemExit) as stop:
-            experiment.command(without_data, parser)
+            command.run(without_data, parser)
         error = capsys.readouterr().err
         assert stop.value.code == 2, given
         assert error.count("\n") == 1 and "error: " in error and len(error) < 20000, (given, error)

@@ -12,8 +12,8 @@ from genotypes import MODULES, PRIMITIVES
 from losses import multi_to_one
 from model_search import MixedOperation, SearchNetwork
 from operations import MULTI_SCALE, OPERATIONS, AttentionModule, Bottleneck, Head, Transition
+from support.devices import autocast
 from support.errors import UserError
-from support.experiment import autocast
 from tests.made import write_scenes
 
 CPU = torch.device("cpu")

@@ -25,10 +25,10 @@ from architect import Architect
 from genotypes import MODULES, PRIMITIVES, GenotypeError
 from model_search import SearchNetwork
 from model_train import from_supernet
-from support import experiment, health
+from support import health, validation
 from support.draw import svg
-from support.errors import UserError
-from support.experiment import BEST, LOCK, STATES, Interrupted
+from support.errors import Interrupted, UserError
+from support.experiment import BEST, LOCK, STATES
 from support.health import ALPHA_ROWS, BETA_ROWS
 from tests.made import assert_same, interrupt, scalars, session, spoil, write_pairs, write_scenes
 
@@ -217,7 +217,7 @@ def test_the_discretisation_gap_is_that_of_the_supernet_and_its_own_choices(fini
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(finished.folder)
         for name, network in (("supernet", net), ("chosen", fixed)):
-            scores, _ = experiment.validate(network, [scenes], torch.device("cpu"))
+            scores, _ = validation.validate(network, [scenes], torch.device("cpu"))
             assert psnr[name] == pytest.approx(scores["psnr"], abs=1e-4)
     assert psnr["supernet"] != psnr["chosen"]
     gap = psnr["supernet"] - psnr["chosen"]

@@ -20,8 +20,8 @@ import train_model_batch
 from genotypes import GenotypeError
 from model_train import CheckpointError, DerainNetwork
 from support import experiment
-from support.errors import UserError
-from support.experiment import BEST, LOCK, STATES, Interrupted
+from support.errors import Interrupted, UserError
+from support.experiment import BEST, LOCK, STATES
 from support.images import read_image
 from tests.made import assert_same, interrupt, scalars, spoil, write_pairs, write_scenes
 from tests.test_genotypes import random_genotype

@@ -1,0 +1,121 @@
+"""A script's command line: numbers in their range, errors of one line, exit status."""
+
+import argparse
+import errno
+import math
+import shutil
+import sys
+from pathlib import Path
+
+from genotypes import GenotypeError
+from losses import SSIM_WINDOW
+from model_train import MAX_CHANNELS, CheckpointError
+from support import distributed
+from support.errors import Interrupted, UserError
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def positive(text):
+    return _number(text, int, lambda value: value >= 1, "a whole number from 1")
+
+
+def natural(text):
+    return _number(text, int, lambda value: value >= 0, "a whole number from 0")
+
+
+def above_zero(text):
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def not_negative(text):
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number from 0")
+
+
+def even(text):
+    expected = f"an even number from 2 to {MAX_CHANNELS}"
+    return _number(text, int, lambda value: 2 <= value <= MAX_CHANNELS and value % 2 == 0, expected)
+
+
+def patch(text):
+    return _number(text, int, lambda value: value >= SSIM_WINDOW, f"a whole number from {SSIM_WINDOW}")
+
+
+def share(text):
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def seed(text):
+    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
+
+
+def _number(text, kind, allowed, expected):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but an error is one line, and `given` of what it returns is the set of flags on the command
+    line: a run that is resumed, or a demo, must tell a default that was asked for from one that was not.
+    """
+
+    def parse_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        unset = object()
+        names = vars(super().parse_args(args))
+        marked = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(names, unset))))
+        given = {name for name, value in marked.items() if value is not unset}
+        return argparse.Namespace(**names, given=given)
+
+    def error(self, message):
+        message = f"{self.prog}: error: {_one_line(message)} (--help says more)\n"
+        self.exit(2, message if distributed.first_to_say(message) else None)
+
+
+def run(main, parser):
+    """Run a script's `main`, which returns the exit status; a user's mistake is one line and status 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    try:
+        status = distributed.recorded(main)(parser.parse_args())
+        distributed.end()
+        sys.exit(status)
+    except (UserError, GenotypeError, CheckpointError) as error:
+        sys.exit(_report(parser, f"error: {error}", 2))
+    except Interrupted as stop:
+        sys.exit(_report(parser, str(stop), 130))
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        sys.exit(_report(parser, f"error: {_full_disk(error)}", 2))
+
+
+def _full_disk(error):
+    if error.filename is None:
+        return f"a file cannot be written: {error.strerror}"
+    free = shutil.disk_usage(Path(error.filename).absolute().parent).free
+    return f"{error.filename}: cannot be written: {error.strerror}; {free:,} bytes are free"
+
+
+def _report(parser, text, status):
+    if distributed.first_to_say(text):
+        print(f"{parser.prog}: {_one_line(text)}", file=sys.stderr, flush=True)
+    return status
+
+
+def _one_line(text):
+    """What quotes flags and names of files, which may hold a line's end, or bytes that are no text."""
+    return " ".join(text.encode(errors="backslashreplace").decode().split())
+
+
+def announce_demo(missing, flag):
+    """Say loudly that there is no data set and that a demo takes its place."""
+    line = "*" * 100
+    print(f"{line}\nTHIS IS A DEMO: there is no {missing}, and no {flag} was given. It runs on photographs")
+    print(
+        f"at hand, with synthetic rain: its figures mean nothing. The README says how to get DID-MDN.\n{line}"
+    )

@@ -1,0 +1,59 @@
+"""Where a network computes, and how exactly."""
+
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from support import distributed
+from support.errors import UserError
+
+
+def pick_device(name=None):
+    """The torch.device called `name`, or the best there is; UserError if it is not there.
+
+    Of several processes each has the GPU of its own number.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if distributed.launched() and name.partition(":")[0] != "cpu":
+        if name != "cuda":
+            raise UserError(f"--device {name}: torchrun's processes run on cuda, each on its own GPU, or cpu")
+        name = f"cuda:{distributed.local_rank()}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        if distributed.launched() and device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def be_deterministic():
+    """Have PyTorch choose kernels that give the same bits each time; before CUDA is first used.
+
+    Nothing that the networks and losses use lacks one, by PyTorch's documentation; should an operation, it
+    warns by name. An error instead might come days into a run, when another loss joins in.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants for it
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def autocast(device, amp):
+    """With `amp`: bfloat16 for what computes best in it; the caller makes the outputs float32 again."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
+
+
+def device_name(device):
+    """The name of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):  # no Linux; a processor without a name
+        return platform.processor() or platform.machine()

@@ -1,0 +1,54 @@
+"""The scores of a network on the validation part, while it is trained."""
+
+import torch
+
+import dataset
+from losses import external, ssim
+from support.devices import autocast
+from support.errors import UserError
+
+
+def validate(net, scenes, device):
+    """Mean RGB PSNR (dB) and SSIM over the images, as saved in 8 bits, and mean external loss over the
+    scenes.
+
+    Returns ({"psnr", "ssim", "loss"}, (rainy, restored, clean) of the first image).
+    """
+    measured, panel = measure(net, scenes, device)
+    return means(measured), panel
+
+
+def means(measured, bad=()):
+    """What `validate` says of what `measure` found; UserError where that is nothing."""
+    if not measured:
+        raise UserError(f"{bad[0][1] if bad else '--data'}; no validation picture can be read any more")
+    psnr, similarity, loss = zip(*measured, strict=True)
+    scores = {"psnr": torch.cat(psnr), "ssim": torch.cat(similarity), "loss": torch.stack(loss)}
+    return {name: value.mean().item() for name, value in scores.items()}
+
+
+@torch.inference_mode()
+@torch.compiler.set_stance("force_eager")  # to compile for each size of picture would take minutes
+def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
+    """([(PSNR an image, SSIM an image, external loss) of each scene], panel), as `validate` says.
+
+    Whole pictures, one at a time. bad, cache: as in `dataset.full_images`; amp: see `autocast`. Ends early
+    when stop(), asked after each scene, says so.
+    """
+    was_training = net.training
+    net.eval()
+    measured, panel = [], None
+    for rainy, clean in dataset.full_images(scenes, bad, cache):
+        clean = clean.to(device)
+        with autocast(device, amp):
+            outputs = torch.cat([net(image[None].to(device)).float() for image in rainy])
+        saved = (outputs.clamp(0, 1) * 255).round() / 255
+        target = clean.expand_as(saved)
+        psnr = -10 * (saved - target).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+        loss = external(outputs, clean, torch.zeros(len(outputs), dtype=torch.long, device=device))
+        measured.append((psnr.cpu(), ssim(saved, target).cpu(), loss.cpu()))
+        panel = panel or (rainy[0], saved[0].cpu(), clean[0].cpu())
+        if stop and stop():
+            break
+    net.train(was_training)
+    return measured, panel

@@ -1,0 +1,93 @@
+"""The command line of every script: its flags, their errors, its exit status."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+import test_view
+import train_model_batch
+import train_search_batch
+from genotypes import GenotypeError
+from model_train import CheckpointError
+from support import command
+from support.errors import Interrupted, UserError
+
+SCRIPTS = {"search": train_search_batch, "train": train_model_batch, "view": test_view}
+ROOT = Path(test_view.__file__).parent
+COMMANDS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py")])
+    if "def get_args_parser(" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_prints_its_help(name):
+    assert "--help" in importlib.import_module(name).get_args_parser().format_help()
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("search", "--epochs 0", ["--epochs", "'0'", "a whole number from 1"]),
+        ("search", "--steps_per_epoch 1.5", ["--steps_per_epoch", "'1.5'"]),
+        ("search", "--batch_size many", ["--batch_size", "'many'"]),
+        ("search", "--learning_rate -1", ["--learning_rate"]),
+        ("search", "--momentum nan", ["--momentum", "'nan'", "a number from 0"]),
+        ("search", "--arch_learning_rate inf", ["--arch_learning_rate", "'inf'"]),
+        ("search", "--channels 4 4 4", ["--channels", "4"]),
+        ("search", "--channels 4 4 5 4", ["--channels", "'5'", "an even number"]),
+        ("search", "--patch_size 10", ["--patch_size", "'10'", "from 11"]),
+        ("search", "--seed -1", ["--seed", "'-1'", "from 0"]),
+        ("search", "--clean_inputs 1.5", ["--clean_inputs", "'1.5'", "from 0 to 1"]),
+        ("search", "--ema 0.9", ["--ema"]),
+        ("train", "--ema 1.5", ["--ema", "'1.5'", "from 0 to 1"]),
+        ("train", "--max_minutes 0", ["--max_minutes", "'0'", "above 0"]),
+        ("train", "--workers -1", ["--workers", "'-1'", "from 0"]),
+        ("train", "--clean_side top", ["--clean_side", "'top'", "left", "right"]),
+        ("train", "--unrolled", ["--unrolled"]),
+        ("train", "--data", ["--data"]),
+        ("view", "--tile 60", ["--tile", "60", "multiple of 8 from 64"]),
+        ("view", "--clean_side both", ["--clean_side", "'both'"]),
+        ("view", "rain.jpg", ["rain.jpg"]),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(script, flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script].get_args_parser().parse_args(flags.split())
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in [*words, "error", SCRIPTS[script].__name__]), error
+
+
+def test_the_papers_schedules_are_the_defaults():
+    search = train_search_batch.get_args_parser().parse_args([])
+    assert (search.epochs, search.steps_per_epoch) == (200, 1000)
+    assert (search.batch_size, search.patch_size) == (16, 64)
+    assert (search.learning_rate, search.learning_rate_min, search.momentum) == (0.002, 1e-4, 0.9)
+    assert (search.weight_decay, search.arch_learning_rate, search.arch_weight_decay) == (3e-4, 3e-4, 1e-3)
+    assert (search.arch_start, search.internal_start, search.unrolled) == (11, 6, False)
+    assert (search.lambda_arch, search.lambda_comp) == (0.01, 0.01)
+    training = train_model_batch.get_args_parser().parse_args([])
+    assert (training.epochs, training.steps_per_epoch, training.batch_size) == (200, 500, 32)
+    assert (training.learning_rate, training.internal_start, training.patch_size) == (1e-3, 6, 64)
+    assert search.channels == training.channels == [32, 64, 128, 256]
+
+
+def test_a_users_mistake_is_one_line_and_status_2_and_a_stop_130(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    mistakes = UserError("a: bad"), CheckpointError("b: bad"), GenotypeError("c: bad")
+    for error, status in (*((mistake, 2) for mistake in mistakes), (Interrupted("bad"), 130)):
+
+        def main(args, error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as stop:
+            command.run(main, command.Parser(prog="train.py"))
+        assert stop.value.code == status
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("train.py: ")
+        assert line.endswith("bad")

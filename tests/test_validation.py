@@ -1,0 +1,65 @@
+"""Scores on the validation part."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dataset
+from losses import ssim
+from support.images import read_image, write_image
+from support.metrics import mean_scores, score
+from support.validation import validate
+from tests.made import photograph, rain_on, write_pairs
+
+
+class Restoring(nn.Module):
+    """Something that is better than nothing and leaves [0, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(1.2 * x - 0.15)
+
+
+def test_validation_agrees_with_the_scores_of_saved_pictures(folder):
+    for i in range(2):
+        clean = photograph(i, 37, 50)
+        for density in dataset.DENSITIES:
+            picture = np.hstack([rain_on(clean, i), clean])
+            write_image(Path("set", f"Rain_{density}", f"{i}.png"), picture)
+    write_pairs(Path("pairs"), 1, "right")
+    scenes = [*dataset.find("set").scenes, *dataset.find("pairs", "right").scenes]
+    net = Restoring().train()
+    found, (rainy, restored, clean) = validate(net, scenes, torch.device("cpu"))
+    assert net.training
+    assert net.norm.num_batches_tracked == 0
+
+    net.eval()
+    rows, losses = [], []
+    for scene in scenes:
+        pictures, target = dataset.read_scene(scene)
+        loss = 0
+        for picture in pictures:
+            output = net(dataset.to_tensor(picture[None])).detach()
+            assert output.min() < 0 and output.max() > 1
+            write_image("out.png", (output[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+            rows.append(score(read_image("out.png"), target))
+            aim = dataset.to_tensor(target[None])
+            loss += ((output - aim) ** 2).mean() + 1 - ssim(output, aim)[0]
+            if len(rows) == 1:
+                first = read_image("out.png")
+        losses.append(loss.item())
+    means = mean_scores(rows)
+    assert len(rows) == 7
+    assert found["psnr"] == pytest.approx(means["psnr_rgb"], abs=1e-3)
+    assert found["ssim"] == pytest.approx(means["ssim_rgb"], abs=1e-4)
+    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    pictures, target = dataset.read_scene(scenes[0])
+    assert torch.equal(rainy, dataset.to_tensor(pictures[0][None])[0])
+    assert torch.equal(clean, dataset.to_tensor(target[None])[0])
+    assert np.array_equal((restored * 255).round().byte().permute(1, 2, 0).numpy(), first)
