@@ -33,6 +33,7 @@ from support.errors import UserError
 from support.images import image_size, list_images, read_image
 
 DENSITIES = ("Heavy", "Medium", "Light")
+TRAINING, TEST = "DID-MDN-training", "DID-MDN-test"  # DID-MDN's folders
 RAINY_FOLDERS = {"input", "inputs", "rain", "rainy", "rainy_image", "rain_image", "lq", "data", "degraded"}
 CLEAN_FOLDERS = {
     "target",
@@ -102,8 +103,7 @@ def find(path, clean_side=None):
         return _flat(path.parent, [path], clean_side)
     if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
         raise UserError(f"{path}: neither a picture nor a folder that can be read")
-    density_folders = {d: _did_mdn_folder(path, d) for d in DENSITIES if (path / f"Rain_{d}").is_dir()}
-    if density_folders:
+    if density_folders := _density_folders(path):
         return _densities(path, density_folders, clean_side or "right")
     rainy = [child for child in _folders(path) if child.name.lower() in RAINY_FOLDERS]
     clean = [child for child in _folders(path) if child.name.lower() in CLEAN_FOLDERS]
@@ -114,7 +114,7 @@ def find(path, clean_side=None):
                 f"{path}: cannot tell which folders make the pairs among {names}; keep two of them"
             )
         return _paired(path, rainy[0], clean[0])
-    if path.name == "DID-MDN-test":
+    if Path(os.path.abspath(path)).name == TEST:  # also of "."
         clean_side = clean_side or "right"
     return _flat(path, list_images(path, recursive=clean_side is None), clean_side)
 
@@ -122,10 +122,12 @@ def find(path, clean_side=None):
 def find_training(paths, clean_sides=()):
     """Scenes of one or several training folders, every one with its clean image.
 
-    paths: folders; one that holds `DID-MDN-training` stands for it. clean_sides: none, one for all, or one a
-    folder. Raises UserError, naming the file, for unpaired images and images that cannot be a pair.
+    paths: folders; one that holds `DID-MDN-training` stands for it. clean_sides: none, one a folder, or one
+    for all but DID-MDN's. Raises UserError, naming the file, for unpaired images and images that cannot be a
+    pair.
     """
     sides = list(clean_sides) or [None]
+    one_for_all = len(paths) > 1 == len(sides)
     if len(sides) not in (1, len(paths)):
         raise UserError(
             f"--clean_side: {len(sides)} given for {len(paths)} folders; give one, or one a folder"
@@ -133,8 +135,10 @@ def find_training(paths, clean_sides=()):
     scenes = []
     for path, side in zip(paths, sides * (len(paths) // len(sides)), strict=True):
         root = Path(path)
-        if os.path.isdir(root / "DID-MDN-training"):
-            root = root / "DID-MDN-training"
+        if os.path.isdir(root / TRAINING):
+            root = root / TRAINING
+        if one_for_all and _density_folders(root):
+            side = None  # it is for the folders that need one, and DID-MDN's sides are known
         found = find(root, side)
         if found.unpaired:
             raise UserError(
@@ -154,9 +158,10 @@ def _folders(path):
     return [child for child in path.iterdir() if child.is_dir()]
 
 
-def _did_mdn_folder(path, density):
-    folder = path / f"Rain_{density}"
-    return folder / "train2018new" if (folder / "train2018new").is_dir() else folder
+def _density_folders(path):
+    folders = {density: path / f"Rain_{density}" for density in DENSITIES}
+    inner = {density: folder / "train2018new" for density, folder in folders.items()}
+    return {d: inner[d] if inner[d].is_dir() else folders[d] for d in DENSITIES if folders[d].is_dir()}
 
 
 def _densities(path, folders, side):
@@ -190,10 +195,13 @@ def _paired(path, rainy_folder, clean_folder):
         clean[key] = file
     scenes, unpaired, used = [], [], set()
     rainy = list_images(rainy_folder, recursive=True)
-    for name, file in zip(_names(rainy_folder, rainy), rainy, strict=True):
-        key = _pair_key(file, rainy_folder)
-        # Several rainy versions of one clean image: 7_1.png, 7_2.png, ... of 7.png.
-        partner = key if key in clean else re.sub(r"_[a-z]*\d+$", "", key)
+    keys = {file: _pair_key(file, rainy_folder) for file in rainy}
+    taken = set(keys.values())
+    for name, (file, key) in zip(_names(rainy_folder, rainy), keys.items(), strict=True):
+        # Several rainy versions of one clean image: 7_1.png, 7_2.png, ... of 7.png. But beside a rainy 7.png,
+        # 7_2.png is a picture of its own.
+        shared = re.sub(r"_[a-z]*\d+$", "", key)
+        partner = key if key in clean or shared in taken else shared
         if partner in clean:
             used.add(partner)
             scenes.append(Scene(name, (Half(file),), Half(clean[partner])))

@@ -137,7 +137,8 @@ def named():
 
 
 def draw_random(count, seed):
-    """`count` different random genotypes, none of which has a name yet; the same `seed` gives the same ones.
+    """`count` different random genotypes, none of which has a name yet; the same `seed` gives the same
+    ones as long as no more of them have a name.
 
     They are spread as what the search derives from alpha and beta drawn at random, all entries alike and
     independent: each module's kind and each edge's operation is any with equal chances, and a node all of

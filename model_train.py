@@ -106,25 +106,14 @@ def from_supernet(net, genotype=None):
     """The fixed network of a genotype (default: the supernet's), with copies of the supernet's weights."""
     genotype = genotype or net.genotype()
     fixed = DerainNetwork(genotype, net.channels, net.residual)
-    chosen = fixed.state_dict()
-    kinds = [kind for cell in genotype.modules for kind in cell]
-    edges = [name for cell in genotype.attention for branch in cell for name in branch]
-    modules = [
-        choices[genotypes.MODULES.index(k)] for choices, k in zip(net.module_choices(), kinds, strict=True)
-    ]
-    operations = [
-        choices[genotypes.PRIMITIVES.index(n)]
-        for choices, n in zip(net.operation_choices(), edges, strict=True)
-    ]
-    shared = net.state_dict()
-    for name in chosen:
-        if name in shared:
-            chosen[name] = shared[name]
-    fixed.load_state_dict(chosen)
-    fixed_modules = [module for cell in fixed.cells for module in cell.multi_scale]
-    fixed_edges = [edge for cell in fixed.cells for attention in cell.attention for edge in attention.edges]
-    for target, source in zip([*fixed_modules, *fixed_edges], [*modules, *operations], strict=True):
-        target.load_state_dict(source.state_dict())
+    own = fixed.state_dict()  # stem, transitions, head and what else is not chosen have the supernet's names
+    fixed.load_state_dict(own | {n: weight for n, weight in net.state_dict().items() if n in own})
+    for cell, mixed, kinds, edges in zip(fixed.cells, net.cells, *genotype, strict=True):
+        for module, choices, kind in zip(cell.multi_scale, mixed.multi_scale, kinds, strict=True):
+            module.load_state_dict(choices.kinds[kind].state_dict())
+        for attention, choices, names in zip(cell.attention, mixed.attention, edges, strict=True):
+            for edge, choice, name in zip(attention.edges, choices.edges, names, strict=True):
+                edge.load_state_dict(choice.operations[name].state_dict())
     return fixed.to(net.alpha.device)
 
 
@@ -319,10 +308,8 @@ def _fitting(expected, weights, path):
     counters = {name: torch.zeros_like(e, device="cpu") for name, e in expected.items() if not e.ndim}
     problems = [f"{name} is missing" for name in expected.keys() - plain.keys() - counters.keys()]
     problems += [f"{name} is not part of it" for name in plain.keys() - expected.keys()]
-    held, claimed = (
-        {},
-        0,
-    )  # bytes: a view can claim any shape, and only the shape is checked against `expected`
+    # In bytes: a view can claim any shape, and only the shape is checked against `expected`.
+    held, claimed = {}, 0
     for name in sorted(expected.keys() & plain.keys()):
         weight = plain[name]
         if weight.layout != torch.strided or weight.is_quantized or weight.device.type != "cpu":

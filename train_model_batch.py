@@ -181,6 +181,8 @@ def build(run):
         if "channels" in run.given and args.channels != list(net.channels):
             widths = " ".join(map(str, net.channels))
             raise UserError(f"--channels: --weights {args.weights} has {widths}; leave one out")
+        if "residual" in run.given and not net.residual:
+            raise UserError(f"--residual: --weights {args.weights} was trained without it; leave one out")
         args.channels, args.residual = list(net.channels), net.residual
         print(f"weights: {args.weights}")
         return net

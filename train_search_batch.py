@@ -34,7 +34,7 @@ from support.draw import draw_genotype
 from support.errors import UserError
 from support.experiment import Experiment, log
 from support.health import Health
-from support.validation import validate
+from support.validation import means, measure
 
 # The demo: the whole method in under 5 minutes on two cores, the warm-ups scaled with the schedule.
 DEMO = {
@@ -123,8 +123,11 @@ def main(args):
     run = Experiment("search", args, get_args_parser(), DEMO)
     args = run.args
     args.name = args.name or distributed.agree(time.strftime("search_%Y%m%d_%H%M%S"))
-    if not (args.demo or run.done()):
-        genotypes.check_new_name(args.name)
+    collapse = experiment.noted(run.folder, "summary.json", "collapse")
+    if args.resume is not None and args.stop_on_collapse and collapse:
+        raise UserError(f"--resume {run.folder}: this search has ended, collapsed: {collapse}")
+    if not (args.demo or (args.resume is not None and (run.folder / "genotype.json").exists())):
+        genotypes.check_new_name(args.name)  # else it may be this run's own, written before it was stopped
     print(f"genotype: {'in the run folder (demo)' if args.demo else args.name}")
     print(f"data: {' '.join(args.data)}", flush=True)
     parts = run.scenes or distributed.from_main(
@@ -147,7 +150,7 @@ def main(args):
         log.warning("--arch_start %d is after the last epoch: NOTHING IS SEARCHED", args.arch_start)
 
     def loss(forward, batch):
-        internal = epoch >= args.internal_start
+        internal = run.step >= (args.internal_start - 1) * args.steps_per_epoch
         with devices.autocast(run.device, args.amp):
             outputs = forward(batch.rainy)
         return multi_to_one(outputs.float(), batch.clean, batch.scene, internal)
@@ -221,6 +224,9 @@ def main(args):
     if not distributed.is_main():
         return 0  # what follows is done once
     genotype, origin = net.genotype(), provenance(run)
+    if run.step <= first_arch_step:
+        log.warning("no architecture step was taken: the genotype is as alpha and beta were drawn at random")
+        origin += "; not searched: no architecture step"
     if args.stop_on_collapse and health.collapse:
         if health.healthy is None:
             run.finish(collapse=health.collapse)
@@ -231,13 +237,13 @@ def main(args):
         origin += f"; collapsed, genotype of epoch {health.healthy}"
     genotypes.write_json(genotype, run.folder / "genotype.json")
     draw_genotype(genotype, run.folder / "genotype.svg", args.name, args.channels)
-    gap = discretisation_gap(net, genotype, validation, run.device)
     log.info("derived architecture:\n%s = %s", args.name, genotypes.literal(genotype))
     arch = args.name
     if args.demo:
         arch = run.folder / "genotype.json"
     else:
         genotypes.append(args.name, genotype, origin)
+    gap = discretisation_gap(run, net, genotype, validation)
     run.finish(genotype=genotype._asdict(), collapse=health.collapse, validation_psnr=gap)
     log.info("retrain it with: python train_model_batch.py --arch %s", arch)
     return 0
@@ -282,12 +288,12 @@ def make_penalty(net, args):
     return penalty
 
 
-def discretisation_gap(net, genotype, validation, device):
+def discretisation_gap(run, net, genotype, validation):
     """Validation PSNR in dB of the supernet, and of a genotype's network with the supernet's weights."""
-    psnr = {
-        name: validate(forward, validation, device)[0]["psnr"]
-        for name, forward in (("supernet", net), ("chosen", from_supernet(net, genotype)))
-    }
+    scenes, bad, psnr = [scene for scene in validation if scene.key not in run.bad], [], {}
+    for name, network in (("supernet", net), ("chosen", from_supernet(net, genotype))):
+        measured, _ = measure(network, scenes, run.device, bad, amp=run.args.amp, cache=run.cache)
+        psnr[name] = means(measured, bad)["psnr"]
     log.info(
         "discretisation gap %.2f dB: validation psnr %.3f as a supernet, %.3f with the choices made",
         psnr["supernet"] - psnr["chosen"],

@@ -149,10 +149,8 @@ def parallel(net, ignored=()):
     """
     if size() == 1:
         return net
-    names = [
-        *ignored,
-        *(f".{name}" for name in ignored),
-    ]  # DDP calls the network's own by both, in two places
+    # DDP calls the network's own parameters by both names, in two places.
+    names = [*ignored, *(f".{name}" for name in ignored)]
     names += [name for name, _ in net.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, names)
     return DistributedDataParallel(net)

@@ -68,7 +68,7 @@ def add_arguments(parser):
         nargs="+",
         default=[],
         choices=dataset.SIDES,
-        help="the clean half of side-by-side files: one for all folders, or one a folder",
+        help="the clean half of side-by-side files: one for all folders but DID-MDN's own, or one a folder",
     )
     data.add_argument("--demo", action="store_true", help="a small run on photographs at hand; no download")
     data.add_argument("--split_seed", type=int, default=0, help="of the split into parts (default: 0)")
@@ -157,8 +157,13 @@ def newest(kind, file, demo=None):
 
 def _was_demo(folder):
     """Whether a run was a demo; None where its options are missing or damaged."""
+    return noted(folder, "options.json", "demo")
+
+
+def noted(folder, file, name):
+    """A value in a run's options.json or summary.json; None where it is missing or the file is damaged."""
     try:
-        return json.loads((folder / "options.json").read_text(encoding="utf-8"))["demo"]
+        return json.loads((folder / file).read_text(encoding="utf-8"))[name]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -222,15 +227,15 @@ class Experiment:
         distributed.barrier()  # rank 0 does not touch the folder while others still look at it
 
     def _begin(self, args, demo):
-        if args.data is None and not args.demo and not Path(DEFAULT_DATA).exists():
+        if args.data is None and not args.demo and not _has_training_data(Path(DEFAULT_DATA)):
             args.demo = True
-            announce_demo(DEFAULT_DATA, "--data")
+            announce_demo(f"{DEFAULT_DATA}/{dataset.TRAINING}", "--data")
         if args.demo:
             for name, value in demo.items():
                 if name not in self.given:
                     setattr(args, name, value)
             if args.data is None:
-                distributed.from_main(lambda: demo_set(DEMO_DATA) and None)
+                distributed.from_main(partial(demo_set, DEMO_DATA))
         if args.data is None:
             args.data = [DEMO_DATA if args.demo else DEFAULT_DATA]
         self.folder = Path(args.save or distributed.agree(time.strftime(f"{self.kind}-EXP-%Y%m%d-%H%M%S")))
@@ -391,9 +396,8 @@ class Experiment:
         return sizes
 
     def _stop(self, number, frame):
-        if (
-            self.stopping and distributed.launched()
-        ):  # which passes on what Slurm may have sent to all as well
+        # torchrun passes on what Slurm may have sent to all processes as well.
+        if self.stopping and distributed.launched():
             return
         if self.stopping:  # asked twice: at once
             signal.signal(number, signal.SIG_DFL)
@@ -507,7 +511,7 @@ class Experiment:
             batch = next(batches)
             bad = batch.bad
         except UserError as error:
-            bad = [error]
+            bad = [error]  # in the same list, so that the ranks agree in one exchange
         bad = distributed.join(bad)
         for error in bad:
             if isinstance(error, UserError):
@@ -525,9 +529,9 @@ class Experiment:
 
         What made it give up is not saved as bad: the disk may be back when the run is resumed.
         """
-        reasons = dict.fromkeys(why for key, why in bad if why not in self.bad.values())
         if not bad:
             return
+        reasons = dict.fromkeys(why for key, why in bad if why not in self.bad.values())
         files = {file for scenes in self.scenes.values() for scene in scenes for file in scene.files}
         count = len({*self.bad.values(), *reasons})
         if count > MOST_BAD * len(files) and not self.args.allow_bad:
@@ -570,8 +574,9 @@ class Experiment:
         self.buffers.average_changes()
 
     def validate(self, net, scenes):
-        """`validate`, without the scenes that cannot be read, each on one rank. SIGINT and SIGTERM stop it
-        between two. The panel is this rank's, None where it had nothing to read.
+        """As `support.validation.validate`, of the scenes that can be read, shared out to the ranks.
+
+        SIGINT and SIGTERM stop it between two. The panel is this rank's, None where it had nothing to read.
         """
         bad = []
         scenes = [s for s in scenes if s.key not in self.bad][distributed.rank() :: distributed.size()]
@@ -699,6 +704,13 @@ def read_state(folder):
             return previous, read(previous), str(error)
         except CheckpointError as older:
             raise CheckpointError(f"{error}; {older}") from None
+
+
+def _has_training_data(folder):
+    """Whether there is more in DID-MDN's folder than its test set."""
+    if not folder.is_dir() or not os.access(folder, os.R_OK):
+        return folder.exists()  # what is wrong with it is said where it is opened
+    return any(name != dataset.TEST for name in os.listdir(folder))
 
 
 def _claim(folder):

@@ -9,17 +9,16 @@ from support.errors import UserError
 
 
 def validate(net, scenes, device):
-    """Mean RGB PSNR (dB) and SSIM over the images, as saved in 8 bits, and mean external loss over the
-    scenes.
-
-    Returns ({"psnr", "ssim", "loss"}, (rainy, restored, clean) of the first image).
-    """
+    """`measure` and `means` in one: ({"psnr", "ssim", "loss"}, (rainy, restored, clean))."""
     measured, panel = measure(net, scenes, device)
     return means(measured), panel
 
 
 def means(measured, bad=()):
-    """What `validate` says of what `measure` found; UserError where that is nothing."""
+    """{"psnr", "ssim"}: means over the images, {"loss"}: over the scenes; UserError where none was read.
+
+    measured, bad: of `measure`.
+    """
     if not measured:
         raise UserError(f"{bad[0][1] if bad else '--data'}; no validation picture can be read any more")
     psnr, similarity, loss = zip(*measured, strict=True)
@@ -30,10 +29,12 @@ def means(measured, bad=()):
 @torch.inference_mode()
 @torch.compiler.set_stance("force_eager")  # to compile for each size of picture would take minutes
 def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
-    """([(PSNR an image, SSIM an image, external loss) of each scene], panel), as `validate` says.
+    """Score a network on whole pictures, one at a time.
 
-    Whole pictures, one at a time. bad, cache: as in `dataset.full_images`; amp: see `autocast`. Ends early
-    when stop(), asked after each scene, says so.
+    Returns ([(RGB PSNR in dB an image, SSIM an image, both as saved in 8 bits, external loss) of each scene],
+    (rainy, restored, clean) of the first image, each 3xHxW in [0, 1], or None where no scene was read).
+    bad, cache: as in `dataset.full_images`; amp: see `autocast`. Ends early when stop(), asked after each
+    scene, says so.
     """
     was_training = net.training
     net.eval()

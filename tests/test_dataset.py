@@ -103,6 +103,25 @@ def test_did_mdn_test_folder_needs_no_side(tmp_path):
     assert np.array_equal(read_scene(scene)[1], photograph(0))
 
 
+def test_did_mdn_test_folder_is_known_from_within(tmp_path, monkeypatch):
+    folder = write_pairs(tmp_path / "DID-MDN-test", 1, clean_side="right")
+    monkeypatch.chdir(folder)
+    (scene,) = find(".").scenes
+    assert np.array_equal(read_scene(scene)[1], photograph(0))
+
+
+def test_one_side_for_all_folders_leaves_did_mdn_as_published(tmp_path):
+    """Turned round, its scenes would teach the network to add rain."""
+    scenes, pairs = write_scenes(tmp_path / "scenes", 1), write_pairs(tmp_path / "pairs", 1)
+    sides = [scene.clean.side for scene in find_training([scenes, pairs], ["left"])]
+    assert sides == ["right", "left"]
+    assert [scene.clean.side for scene in find_training([scenes], ["left"])] == ["left"]
+    assert [scene.clean.side for scene in find_training([scenes, pairs], ["left", "left"])] == [
+        "left",
+        "left",
+    ]
+
+
 @pytest.mark.parametrize(
     ("rainy_folder", "clean_folder", "rainy_name", "clean_name"),
     [
@@ -138,6 +157,14 @@ def test_several_rainy_images_of_one_clean_are_pairs_of_one_background(tmp_path)
         assert np.array_equal(read_scene(scene)[1], photograph(int(scene.name[0])))
     for part in split(scenes).values():
         assert len(part) % 3 == 0
+
+
+def test_a_picture_whose_clean_one_is_missing_does_not_take_that_of_another(tmp_path):
+    for name in ("rain/walk", "rain/walk_1", "rain/walk_2", "gt/walk", "gt/walk_1"):
+        write_image(tmp_path / f"{name}.png", photograph(0))
+    found = find(tmp_path)
+    assert [scene.name for scene in found.scenes] == ["walk", "walk_1"]
+    assert found.unpaired == [tmp_path / "rain" / "walk_2.png"]
 
 
 def test_single_images_have_no_ground_truth(tmp_path):

@@ -281,6 +281,33 @@ def test_a_search_that_never_searches_says_so(vocabulary):
     write_pairs(Path("pairs"), 3)
     search(f"--data pairs --clean_side left {ONE_STEP} --name idle --save run")
     assert "NOTHING IS SEARCHED" in Path("run", "log.txt").read_text()
+    # The second one's time is up before its first architecture step.
+    search(f"--data pairs --clean_side left {TINY} --arch_start 2 --max_minutes 1e-5 --name short --save 2")
+    assert state("2")["step"] <= 2
+    assert "NOTHING IS SEARCHED" not in Path("2", "log.txt").read_text()
+    for run in ("run", "2"):
+        assert "no architecture step was taken: the genotype is as" in Path(run, "log.txt").read_text()
+    said = vocabulary.read_text(encoding="utf-8").replace("\n#", "")
+    assert said.count("not searched: no architecture step") == 2
+
+
+def test_a_validation_picture_that_breaks_does_not_cost_the_genotype(vocabulary, monkeypatch):
+    write_pairs(Path("pairs"), 40)
+    broken, *others = dataset.split(dataset.find_training(["pairs"], ["left"]))["validation"]
+    assert others
+    flags = f"--data pairs --clean_side left {ONE_STEP} --val_scenes 2 --arch_start 1 --allow_bad"
+    with monkeypatch.context() as patch:
+        interrupt(patch, dataset, 1)
+        with pytest.raises(Interrupted):
+            search(f"{flags} --name found --save run")
+    Path(broken.key).write_text("broken")
+    assert search("--resume run") == 0
+    assert "found = Genotype(" in vocabulary.read_text(encoding="utf-8")
+    net = SearchNetwork(CHANNELS)
+    net.load_state_dict(state("run")["parts"]["net"])
+    psnr = json.loads(Path("run", "summary.json").read_text())["validation_psnr"]
+    scores, _ = validation.validate(net, others, torch.device("cpu"))
+    assert psnr["supernet"] == pytest.approx(scores["psnr"], abs=1e-4)
 
 
 # --- stopped and resumed ---
@@ -340,6 +367,8 @@ def test_a_collapsed_search_ends_with_its_last_healthy_genotype(vocabulary, monk
         with pytest.raises(ZeroDivisionError):
             search("--resume run")
     assert search("--resume run") == 0
+    with pytest.raises(UserError, match="--resume run: this search has ended, collapsed: 27 of 27 edges"):
+        search("--resume run")
 
     log = Path("run", "log.txt").read_text()
     said = "27 of 27 edges are skip_connect or none"

@@ -216,6 +216,9 @@ def test_other_widths_than_those_of_the_weights_are_refused(data):
         train(flags)
     assert not Path("run").exists()
     train(flags.replace("--channels 4 4 4 4", "--channels 2 4 6 4"))
+    trained_network(residual=False)
+    with pytest.raises(UserError, match=r"--residual: --weights trained\.pt was trained without it"):
+        train(flags.replace("--channels 4 4 4 4", "--residual").replace("run", "other"))
 
 
 # --- stopped and resumed ---
@@ -447,10 +450,13 @@ def test_a_demo_trains_what_the_newest_demo_search_found(folder, monkeypatch, ca
     assert model_train.load("run/best_psnr.pt").genotype == random_genotype(5)
     assert model_train.load("run/best_psnr.pt").residual  # of the demo's options
     capsys.readouterr()
-    train(f"{ONE_STEP} --arch newest_there_is")
-    printed = capsys.readouterr().out
-    assert "THIS IS A DEMO: there is no datasets/Rain1200" in printed
-    assert "genotype: newest_there_is" in printed
+    for test_set in ("missing", "there"):
+        if test_set == "there":
+            Path("datasets", "Rain1200", "DID-MDN-test").mkdir(parents=True)
+        train(f"{ONE_STEP} --arch newest_there_is --save {test_set}")
+        printed = capsys.readouterr().out
+        assert "THIS IS A DEMO: there is no datasets/Rain1200/DID-MDN-training, and no --data" in printed
+        assert "genotype: newest_there_is" in printed
 
 
 @pytest.mark.parametrize(
