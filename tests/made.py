@@ -1,18 +1,26 @@
-"""Small data sets, and a session of a training script, for the tests of what reads and makes them."""
+"""Small data sets, genotypes and networks, and the scripts run on them."""
 
 import logging
 import os
+import random
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import model_train
+import test_view
+from genotypes import BRANCHES, MODULES, PRIMITIVES, Genotype
 from support.images import write_image
 
+ROOT = Path(__file__).parents[1]
 HEIGHT, WIDTH = 24, 32
 DENSITIES = ("Heavy", "Medium", "Light")
 
@@ -114,3 +122,65 @@ def assert_same(x, y, where="state"):
         assert torch.equal(x, y), where
     else:
         assert x == y, where
+
+
+def random_genotype(seed):
+    """Any genotype of the space, `none` only where a node keeps another edge."""
+    rng = random.Random(seed)
+    modules = tuple(tuple(rng.choice(MODULES) for _ in range(4)) for _ in range(3))
+
+    def edges():
+        first, second, third = (rng.choice(PRIMITIVES[1:]) for _ in range(3))
+        return (first, *rng.choice([(second, third), ("none", third), (second, "none")]))
+
+    return Genotype(modules, tuple(tuple(edges() for _ in range(branches)) for branches in BRANCHES))
+
+
+def weight_count(parameters):
+    return sum(p.numel() for p in parameters)
+
+
+def make_one_hot(net, genotype):
+    """Set alpha and beta so that the softmax is one-hot on the genotype."""
+    kinds = [kind for cell in genotype.modules for kind in cell]
+    names = [name for cell in genotype.attention for branch in cell for name in branch]
+    with torch.no_grad():
+        net.alpha.fill_(-1000)
+        net.beta.fill_(-1000)
+        for row, kind in zip(net.alpha, kinds, strict=True):
+            row[MODULES.index(kind)] = 0
+        for row, name in zip(net.beta, names, strict=True):
+            row[PRIMITIVES.index(name)] = 0
+
+
+def warm_batch_norm(net):
+    """Statistics and affine parameters as after training, so that evaluation mode says something."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            if module.affine:
+                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+                torch.nn.init.normal_(module.bias, 0, 0.1)
+    return net.eval()
+
+
+def torchrun(*command, processes=2):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=500)
+
+
+def write_network(path):
+    """A network that does something to a picture."""
+    torch.manual_seed(0)
+    net = model_train.DerainNetwork(random_genotype(0), (2, 2, 2, 2), residual=True).eval()
+    torch.nn.init.normal_(net.head.to_rgb.weight, 0, 0.05)
+    model_train.save(net, path)
+    return net
+
+
+def view(flags):
+    """test_view.py with the network in net.pt."""
+    flags = f"--ckt_path net.pt --device cpu {flags}"
+    return test_view.main(test_view.get_args_parser().parse_args(flags.split()))

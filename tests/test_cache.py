@@ -30,10 +30,17 @@ from support import experiment
 from support.cache import open_cache
 from support.errors import Interrupted, UserError
 from support.images import read_image, write_image
-from tests.made import assert_same, interrupt, photograph, rain_on, session, write_pairs, write_scenes
-from tests.test_genotypes import random_genotype
-
-ROOT = Path(__file__).parents[1]
+from tests.made import (
+    ROOT,
+    assert_same,
+    interrupt,
+    photograph,
+    rain_on,
+    random_genotype,
+    session,
+    write_pairs,
+    write_scenes,
+)
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="there is no --cache here")
 

@@ -11,8 +11,7 @@ from model_search import SearchNetwork
 from model_train import from_supernet
 from support import chance
 from support.errors import UserError
-from tests.made import session, write_pairs
-from tests.test_genotypes import random_genotype
+from tests.made import random_genotype, session, write_pairs
 
 FLAGS = (
     "--data pairs --clean_side left --channels 2 2 2 2 --patch_size 16 --batch_size 2 --epochs 1 "

@@ -10,8 +10,7 @@ from support.errors import UserError
 from support.images import write_image
 from support.restore import restore
 from support.tiling import worst_block
-from tests.made import photograph, write_pairs
-from tests.test_genotypes import random_genotype
+from tests.made import photograph, random_genotype, write_pairs
 
 
 def change(flags, capsys):

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +12,8 @@ from support.check import get_args_parser, main, match, rain_score
 from support.errors import UserError
 from support.images import read_image, write_image
 from support.rain import STYLES, make_scene
-from tests.made import HEIGHT, WIDTH, photograph, rain_on, write_pairs, write_scenes
+from tests.made import HEIGHT, ROOT, WIDTH, photograph, rain_on, write_pairs, write_scenes
 
-ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not here")
 

@@ -20,11 +20,8 @@ from genotypes import BRANCHES, Genotype
 from model_search import SearchNetwork
 from model_train import CheckpointError, DerainNetwork
 from support import command, experiment
-from tests.test_genotypes import random_genotype
-from tests.test_models import warm_batch_norm
+from tests.made import ROOT, random_genotype, warm_batch_norm
 from train_search_batch import save_supernet
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

@@ -1,10 +1,7 @@
 """Two processes of torchrun's compute what one does, decide alike, and stop and go on together."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +13,8 @@ from model_search import SearchNetwork
 from model_train import DerainNetwork
 from support import distributed
 from tests import ranks
-from tests.made import assert_same, session, write_pairs, write_scenes
-from tests.test_genotypes import random_genotype
+from tests.made import ROOT, assert_same, random_genotype, session, torchrun, write_pairs, write_scenes
 
-ROOT = Path(__file__).parents[1]
 DATA = "--data scenes pairs --clean_side right left --patch_size 16 --device cpu --workers 0"
 FIVE = f"{DATA} --batch_size 4 --epochs 1 --steps_per_epoch 5 --val_scenes 3 --internal_start 1"
 TRAIN = f"{FIVE} --channels 4 4 4 4 --arch genotype.json --ema 0.9"
@@ -49,12 +44,6 @@ def each(names):
 def chosen(request, names):
     """Those that this session runs."""
     return [name for name in names if name not in SLOW or "not slow" not in request.config.option.markexpr]
-
-
-def torchrun(*command, processes=2):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=500)
 
 
 def prepare(folder):

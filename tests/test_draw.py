@@ -10,9 +10,8 @@ from genotypes import GenotypeError
 from model_train import DerainNetwork
 from support import command, draw
 from support.errors import UserError
-from tests.test_genotypes import random_genotype
+from tests.made import ROOT, random_genotype
 
-ROOT = Path(__file__).parents[1]
 SVG = "{http://www.w3.org/2000/svg}"
 
 

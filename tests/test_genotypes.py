@@ -2,25 +2,13 @@ import ast
 import errno
 import json
 import multiprocessing
-import random
 from pathlib import Path
 
 import pytest
 
 import genotypes
-from genotypes import BRANCHES, MODULES, PRIMITIVES, Genotype, GenotypeError
-
-
-def random_genotype(seed):
-    """Any genotype of the space, `none` only where a node keeps another edge."""
-    rng = random.Random(seed)
-    modules = tuple(tuple(rng.choice(MODULES) for _ in range(4)) for _ in range(3))
-
-    def edges():
-        first, second, third = (rng.choice(PRIMITIVES[1:]) for _ in range(3))
-        return (first, *rng.choice([(second, third), ("none", third), (second, "none")]))
-
-    return Genotype(modules, tuple(tuple(edges() for _ in range(branches)) for branches in BRANCHES))
+from genotypes import MODULES, PRIMITIVES, Genotype, GenotypeError
+from tests.made import random_genotype
 
 
 def test_every_named_genotype_is_well_formed():

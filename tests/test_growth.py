@@ -12,8 +12,8 @@ import torch
 
 from support import benchmark, command, devices, growth
 from support.errors import UserError
+from tests.made import ROOT
 
-ROOT = Path(__file__).parents[1]
 SVG = "{http://www.w3.org/2000/svg}"
 FACTS = {"machine": "a <fast> one", "cores": 4, "torch": "2.15", "threads": 1, "channels": [4, 4, 4, 4]}
 

@@ -9,7 +9,7 @@ import torch
 from genotypes import EDGES, MODULES, PRIMITIVES, Genotype
 from support import health
 from support.health import ALPHA_ROWS, BETA_ROWS, WINDOW, Health
-from tests.test_genotypes import random_genotype
+from tests.made import random_genotype
 
 
 def genotype_with(weak, name="skip_connect"):

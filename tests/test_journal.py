@@ -10,9 +10,12 @@ import pytest
 
 import model_train
 import test_view
-from tests.made import photograph, write_pairs, write_scenes
-from tests.test_distributed import ROOT, torchrun
-from tests.test_view_script import network, view  # noqa: F401  a fixture
+from tests.made import ROOT, photograph, torchrun, view, write_network, write_pairs, write_scenes
+
+
+@pytest.fixture(autouse=True)
+def network(folder):
+    return write_network("net.pt")
 
 
 def content(folder):
@@ -86,7 +89,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(pictures, monkeypatch):
     assert len(restored) == 5
 
 
-def test_what_has_changed_is_done_again(network, folder, monkeypatch):  # noqa: F811
+def test_what_has_changed_is_done_again(network, folder, monkeypatch):
     write_pairs(Path("pairs"), 4)
     flags = "--path pairs --clean_side left --result_path out"
     assert view(flags) == 0
@@ -116,7 +119,7 @@ def test_what_has_changed_is_done_again(network, folder, monkeypatch):  # noqa: 
     assert again(flags) == 5
 
 
-def test_pictures_without_truth_go_on_too(network, folder, monkeypatch):  # noqa: F811
+def test_pictures_without_truth_go_on_too(network, folder, monkeypatch):
     for i in range(3):
         test_view.images.write_image(Path("photos", f"{i}.jpg"), photograph(i))
     assert view("--path photos --result_path out") == 0

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,10 +20,8 @@ import train_model_batch
 import train_search_batch
 from support.errors import UserError
 from support.experiment import BEST, STATES, Experiment, _claim
-from tests.made import assert_same, scalars, session, write_pairs, write_scenes
-from tests.test_genotypes import random_genotype
+from tests.made import ROOT, assert_same, random_genotype, scalars, session, write_pairs, write_scenes
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = {"search": train_search_batch, "train": train_model_batch}
 TINY = "--data scenes pairs --clean_side right left --patch_size 16 --batch_size 2 --epochs 2 --val_scenes 1"
 TINY += " --internal_start 2 --device cpu --save run --save_every 0.000001"

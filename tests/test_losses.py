@@ -11,9 +11,9 @@ from dataset import Batch
 from genotypes import MODULES
 from model_search import SearchNetwork
 from model_train import DerainNetwork
-from tests.test_genotypes import random_genotype
-from tests.test_models import SMALL, make_one_hot, weight_count
+from tests.made import make_one_hot, random_genotype, weight_count
 
+SMALL = (4, 6, 8, 10)
 SIDE = 16  # of the pictures that multiply-adds are counted for
 SCENE = torch.tensor([0, 0, 0, 1, 2, 2])  # scenes of three densities, one image and two
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import model_train
-from genotypes import BRANCHES, MODULES, PRIMITIVES, Genotype
+from genotypes import BRANCHES, PRIMITIVES, Genotype
 from model_search import SearchNetwork, strongest_edges
 from model_train import CheckpointError, DerainNetwork
-from tests.test_genotypes import random_genotype
+from tests.made import make_one_hot, random_genotype, warm_batch_norm, weight_count
 
 SMALL = (4, 6, 8, 10)
 
@@ -15,35 +15,6 @@ SMALL = (4, 6, 8, 10)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def weight_count(parameters):
-    return sum(p.numel() for p in parameters)
-
-
-def make_one_hot(net, genotype):
-    """Set alpha and beta so that the softmax is one-hot on the genotype."""
-    kinds = [kind for cell in genotype.modules for kind in cell]
-    names = [name for cell in genotype.attention for branch in cell for name in branch]
-    with torch.no_grad():
-        net.alpha.fill_(-1000)
-        net.beta.fill_(-1000)
-        for row, kind in zip(net.alpha, kinds, strict=True):
-            row[MODULES.index(kind)] = 0
-        for row, name in zip(net.beta, names, strict=True):
-            row[PRIMITIVES.index(name)] = 0
-
-
-def warm_batch_norm(net):
-    """Statistics and affine parameters as after training, so that evaluation mode says something."""
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            if module.affine:
-                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-                torch.nn.init.normal_(module.bias, 0, 0.1)
-    return net.eval()
 
 
 @pytest.mark.parametrize(

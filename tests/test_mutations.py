@@ -28,7 +28,7 @@ from genotypes import GenotypeError
 from model_train import CheckpointError, DerainNetwork
 from support import command, images
 from support.errors import UserError
-from tests.test_genotypes import random_genotype
+from tests.made import random_genotype
 
 SECONDS = 20  # for one case, on a loaded machine
 BYTES = 2**30  # of memory that one case may add

@@ -27,8 +27,8 @@ from support.rain import (
     rain_layer,
     write_scenes,
 )
+from tests.made import ROOT
 
-ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 SAMPLE = SHARED / "did-mdn-sample" / "DID-MDN-training"
 

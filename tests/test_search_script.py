@@ -30,9 +30,8 @@ from support.draw import svg
 from support.errors import Interrupted, UserError
 from support.experiment import BEST, LOCK, STATES
 from support.health import ALPHA_ROWS, BETA_ROWS
-from tests.made import assert_same, interrupt, scalars, session, spoil, write_pairs, write_scenes
+from tests.made import ROOT, assert_same, interrupt, scalars, session, spoil, write_pairs, write_scenes
 
-ROOT = Path(__file__).parents[1]
 CHANNELS = [2, 2, 2, 2]
 TINY = "--channels 2 2 2 2 --patch_size 16 --batch_size 2 --epochs 2 --steps_per_epoch 2 --val_scenes 1"
 ONE_STEP = TINY.replace("--epochs 2 --steps_per_epoch 2", "--epochs 1 --steps_per_epoch 1")

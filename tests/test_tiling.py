@@ -9,8 +9,7 @@ from model_train import DerainNetwork, load, save
 from support import tiling
 from support.images import write_image
 from support.restore import restore
-from tests.made import photograph
-from tests.test_genotypes import random_genotype
+from tests.made import photograph, random_genotype
 
 
 @pytest.fixture

@@ -23,10 +23,17 @@ from support import experiment
 from support.errors import Interrupted, UserError
 from support.experiment import BEST, LOCK, STATES
 from support.images import read_image
-from tests.made import assert_same, interrupt, scalars, spoil, write_pairs, write_scenes
-from tests.test_genotypes import random_genotype
+from tests.made import (
+    ROOT,
+    assert_same,
+    interrupt,
+    random_genotype,
+    scalars,
+    spoil,
+    write_pairs,
+    write_scenes,
+)
 
-ROOT = Path(__file__).parents[1]
 CHANNELS = [4, 4, 4, 4]
 TINY = "--channels 4 4 4 4 --patch_size 16 --batch_size 2 --epochs 2 --steps_per_epoch 2"
 ONE_STEP = "--channels 4 4 4 4 --patch_size 16 --batch_size 2 --epochs 1 --steps_per_epoch 1"

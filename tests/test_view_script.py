@@ -22,25 +22,22 @@ from support import experiment
 from support.errors import UserError
 from support.images import Video, read_image, write_image, write_video
 from support.metrics import METRICS, mean_scores, score
-from tests.made import DENSITIES, photograph, rain_on, write_pairs, write_scenes
-from tests.test_genotypes import random_genotype
-
-ROOT = Path(__file__).parents[1]
+from tests.made import (
+    DENSITIES,
+    ROOT,
+    photograph,
+    rain_on,
+    random_genotype,
+    view,
+    write_network,
+    write_pairs,
+    write_scenes,
+)
 
 
 @pytest.fixture(autouse=True)
 def network(folder):
-    """A network that does something to a picture, in net.pt."""
-    torch.manual_seed(0)
-    net = DerainNetwork(random_genotype(0), (2, 2, 2, 2), residual=True).eval()
-    torch.nn.init.normal_(net.head.to_rgb.weight, 0, 0.05)
-    model_train.save(net, "net.pt")
-    return net
-
-
-def view(flags):
-    flags = f"--ckt_path net.pt --device cpu {flags}"
-    return test_view.main(test_view.get_args_parser().parse_args(flags.split()))
+    return write_network("net.pt")
 
 
 def restored(net, image):
