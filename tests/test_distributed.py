@@ -27,6 +27,7 @@ JOBS = {
     "train_stop": TRAIN,
     "train_nan": TRAIN,
     "train_bad": f"{TRAIN} --allow_bad --data scenes --clean_side right",
+    "search_weights": f"{SEARCH} --name found_weights --arch_start 2",  # BatchNorm by each rank's batches
     "search_eval": f"{SEARCH} --name found_eval --max_minutes 1000",
     "search_eval_unrolled_parts": f"{SEARCH} --name found_unrolled --unrolled --accumulate 2 {TWO}",
     "search": f"{SEARCH} --name found_search --arch_batch_statistics {TWO}",
@@ -187,6 +188,34 @@ def test_a_mistake_is_told_once(tmp_path, monkeypatch, flags, words):
     assert len(lines) == 1 and words in lines[0]
     assert set(re.findall(r"exitcode +: (\S+)", done.stderr)) <= {"2", "-15"}
     assert not Path("run").exists()
+
+
+DYING = """
+import dataset, train_model_batch
+from support import command, distributed
+
+batches = dataset.batches
+
+def dying(*args, **options):
+    for number, batch in enumerate(batches(*args, **options)):
+        if number == 1 and distributed.rank() == 1:
+            raise RuntimeError("this rank dies")
+        yield batch
+
+dataset.batches = dying
+command.run(train_model_batch.main, train_model_batch.get_args_parser())
+"""
+
+
+def test_a_rank_that_dies_ends_the_job_with_its_error_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path)
+    Path("dying.py").write_text(DYING)
+    done = torchrun("dying.py", *TRAIN.split(), "--save", "run")
+    assert done.returncode != 0
+    report = done.stderr[done.stderr.index("Root Cause") :]  # torchrun's, of the rank that was first to fail
+    assert "rank      : 1" in report and "this rank dies" in report
+    assert Path("run", "last.pt").exists() and not Path("run", "summary.json").exists()
 
 
 def test_one_process_is_left_as_it_is():

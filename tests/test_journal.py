@@ -53,11 +53,20 @@ def test_three_processes_write_what_one_does(pictures):
     done = torchrun(str(ROOT / "test_view.py"), *f"{flags} out".split(), processes=3)
     (names,) = re.findall(r"1 could not be used:\n +(.*)", done.stderr)
     assert "1.png" in names
-    shutil.move("out", "three")
+    three = content("out")
+
+    # And two go on where some of it is gone.
+    next(Path("out").rglob("2*.png")).unlink()
+    before = {file: file.stat().st_mtime_ns for file in Path("out").rglob("*.png")}
+    done = torchrun(str(ROOT / "test_view.py"), *f"{flags} out --skip_done".split())
+    assert "done already: 8 of 12 pictures" in done.stdout
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert content("out")["results.csv"] == three["results.csv"]
+
+    shutil.rmtree("out")
     assert view(f"{pictures} --result_path out") == 1
-    one, three = content("out"), content("three")
-    assert len(one["results.csv"]) == 9
-    assert one == three
+    assert len(three["results.csv"]) == 9
+    assert content("out") == three
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(pictures, monkeypatch):

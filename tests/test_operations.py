@@ -4,6 +4,7 @@ from torch import nn
 
 import operations
 from genotypes import PRIMITIVES
+from model_search import MixedOperation
 from operations import OPERATIONS, AttentionModule, Fusion, Parallel, Transition
 
 
@@ -16,6 +17,20 @@ def _seed():
 def test_operations_keep_the_shape(name):
     x = torch.rand(2, 8, 5, 7)
     assert OPERATIONS[name](8)(x).shape == x.shape
+
+
+def test_what_the_gates_of_an_edge_pool_is_computed_once(monkeypatch):
+    """Mean and maximum over the pixels, and over the channels; CBAM's second pair is of a map of its own."""
+    edge, x, pooled = MixedOperation(8).eval(), torch.rand(2, 8, 9, 9), []
+    for name in ("mean", "maximum"):
+        function = getattr(operations, name)
+        monkeypatch.setattr(
+            operations, name, lambda x, *rest, f=function, n=name: pooled.append((n, x, *rest)) or f(x, *rest)
+        )
+    with torch.inference_mode():
+        edge(x, torch.full((9,), 1 / 9))
+    of_x = [(name, dimensions) for name, tensor, dimensions in pooled if tensor is x]
+    assert sorted(of_x) == [("maximum", (1,)), ("maximum", (2, 3)), ("mean", (1,)), ("mean", (2, 3))]
 
 
 @pytest.mark.parametrize("name", PRIMITIVES[2:])

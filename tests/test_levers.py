@@ -1,0 +1,90 @@
+"""What the scripts switch on by themselves, and what --amp and --accumulate make of a step."""
+
+import pytest
+import torch
+from torch import nn
+
+import test_view
+import train_model_batch
+import train_search_batch
+from model_search import SearchNetwork
+from model_train import DerainNetwork
+from support import experiment
+from support.images import write_image
+from tests.made import photograph, view, write_network, write_scenes
+
+TINY = "--save run --epochs 1 --steps_per_epoch 2 --batch_size 4 --patch_size 16 --val_scenes 1 --workers 0"
+TINY += " --data data --clean_side right --channels 2 2 2 2 --device cpu"
+SCRIPTS = {
+    "search": (train_search_batch, SearchNetwork, "--arch_start 1 --demo"),
+    "training": (train_model_batch, DerainNetwork, "--arch half_width_mixed_rain"),
+}
+
+
+@pytest.fixture(params=SCRIPTS)
+def trained(request, folder, monkeypatch):
+    """run(flags) of a script, which returns what it did: images of each forward with gradients; dtype of the
+    outputs and autocast at each loss; the network; how often it asked to keep freed memory.
+    """
+    script, kind, more = SCRIPTS[request.param]
+    write_scenes(folder / "data", 24)
+    forward, losses, kept = kind.forward, script.multi_to_one, experiment.keep_freed_memory
+    seen = {"images": [], "losses": [], "nets": [], "kept": 0}
+
+    def watched(net, x, *rest):
+        if torch.is_grad_enabled():
+            seen["images"].append(len(x))
+        seen["nets"].append(net)
+        return forward(net, x, *rest)
+
+    def compared(outputs, *rest, **options):
+        seen["losses"].append((outputs.dtype, torch.is_autocast_enabled("cpu")))
+        return losses(outputs, *rest, **options)
+
+    def keep():
+        seen["kept"] += 1
+        kept()
+
+    monkeypatch.setattr(kind, "forward", watched)
+    monkeypatch.setattr(script, "multi_to_one", compared)
+    monkeypatch.setattr(experiment, "keep_freed_memory", keep)
+
+    def run(flags):
+        script.main(script.get_args_parser().parse_args(f"{TINY} {more} {flags}".split()))
+        return seen
+
+    run.steps = 4 if request.param == "search" else 2  # of the weights, and of alpha and beta
+    return run
+
+
+def test_networks_are_channels_last_and_freed_memory_is_kept(trained):
+    seen = trained("")
+    assert seen["kept"] == 1
+    wide = [p for p in seen["nets"][0].parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    assert wide and all(p.is_contiguous(memory_format=torch.channels_last) for p in wide)
+    assert not any(p.is_contiguous() for p in wide)
+
+
+def test_a_batch_in_parts_goes_through_the_network_part_by_part(trained):
+    """4 scenes of 3 densities, in 2 parts."""
+    assert trained("--accumulate 2")["images"] == 2 * trained.steps * [6]
+
+
+def test_with_amp_outputs_are_float32_again_before_the_loss_and_that_is_not_autocast(trained):
+    seen = trained("--amp")
+    assert seen["losses"] == trained.steps * [(torch.float32, False)]
+
+
+def test_pictures_go_through_a_folded_network_and_freed_memory_is_kept(folder, monkeypatch):
+    write_network("net.pt")
+    write_image("rain.png", photograph(0))
+    nets, kept, restore = [], [], test_view.restore
+    monkeypatch.setattr(
+        test_view, "restore", lambda net, *args, **options: nets.append(net) or restore(net, *args, **options)
+    )
+    monkeypatch.setattr(test_view, "keep_freed_memory", lambda: kept.append(1))
+    assert view("--path rain.png --result_path out") == 0
+    modules = [module for net in nets for module in net.net.modules()]
+    assert any(isinstance(module, nn.Conv2d) for module in modules)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in modules)
+    assert kept == [1]
