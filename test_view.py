@@ -139,10 +139,10 @@ def main(args):
     options = {name: getattr(args, name) for name in ("tile", "self_ensemble", "amp")}
     of = {"data": str(path.resolve()), "clean_side": args.clean_side}
     journal = Journal(out, of | {"sha256": sha256, "options": options})
-    done = journal.done() if args.skip_done else {}
+    done = {name: entry.number for name, entry in journal.done()} if args.skip_done else {}
     if done:
         print(f"done already: {sum(name in done for name in names)} of {len(names)} pictures", flush=True)
-    first = 1 + max((entry.number for entry in done.values()), default=0)
+    first = 1 + max(done.values(), default=0)
     left = [name for name in names if name not in done]
     numbers = {name: number for number, name in enumerate(left, start=first)}
     choose_compiled(args, device, fast, sizes_of(found, numbers))
@@ -151,7 +151,7 @@ def main(args):
     failures, stopped, status = together(failures, stopped, status)
     if not distributed.is_main():
         return 0  # what follows is done once
-    done = journal.done()
+    done = dict(journal.done())
     gallery.entries = [done[name] for name in names if name in done]
     rows = [entry.row for entry in gallery.entries]
     failures = [f"{file}: has no partner, so it is left out" for file in found.unpaired] + failures

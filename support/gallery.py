@@ -31,6 +31,7 @@ MONTAGE = "montage.png"
 THUMBNAIL = 256  # pixels of the longer side
 SHOWN = 4096  # likewise: browsers and phones choke on more
 TEMPLATE = Path(__file__).with_suffix(".html")
+MOST = 5000  # pictures on the page: a browser has to hold all of them
 LABELS = {"rain": "rain", "restored": "restored", "truth": "ground truth"}
 
 
@@ -100,7 +101,8 @@ class Gallery:
         return self.entries[-1]
 
     def write(self, facts: Mapping[str, object], left_out: Sequence[str] = ()) -> Path:
-        """Write the page, with a summary; returns its path.
+        """Write the page, with a summary of all pictures; returns its path. Of more than `MOST` it shows
+        those with the least gain, or the first.
 
         Args:
             facts: what was run, in words: {"checkpoint": ..., "data": ...}.
@@ -111,19 +113,25 @@ class Gallery:
         """
         rows = [entry.row for entry in self.entries]
         densities = list(dict.fromkeys(row["density"] for row in rows if row["density"]))
+        pictures, shown = f"{len(rows):,}", self.entries
+        if len(rows) > MOST:
+            by_gain = sorted(range(len(rows)), key=lambda i: np.nan_to_num(gain(rows[i]), nan=np.inf))
+            shown = [self.entries[i] for i in sorted(by_gain[:MOST])]
+            which = f"{MOST:,} with the least gain" if any(map(_is_scored, rows)) else f"first {MOST:,}"
+            pictures += f", of which the {which} are shown"
         title = "De-raining results"
         if "data" in facts:
             title += f": {Path(str(facts['data'])).resolve().name}"
         parts = {
             "title": escape(title),
-            "facts": _facts({**facts, "pictures": f"{len(rows):,}"}),
+            "facts": _facts({**facts, "pictures": pictures}),
             "scores": _summary([row for row in rows if _is_scored(row)], densities),
             "left_out": _left_out(left_out),
             "densities": "".join(f"<option>{escape(d)}</option>" for d in densities),
             "has_densities": "" if len(densities) > 1 else "hidden",
             "has_scores": "" if any(map(_is_scored, rows)) else "hidden",
-            "ratio": f"{median([w / h for h, w in (e.size for e in self.entries)] or [1]):.3f}",
-            "cards": "\n".join(_card(entry) for entry in self.entries),
+            "ratio": f"{median([w / h for h, w in (e.size for e in shown)] or [1]):.3f}",
+            "cards": "\n".join(map(_card, shown)),
         }
         template = TEMPLATE.read_text(encoding="utf-8")
         page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)

@@ -4,7 +4,7 @@ after it, and several processes put their shares together.
     journal = Journal("results", key={"sha256": ...})
     journal.begin(fresh=True)
     journal.add(entry, scene.files)
-    journal.done()  # {name: Entry}, of all processes and runs of that key
+    dict(journal.done())  # {name: Entry}, of all processes and runs of that key
 """
 
 import json
@@ -45,8 +45,9 @@ class Journal:
             raise CannotWrite(f"{self.file}: cannot be written: {error.strerror}") from None
 
     def done(self):
-        """{name: Entry} of the pictures whose results are there, and whose files are as they were."""
-        entries = {}
+        """(name, Entry) of each picture whose result is there, and whose files are as they were, in turn: a
+        million entries take gigabytes. Of two of one name the last counts.
+        """
         for journal in sorted(self.out.glob(FILES)):
             with open(journal, encoding="utf-8") as lines:
                 for text in lines:
@@ -57,8 +58,7 @@ class Journal:
                     stamps = line["sources"] + line["result"]
                     if line["key"] == self.key and stamps == _stamps([path for path, *_ in stamps]):
                         entry = _entry(*line["entry"])
-                        entries[entry.row["name"]] = entry
-        return entries
+                        yield entry.row["name"], entry
 
 
 def _stamps(files):

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
+from support import gallery
 from support.errors import UserError
 from support.gallery import Example, Gallery, gain, montage
 from support.images import image_size, read_image, write_image
@@ -119,6 +120,16 @@ def test_the_summary_has_means_by_density_and_counts_what_got_worse(tmp_path):
     assert [by_name[name][-1] for name in ("Heavy", "Light", "all")] == ["0", "2", "2"]
     assert by_name["Heavy"][2] == f"{np.mean([row['psnr_rgb'] for row in rows[:3]]):.2f}"
     assert by_name["Heavy"][4] == f"{np.mean([row['input_psnr_rgb'] for row in rows[:3]]):.2f}"
+
+
+@pytest.mark.parametrize("truth", [True, False])
+def test_of_very_many_pictures_the_page_shows_the_worst_and_sums_up_all(tmp_path, monkeypatch, truth):
+    monkeypatch.setattr(gallery, "MOST", 2)
+    page = Page(fill(tmp_path, ["a/1", "a/2", "a/3", "a/4"], truth=truth).write({}))
+    # Each is rainier than the one before; without scores the first are as good as any.
+    assert [card["data-name"] for card in page.cards()] == (["a/3", "a/4"] if truth else ["a/1", "a/2"])
+    which = "2 with the least gain" if truth else "first 2"
+    assert f"4, of which the {which} are shown" in page.source
 
 
 def test_without_ground_truth_there_are_no_scores_and_the_format_does_not_matter(tmp_path):
