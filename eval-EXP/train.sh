@@ -47,7 +47,7 @@ scenes 2 rain800-2 "$made/rain800" "--clean_side left"
 scenes 3 rain800-3 "$made/rain800" "--clean_side left --style mixed"
 scenes 5 rain800-5 "$made/rain800" "--clean_side left"
 
-# The eighth run's: Rain800's rain over other backgrounds, but that of the pairs that choose checkpoints, whose
+# From the eighth run on: Rain800's rain over other backgrounds, but that of the pairs that choose checkpoints, whose
 # numbers these are; and again Rain800's pairs from 501 on, half of which rain darkens.
 chosen_on=" 24 30 51 55 60 82 90 108 131 160 182 215 218 225 227 247 304 319 351 354 356 388 391 396 444 468 471 508 \
 539 551 576 603 631 "
@@ -81,6 +81,8 @@ four=$(of bsds-0 bsds-1 bsds-4 bsds-7 rain800-2 rain800-3 rain800-5 rain800 rain
 five=$(of bsds-0 bsds-1 bsds-7 rain800-2 rain800-3 rain800-5 rain800 rain800 rain800)
 eight=$(of bsds-0 bsds-7 bsds-10 bsds-12 rain800-2 rain800-3 rain800-11 rain800-13 rain800 rain800 rain800 \
     rain800-late rain800-late)
+nine=$(of bsds-0 bsds-1 bsds-7 bsds-10 rain800-2 rain800-3 rain800-5 rain800-11 rain800 rain800 rain800 \
+    rain800-late rain800-late rain800-late)
 few="--val_scenes 12 --steps_per_epoch 200 --warmup_steps 100 --clean_inputs 0.1"
 many="--val_scenes 24 --steps_per_epoch 500 --warmup_steps 100 --ema 0.999 --learning_rate 6e-4 --learning_rate_min 2e-6"
 fine="--freeze_start 1 --internal_start 1 --batch_size 2 --patch_size 96"
@@ -101,3 +103,5 @@ train 7 $five $many --weights eval-EXP-derain-6/best_psnr.pt $fine --mse_weight 
     --clean_inputs 0.3 --patch_size 128 --learning_rate 7e-4 --amp --seed 7 "$@"
 train 8 $eight $many --val_scenes 26 --weights eval-EXP-derain-7/best_psnr.pt $fine --mse_weight 20 --epochs 17 \
     --clean_inputs 0.25 --patch_size 128 --learning_rate 8e-4 --amp --seed 8 "$@"
+train 9 $nine $many --val_scenes 28 --weights eval-EXP-derain-8/best_psnr.pt $fine --mse_weight 20 --epochs 20 \
+    --clean_inputs 0.35 --patch_size 128 --learning_rate 8e-4 --amp --seed 9 "$@"
