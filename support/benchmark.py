@@ -5,6 +5,7 @@
     python -m support.benchmark --rows training_step loader --data datasets/Rain1200 --workers 8
     python -m support.benchmark --amp                              # each row in half precision too
     python -m support.benchmark --rows weight_step --compile       # and with --compile, which takes minutes
+    python -m support.benchmark --rows operations --amp            # is each operation's gradient right here?
     python -m support.benchmark --json > rows.json
 
 Plain is: eager, contiguous, float32, each candidate of a mixed edge evaluated by itself, `none` as zeros.
@@ -17,7 +18,8 @@ of one batch a step (`weight_and_arch_step` takes a second one, for alpha and be
 peak memory above what the networks and optimizers hold between steps: allocated tensors on CUDA, the resident
 set on Linux; with --compile the seconds of the first step, which compiles; the errors. The loader is timed
 alone, `ms` being that of a batch, on files that the system keeps in memory: `loader` decodes, `loader_cached`
-is what --cache makes of it, decoding being its plain form.
+is what --cache makes of it, decoding being its plain form. `operations` is each building block of `KINDS` by
+itself, forward and backward, one after the other; its error is the largest of any one output or gradient.
 
 The scripts also keep freed memory (`support.fast.keep_freed_memory`), which a process cannot take back. What
 that gains on a CPU is measured by itself, in rows that begin with `kept_`: offered form against offered form,
@@ -54,6 +56,7 @@ from genotypes import BRANCHES, CELLS, EDGES, MODULES, MODULES_PER_CELL, PRIMITI
 from losses import SSIM_WINDOW, multi_to_one
 from model_search import MixedOperation, SearchNetwork
 from model_train import DerainNetwork
+from operations import MULTI_SCALE, OPERATIONS, AttentionModule, Bottleneck, Head, Transition
 from support import command, devices
 from support.cache import open_cache
 from support.command import natural, positive
@@ -70,10 +73,11 @@ SEARCH_STEPS = {
 }
 PICTURES = {"inference_256": (256, 256), "inference_512": (512, 512), "inference_1080p": (1080, 1920)}
 LOADERS = ("loader", "loader_cached")
+OPERATIONS_ROW = "operations"
 KEPT, WHOLE = "kept_", "whole_"  # begin the names of rows
 SCRIPT_STEPS = ("weight_and_arch_step", "training_step", "inference_512")
 SCRIPT_ROWS = [kind + name for kind in (KEPT, WHOLE) for name in SCRIPT_STEPS]
-ROWS = (*SEARCH_STEPS, "training_step", *PICTURES, *SCRIPT_ROWS, *LOADERS)
+ROWS = (*SEARCH_STEPS, "training_step", *PICTURES, OPERATIONS_ROW, *SCRIPT_ROWS, *LOADERS)
 DENSITIES = 3  # rainy images a scene
 LOADER_SECONDS = 4
 PATIENCE = 30  # seconds of a row's turns, where --repeats does not say how many
@@ -92,6 +96,9 @@ ALLOWED_ERROR = {**dict.fromkeys(PICTURES, 1e-4), "loader_cached": 0.0}
 HALF = "_amp"  # ends the name of such a row
 ALLOWED_ERROR |= {name + HALF: 0.2 for name in PICTURES}
 ALLOWED_ERROR |= {name + HALF: 0.9 for name in (*SEARCH_STEPS, "training_step")}
+# Seen on a CPU: 0.006, and 0.45 where a convolution from 2 channels to 1 is before a BatchNorm, whose sums of
+# one channel, channels last, leave the gradient a mean that should be 0. A wrong sign is 2, noise 1.4.
+ALLOWED_ERROR |= {OPERATIONS_ROW: 0.05, OPERATIONS_ROW + HALF: 0.7}
 COMPILABLE = (*SEARCH_STEPS, *PICTURES)
 COMPILABLE += tuple(name + HALF for name in COMPILABLE)
 COMPILED = "_compile"  # ends the name of such a row, after HALF
@@ -174,6 +181,10 @@ def main(args):
     for name in names:
         if name in LOADERS:
             row = time_loader(args, training, device, cached=name == "loader_cached")
+        elif name.removesuffix(HALF) == OPERATIONS_ROW:
+            options = copy.copy(training)
+            options.amp = name.endswith(HALF)
+            row = measure_operations(options, device, args.repeats)
         else:
             eager = name.removesuffix(COMPILED)
             step = eager.removesuffix(HALF).removeprefix(KEPT).removeprefix(WHOLE)
@@ -231,6 +242,20 @@ def plain_mixture(operations, x, beta):
 def offered_form(net):
     """A copy of `net` in the form that the scripts run: channels last."""
     return copy.deepcopy(net).to(memory_format=torch.channels_last)
+
+
+# Makers, by channels: the operations that compute something, and the other building blocks.
+KINDS = {
+    **{name: OPERATIONS[name] for name in PRIMITIVES[2:]},
+    "mixed": MixedOperation,
+    "attention": lambda c: AttentionModule(
+        c, [OPERATIONS[n](c // 2) for n in ("dil_conv_3x3", "CBAM", "SE")]
+    ),
+    "bottleneck": lambda c: Bottleneck(c, c // 2, 2 * c),
+    "transition": lambda c: Transition([c], [c // 2, c]),
+    "head": lambda c: Head([c, c]),
+    **{name: lambda c, name=name: MULTI_SCALE[name]([c, c]) for name in MODULES},
+}
 
 
 FORMS = ((plain_form, torch.contiguous_format), (offered_form, torch.channels_last))
@@ -404,6 +429,57 @@ def measure(name, options, device, repeats=None):
     }
 
 
+def measure_operations(options, device, repeats=None):
+    """The figures of `KINDS`: contiguous and float32, against channels last and, with --amp, bfloat16."""
+    forms = (torch.contiguous_format, False), (torch.channels_last, options.amp)
+    sizes = options.channels[0], options.patch_size, DENSITIES * options.batch_size
+
+    def step(layout, half):
+        return [gradients(kind, *sizes, layout, half, device) for kind in KINDS]
+
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        error = max(map(error_in_kind, *(step(*form) for form in forms)))
+    turns = [
+        [milliseconds(partial(step, *form), device) for form in forms]
+        for _ in range(repeats or (3 if device.type == "cpu" else 20))
+    ]
+    plain_ms, ms = map(statistics.median, zip(*turns, strict=True))
+    figures = {"plain_ms": plain_ms, "ms": ms, "ratio": plain_ms / ms, "error": error}
+    return dict.fromkeys(COLUMNS) | figures
+
+
+def gradients(kind, channels, size, images, layout, half, device):
+    """[outputs, gradients by inputs and parameters], lists of tensors, of a new module of `KINDS`. Each entry
+    of an output has a random weight in the loss. All begins with the same bits, whatever the form.
+    """
+    torch.manual_seed(0)
+    module = KINDS[kind](channels).to(device, memory_format=layout)
+    maps = [torch.randn(images, channels, size >> k, size >> k) for k in range(2)]
+    maps = [x.to(device, memory_format=layout).requires_grad_() for x in maps]
+    taken = {"transition": maps[:1], "head": maps} | dict.fromkeys(MODULES, maps)
+    taken = taken.get(kind, maps[0])
+    beta = [torch.linspace(0.1, 0.9, len(PRIMITIVES), device=device)] if kind == "mixed" else []
+    with devices.autocast(device, half):
+        outputs = module(taken, *beta)
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    loss = sum((output.float() * torch.randn(output.shape).to(device)).sum() for output in outputs)
+    leaves = taken if isinstance(taken, list) else [taken]
+    found = torch.autograd.grad(loss, [*leaves, *module.parameters()])
+    return [[output.detach() for output in outputs], found]
+
+
+def error_in_kind(plain, offered):
+    """The largest error of an output or gradient of `gradients`, relative to its norm or, where that is less,
+    to a twentieth of the norm of all: the rest is rounding. Infinite for what is not a number.
+    """
+    errors = []
+    for group in zip(plain, offered, strict=True):
+        ps, os = ([tensor.cpu().double() for tensor in tensors] for tensors in group)
+        least = torch.stack([p.norm() for p in ps]).norm() / 20
+        errors += [(o - p).norm() / torch.maximum(p.norm(), least) for p, o in zip(ps, os, strict=True)]
+    return torch.stack(errors).nan_to_num(math.inf, math.inf).max().item()
+
+
 def measure_scripts(name, options, device, repeats=None, plain=False):
     """The figures of a row of `SCRIPT_ROWS`: the offered step in a process that keeps freed memory, and the
     offered or plain one in a process that does not, taking turns.
@@ -478,7 +554,7 @@ def relative_error(plain, offered, as_one=False):
     """
     errors = []
     for group in zip(plain, offered, strict=True):
-        ps, os = ([tensor.double().flatten() for tensor in tensors] for tensors in group)
+        ps, os = ([tensor.cpu().double().flatten() for tensor in tensors] for tensors in group)
         if as_one:
             ps, os = [torch.cat(ps)], [torch.cat(os)]
         mean = torch.cat(ps).square().mean().sqrt()

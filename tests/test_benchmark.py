@@ -189,6 +189,26 @@ def test_amp_adds_a_row_in_bfloat16_and_a_wrong_kernel_in_it_gives_exit_status_1
     assert stop.value.code.endswith("training_step_amp")
 
 
+def test_a_wrong_sign_in_one_gradient_of_one_operation_gives_exit_status_1(capsys, monkeypatch):
+    """In bfloat16, where those of a whole step are off by more than one operation's are of all."""
+    flags = ["--amp", "--rows", "operations", "--patch_size", "32", "--channels", "16", "16", "16", "16"]
+    rows = run(capsys, *flags)
+    assert list(rows) == ["operations", "operations_amp"]
+    assert rows["operations"]["error"] < 0.05 < rows["operations_amp"]["error"] < 0.7
+    assert all(row["ratio"] == pytest.approx(row["plain_ms"] / row["ms"]) for row in rows.values())
+
+    def wrong(self, x):
+        y = torch.nn.Conv2d.forward(self, x)
+        if torch.is_autocast_enabled("cpu"):
+            self.weight.register_hook(torch.neg)
+        return y
+
+    monkeypatch.setattr(operations.DilatedDepthwise, "forward", wrong)
+    with pytest.raises(SystemExit) as stop:
+        run(capsys, *flags)
+    assert stop.value.code.endswith(": operations_amp")
+
+
 def garbage_gradient(self, x):
     y = torch.nn.Conv2d.forward(self, x)
     if y.requires_grad and torch.is_autocast_enabled("cpu"):

@@ -8,10 +8,10 @@ import torch
 import train_model_batch
 import train_search_batch
 from architect import Architect
-from genotypes import MODULES, PRIMITIVES
 from losses import multi_to_one
-from model_search import MixedOperation, SearchNetwork
-from operations import MULTI_SCALE, OPERATIONS, AttentionModule, Bottleneck, Head, Transition
+from model_search import SearchNetwork
+from operations import OPERATIONS
+from support.benchmark import KINDS, gradients
 from support.devices import autocast
 from support.errors import UserError
 from tests.made import write_scenes
@@ -25,43 +25,19 @@ MODES = {
     "bfloat16 contiguous": (True, torch.contiguous_format, 0.1),
     "bfloat16 channels last": (True, torch.channels_last, 0.25),
 }
-MADE = {
-    **{name: OPERATIONS[name] for name in PRIMITIVES[2:]},
-    "mixed": MixedOperation,
-    "attention": lambda c: AttentionModule(
-        c, [OPERATIONS[n](c // 2) for n in ("dil_conv_3x3", "CBAM", "SE")]
-    ),
-    "bottleneck": lambda c: Bottleneck(c, c // 2, 2 * c),
-    "transition": lambda c: Transition([c], [c // 2, c]),
-    "head": lambda c: Head([c, c]),
-    **{name: lambda c, name=name: MULTI_SCALE[name]([c, c]) for name in MODULES},
-}
-
-
-def gradients(kind, size, amp, layout):
-    """The output and gradients of a module of a kind, as two vectors."""
-    torch.manual_seed(0)
-    module = MADE[kind](CHANNELS).to(memory_format=layout)
-    maps = [torch.randn(3, CHANNELS, size >> k, size >> k).to(memory_format=layout) for k in range(2)]
-    taken = {"parallel": maps, "fusion": maps, "head": maps, "transition": maps[:1]}.get(kind, maps[0])
-    beta = (torch.linspace(0.1, 0.9, 9),) if kind == "mixed" else ()
-    leaves = taken if isinstance(taken, list) else [taken]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    with autocast(CPU, amp):
-        outputs = module(taken, *beta)
-    outputs = outputs if isinstance(outputs, list) else [outputs]
-    loss = sum((output.float() * torch.randn(output.shape)).sum() for output in outputs)
-    found = torch.autograd.grad(loss, [*leaves, *module.parameters()])
-    return [torch.cat([t.detach().double().flatten() for t in ts]) for ts in (outputs, found)]
 
 
 @pytest.mark.parametrize("size", [32, 64])
-@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_gradients_of_every_kind_in_every_mode_are_those_of_float32(kind, size):
-    expected = gradients(kind, size, False, torch.contiguous_format)
+    def vectors(layout, amp):
+        """All outputs, and all gradients, each as one vector."""
+        found = gradients(kind, CHANNELS, size, 3, layout, amp, CPU)
+        return [torch.cat([tensor.double().flatten() for tensor in tensors]) for tensors in found]
+
+    expected = vectors(torch.contiguous_format, False)
     for mode, (amp, layout, allowed) in MODES.items():
-        for found, right in zip(gradients(kind, size, amp, layout), expected, strict=True):
+        for found, right in zip(vectors(layout, amp), expected, strict=True):
             assert (found - right).norm() <= allowed * right.norm(), mode
 
 
