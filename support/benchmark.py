@@ -402,8 +402,7 @@ def measure(name, options, device, repeats=None):
     size = PICTURES.get(name)
     float64 = float64_error(name, options, device)
     plain, offered = steps(name, options, device, picture_size=size)
-    # By default CUDA's convolutions round to TF32, which would hide smaller mistakes.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with without_tf32():
         expected = plain()
         begin = time.monotonic()
         found = offered()
@@ -437,7 +436,7 @@ def measure_operations(options, device, repeats=None):
     def step(layout, half):
         return [gradients(kind, *sizes, layout, half, device) for kind in KINDS]
 
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with without_tf32():
         error = max(map(error_in_kind, *(step(*form) for form in forms)))
     turns = [
         [milliseconds(partial(step, *form), device) for form in forms]
@@ -515,8 +514,7 @@ def compare(name, options, device):
     """{"error", "float64"} of a row's two steps, as `measure` finds them."""
     float64 = float64_error(name, options, device)
     plain, offered = steps(name, options, device, picture_size=PICTURES.get(name))
-    # By default CUDA's convolutions round to TF32, which would hide smaller mistakes.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with without_tf32():
         return {"error": relative_error(plain(), offered(), as_one=True), "float64": float64}
 
 
@@ -534,6 +532,11 @@ def serve(end, name, options, device, keep, plain, threads):
     step()  # since to measure that, what was kept is given back
     while end.recv():
         end.send(milliseconds(step, device))
+
+
+def without_tf32():
+    """CUDA's convolutions round to TF32 by default, which would hide smaller mistakes."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def float64_error(name, options, device):
