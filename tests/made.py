@@ -165,8 +165,10 @@ def warm_batch_norm(net):
     return net.eval()
 
 
-def torchrun(*command, processes=2):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def torchrun(*command, processes=2, standalone=True):
+    """One node's torchrun; its exit status and what it printed."""
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    launch += ["--standalone"] * standalone
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=500)
 

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -216,6 +218,24 @@ def test_a_rank_that_dies_ends_the_job_with_its_error_shown(tmp_path, monkeypatc
     report = done.stderr[done.stderr.index("Root Cause") :]  # torchrun's, of the rank that was first to fail
     assert "rank      : 1" in report and "this rank dies" in report
     assert Path("run", "last.pt").exists() and not Path("run", "summary.json").exists()
+
+
+def test_two_nodes_compute_what_one_node_of_two_processes_does(two, tmp_path, monkeypatch):
+    """Two torchruns as the README starts them, each with a process, on a disk that they share."""
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    node = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=two"]
+    command = [*node, "--local_addr=localhost", "-m", "tests.ranks", f"train={TRAIN} --save train"]
+    with ThreadPoolExecutor() as nodes:
+        for done in nodes.map(lambda _: torchrun(*command, processes=1, standalone=False), range(2)):
+            assert done.returncode == 0, done.stderr
+    assert len(left(tmp_path, "train")) == 2
+    for found, expected in zip(left(tmp_path, "train"), left(two, "train"), strict=True):
+        for what in ("parts", "best", "names"):
+            assert_same(found[what], expected[what], what)
 
 
 def test_one_process_is_left_as_it_is():
