@@ -177,15 +177,29 @@ class DilatedDepthwise(nn.Conv2d):
             return self._conv_forward(x.to(exact), self.weight.to(exact), None).to(x.dtype)
 
 
+class MapNorm(nn.BatchNorm2d):
+    """BatchNorm of one map a picture, on a CPU in the precision of its statistics.
+
+    There, in bfloat16 with channels last, PyTorch 2.11 and 2.15 sum over a single channel coarsely, and what
+    mean is left in the gradient puts that of the convolutions before it off by up to 0.45 of its norm.
+    """
+
+    def __init__(self, **options):
+        super().__init__(1, **options)
+
+    def forward(self, x):
+        exact = self.running_mean.dtype if x.device.type == "cpu" else x.dtype
+        return super().forward(x.to(exact)).to(x.dtype)
+
+
 def depthwise(channels):
     return nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
 
 
 def separable(inputs, outputs, spread=depthwise):
     """Depthwise 3x3, pointwise, BatchNorm without affine parameters: the unit of the convolutional gates."""
-    return nn.Sequential(
-        spread(inputs), nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs, affine=False)
-    )
+    norm = MapNorm(affine=False) if outputs == 1 else nn.BatchNorm2d(outputs, affine=False)
+    return nn.Sequential(spread(inputs), nn.Conv2d(inputs, outputs, 1, bias=False), norm)
 
 
 def sep_conv_3x3(channels):
@@ -205,13 +219,13 @@ def dil_conv_3x3_spatial(channels):
         nn.Sequential(
             nn.Conv2d(2, 1, 3, padding=2, dilation=2, bias=False),
             nn.Conv2d(1, 1, 1, bias=False),
-            nn.BatchNorm2d(1, affine=False),
+            MapNorm(affine=False),
         )
     )
 
 
 def cbam(channels):
-    spatial = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1, momentum=0.01))
+    spatial = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3, bias=False), MapNorm(momentum=0.01))
     return CBAM(ChannelGate(channels, 4, use_max=True, bias=True), SpatialGate(spatial))
 
 

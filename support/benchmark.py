@@ -96,9 +96,8 @@ ALLOWED_ERROR = {**dict.fromkeys(PICTURES, 1e-4), "loader_cached": 0.0}
 HALF = "_amp"  # ends the name of such a row
 ALLOWED_ERROR |= {name + HALF: 0.2 for name in PICTURES}
 ALLOWED_ERROR |= {name + HALF: 0.9 for name in (*SEARCH_STEPS, "training_step")}
-# Seen on a CPU: 0.006, and 0.45 where a convolution from 2 channels to 1 is before a BatchNorm, whose sums of
-# one channel, channels last, leave the gradient a mean that should be 0. A wrong sign is 2, noise 1.4.
-ALLOWED_ERROR |= {OPERATIONS_ROW: 0.05, OPERATIONS_ROW + HALF: 0.7}
+# Seen on a CPU: 0.006 and, in bfloat16, 0.2. A wrong sign is 2, noise 1.4.
+ALLOWED_ERROR |= {OPERATIONS_ROW: 0.05, OPERATIONS_ROW + HALF: 0.4}
 COMPILABLE = (*SEARCH_STEPS, *PICTURES)
 COMPILABLE += tuple(name + HALF for name in COMPILABLE)
 COMPILED = "_compile"  # ends the name of such a row, after HALF

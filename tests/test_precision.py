@@ -11,34 +11,33 @@ from architect import Architect
 from losses import multi_to_one
 from model_search import SearchNetwork
 from operations import OPERATIONS
-from support.benchmark import KINDS, gradients
+from support.benchmark import KINDS, error_in_kind, gradients
 from support.devices import autocast
 from support.errors import UserError
 from tests.made import write_scenes
 
 CPU = torch.device("cpu")
 CHANNELS = 8
-# Relative, of one module's gradients together. With channels last bfloat16 is less exact: 0.16 was seen,
-# in the 7x7 convolution before CBAM's BatchNorm. The garbage that this test is for is infinite.
+# Relative: of all of a module's gradients together, and of the worst among them.
 MODES = {
-    "float32 channels last": (False, torch.channels_last, 1e-4),
-    "bfloat16 contiguous": (True, torch.contiguous_format, 0.1),
-    "bfloat16 channels last": (True, torch.channels_last, 0.25),
+    "float32 channels last": (False, torch.channels_last, 1e-4, 1e-3),
+    "bfloat16 contiguous": (True, torch.contiguous_format, 0.1, 0.25),
+    "bfloat16 channels last": (True, torch.channels_last, 0.1, 0.25),
 }
 
 
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradients_of_every_kind_in_every_mode_are_those_of_float32(kind, size):
-    def vectors(layout, amp):
-        """All outputs, and all gradients, each as one vector."""
-        found = gradients(kind, CHANNELS, size, 3, layout, amp, CPU)
-        return [torch.cat([tensor.double().flatten() for tensor in tensors]) for tensors in found]
+    def together(tensors):
+        return torch.cat([tensor.double().flatten() for tensor in tensors])
 
-    expected = vectors(torch.contiguous_format, False)
-    for mode, (amp, layout, allowed) in MODES.items():
-        for found, right in zip(vectors(layout, amp), expected, strict=True):
-            assert (found - right).norm() <= allowed * right.norm(), mode
+    expected = gradients(kind, CHANNELS, size, 3, torch.contiguous_format, False, CPU)
+    for mode, (amp, layout, allowed, worst) in MODES.items():
+        found = gradients(kind, CHANNELS, size, 3, layout, amp, CPU)
+        for tensors, right in zip(map(together, found), map(together, expected), strict=True):
+            assert (tensors - right).norm() <= allowed * right.norm(), mode
+        assert error_in_kind(expected, found) <= worst, mode
 
 
 def test_a_whole_network_made_bfloat16_has_no_garbage_either():
