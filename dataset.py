@@ -458,17 +458,19 @@ class ScenePatches(Dataset):
     Draws go through consecutive shuffles of the scenes. Everything random is a function of (seed, draw
     number), so a run continues exactly from a number alone, whatever the workers. A scene smaller than the
     patch is padded by mirroring its border. With `clean_inputs` > 0 that share of the draws has one rainy
-    image replaced by the clean one, which teaches the network to leave dry pictures alone.
+    image replaced by the clean one, which teaches the network to leave dry pictures alone. `upright`: no
+    quarter turns, after which rain would fall sideways.
 
     A scene that cannot be read is left out from then on, as those whose keys are in `bad` are from the
     beginning: the next one of the shuffle that can be read takes its place.
     """
 
-    def __init__(self, scenes, patch_size, seed, clean_inputs=0.0, bad=(), cache=None):
+    def __init__(self, scenes, patch_size, seed, clean_inputs=0.0, bad=(), cache=None, upright=False):
         self.scenes = scenes
         self.patch_size = patch_size
         self.seed = seed
         self.clean_inputs = clean_inputs
+        self.upright = upright
         self.cache = cache
         # Shared with the loader's workers: what one of them could not read, all of them leave out.
         self.bad = torch.tensor([scene.key in bad for scene in scenes]).share_memory_()
@@ -483,7 +485,7 @@ class ScenePatches(Dataset):
             return error
         random = np.random.default_rng((self.seed, draw))
         padded = min(clean.shape[:2]) < self.patch_size
-        images = augment(crop([*rainy, clean], self.patch_size, random), random)
+        images = augment(crop([*rainy, clean], self.patch_size, random), random, self.upright)
         if random.random() < self.clean_inputs:
             images[random.integers(len(rainy))] = images[-1]
         tensor = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
@@ -526,9 +528,10 @@ def crop(images, size, random):
     return np.stack([image[top : top + size, left : left + size] for image in images])
 
 
-def augment(images, random):
-    """One of the 8 flips and quarter turns of KxPxPx3 images, the same for all."""
-    images = np.rot90(images, random.integers(4), axes=(1, 2))
+def augment(images, random, upright=False):
+    """One of the 8 flips and quarter turns of KxPxPx3 images, the same for all; upright: of the 4 flips."""
+    turns = random.integers(4)
+    images = np.rot90(images, turns // 2 * 2 if upright else turns, axes=(1, 2))
     return images[:, ::-1] if random.integers(2) else images
 
 
@@ -582,15 +585,16 @@ def batches(
     cache=None,
     rank=0,
     ranks=1,
+    upright=False,
 ):
     """An endless iterator over Batches of `batch_size` scenes on `device`, beginning with step `first_step`.
 
-    bad: keys of scenes to leave out. cache: a support.cache.Cache, or None; it changes nothing but the speed.
-    rank, ranks: give part number `rank` of each batch, cut in `ranks` parts. Raises UserError when scene
-    after scene cannot be read.
+    clean_inputs, upright: as in `ScenePatches`. bad: keys of scenes to leave out. cache: a
+    support.cache.Cache, or None; it changes nothing but the speed. rank, ranks: give part number `rank` of
+    each batch, cut in `ranks` parts. Raises UserError when scene after scene cannot be read.
     """
     loader = DataLoader(
-        ScenePatches(scenes, patch_size, seed, clean_inputs, bad, cache),
+        ScenePatches(scenes, patch_size, seed, clean_inputs, bad, cache, upright),
         batch_sampler=Draws(batch_size, first_step, rank, ranks),
         collate_fn=collate,
         num_workers=workers,

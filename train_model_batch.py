@@ -54,6 +54,9 @@ def get_args_parser():
     train.add_argument("--channels", type=even, nargs=4, default=[32, 64, 128, 256], metavar="C")
     train.add_argument("--residual", action="store_true", help="learn the difference to the input")
     train.add_argument("--clean_inputs", type=share, default=0.0, help="share of draws with a dry input")
+    train.add_argument(
+        "--upright", action="store_true", help="flip patches, but do not turn them: rain falls"
+    )
     train.add_argument("--internal_start", type=positive, default=6, help="first epoch of the internal loss")
     train.add_argument("--ema", type=share, default=0.0, help="decay of averaged weights, as 0.999; 0: none")
     train.add_argument(
@@ -118,6 +121,7 @@ def main(args):
         cache=run.cache,
         rank=distributed.rank(),
         ranks=distributed.size(),
+        upright=args.upright,
     )
     for epoch in run.epochs():
         net.train()

@@ -214,10 +214,11 @@ def test_real_layouts_are_recognised():
 # --- crops, flips, turns ---
 
 
-def test_all_densities_are_cropped_flipped_and_turned_alike(tmp_path):
+@pytest.mark.parametrize("upright", [False, True])
+def test_all_densities_are_cropped_flipped_and_turned_alike(tmp_path, upright):
     scenes = find_training([write_coordinates(tmp_path)])
     ways, corners = set(), set()
-    for rainy, clean, scene, padded, _ in draws(scenes, 100):
+    for rainy, clean, scene, padded, _ in draws(scenes, 100, upright=upright):
         assert scene.name == "scene"
         assert not padded
         assert rainy.shape == (3, 3, 16, 16)
@@ -227,7 +228,8 @@ def test_all_densities_are_cropped_flipped_and_turned_alike(tmp_path):
         assert clean[2].unique().tolist() == [BLUE["clean"]]
         for image in rainy:
             assert torch.equal(image[:2], clean[:2])
-        # The pixels are those of one 16x16 window, each once, in one of the eight orientations.
+        # The pixels are those of one 16x16 window, each once, in one of eight orientations, or of the four
+        # in which what was vertical still is.
         rows, columns = clean[0].int(), clean[1].int()
         top, left = rows.min().item(), columns.min().item()
         assert sorted(zip(rows.flatten().tolist(), columns.flatten().tolist(), strict=True)) == [
@@ -235,7 +237,8 @@ def test_all_densities_are_cropped_flipped_and_turned_alike(tmp_path):
         ]
         corners.add((top, left))
         ways.add(tuple((rows[i, j].item() - top, columns[i, j].item() - left) for i, j in ((0, 0), (0, 15))))
-    assert len(ways) == 8
+        assert not upright or (rows[:, :1] == rows).all()
+    assert len(ways) == (4 if upright else 8)
     assert {top for top, _ in corners} == set(range(HEIGHT - 16 + 1))
     assert {left for _, left in corners} == set(range(WIDTH - 16 + 1))
 
