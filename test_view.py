@@ -107,6 +107,8 @@ def main(args):
     checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
     print(f"checkpoint: {checkpoint}", flush=True)
     device = devices.pick_device(args.device)
+    if args.amp and (why := devices.slow_half(device)):
+        print(f"--amp: {why}", flush=True)
     net = for_inference(model_train.load(checkpoint, device))
     fast = Compiled(net)
     sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()  # now: a run may replace the file

@@ -49,6 +49,14 @@ def autocast(device, amp):
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
+def slow_half(device):
+    """Why --amp makes a network slower on the device; None where it is not known to."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    if device.type != "cpu" or not x86 or torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return None
+    return "this processor has no AVX-512, so bfloat16 is several times slower than float32; leave it out"
+
+
 def device_name(device):
     """The name of the GPU or of the processor."""
     if device.type == "cuda":

@@ -30,7 +30,7 @@ from model_train import CheckpointError, read, write_whole
 from support import distributed
 from support.cache import open_cache
 from support.command import above_zero, announce_demo, natural, positive, seed
-from support.devices import be_deterministic, pick_device
+from support.devices import be_deterministic, pick_device, slow_half
 from support.errors import Interrupted, UserError
 from support.fast import compile_edges, keep_freed_memory, no_compiler
 from support.images import write_bytes
@@ -320,6 +320,8 @@ class Experiment:
         else:
             log.info("run folder %s on %s", self.folder, self.device)
             log.info("options: %s", " ".join(f"--{k} {_text(v)}" for k, v in options.items()))
+        if self.args.amp and (why := slow_half(self.device)):
+            log.warning("--amp: %s", why)
         self.buffers = _Buffers(parts["net"])
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)

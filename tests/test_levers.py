@@ -1,5 +1,8 @@
 """What the scripts switch on by themselves, and what --amp and --accumulate make of a step."""
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +12,7 @@ import train_model_batch
 import train_search_batch
 from model_search import SearchNetwork
 from model_train import DerainNetwork
-from support import experiment
+from support import devices, experiment
 from support.images import write_image
 from tests.made import photograph, view, write_network, write_scenes
 
@@ -73,6 +76,32 @@ def test_a_batch_in_parts_goes_through_the_network_part_by_part(trained):
 def test_with_amp_outputs_are_float32_again_before_the_loss_and_that_is_not_autocast(trained):
     seen = trained("--amp")
     assert seen["losses"] == trained.steps * [(torch.float32, False)]
+
+
+CAPABILITIES = {"AVX512": False, "AVX2": True, "NO AVX": True}
+
+
+@pytest.mark.parametrize("capability, slow", CAPABILITIES.items())
+def test_that_bfloat16_is_slow_on_a_processor_is_said_where_it_is_asked_for(
+    folder, monkeypatch, capsys, capability, slow
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    write_network("net.pt")
+    write_image("rain.png", photograph(0))
+    assert view("--path rain.png --result_path out --device cpu") == 0
+    assert "--amp" not in capsys.readouterr().out
+    assert view("--path rain.png --result_path out --device cpu --amp") == 0
+    assert ("--amp: this processor has no AVX-512" in capsys.readouterr().out) == slow
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert devices.slow_half(torch.device("cpu")) is None
+    assert devices.slow_half(torch.device("cuda")) is None
+
+
+def test_that_bfloat16_is_slow_on_a_processor_is_in_the_log_of_a_run(trained, monkeypatch):
+    monkeypatch.setattr(experiment, "slow_half", lambda device: f"slow on {device.type}")
+    trained("--amp")
+    assert "--amp: slow on cpu" in Path("run/log.txt").read_text()
 
 
 def test_pictures_go_through_a_folded_network_and_freed_memory_is_kept(folder, monkeypatch):
