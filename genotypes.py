@@ -210,6 +210,8 @@ def check_new_name(name, path=None):
     taken |= {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     if name in taken or name in globals() or hasattr(builtins, name):
         raise GenotypeError(f"--name {name}: already taken in {path.name}; choose another name")
+    if not os.access(path.parent, os.W_OK):
+        raise GenotypeError(f"--name {name}: {path} cannot be written; run in a copy that can be")
 
 
 def append(name, genotype, comment, path=None):

@@ -104,8 +104,12 @@ def main(args):
     """Restore and score; returns the exit status: 0, 1 where some file could not be used, 130 for Ctrl-C."""
     distributed.start()
     keep_freed_memory()
+    if args.demo and args.path:
+        raise UserError("--demo: takes its own pictures; leave out it or --path")
     checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
     print(f"checkpoint: {checkpoint}", flush=True)
+    if args.path and not args.ckt_path and experiment.noted(checkpoint.parent, "options.json", "demo"):
+        print(f"that is a demo's, which was hardly trained: --ckt_path {SHIPPED} is better", flush=True)
     device = devices.pick_device(args.device)
     if args.amp and (why := devices.slow_half(device)):
         print(f"--amp: {why}", flush=True)
@@ -159,7 +163,6 @@ def main(args):
     failures = [f"{file}: has no partner, so it is left out" for file in found.unpaired] + failures
     if stopped:
         failures.append(f"{stopped} {len(rows)} of {len(names)} pictures are done")
-    scored = [row for row in rows if METRICS[0] in row]
     facts = {
         "checkpoint": str(checkpoint),
         "sha256": sha256,
@@ -175,8 +178,8 @@ def main(args):
         "genotype": net.genotype._asdict(),
     }
     try:
-        if scored:
-            report(scored, out, facts | {"left_out": failures})
+        if rows:
+            report(rows, out, facts | {"left_out": failures})
         print(f"{len(rows)} restored pictures in {out}")
         if rows:
             shown = {name: facts[name] for name in ("checkpoint", "data", "device")}
@@ -344,7 +347,28 @@ def view(run, scene, source, gallery, numbers):
 
 
 def report(rows, out, facts):
-    """Write results.csv, results.json and result_full.txt; print the means, by density if there are any."""
+    """Write results.csv and results.json; of pictures with a truth, result_full.txt, and print the means."""
+    means, lines = summarise(rows, facts) if METRICS[0] in rows[0] else ({}, [])
+    print(*lines, sep="\n", end="\n" if lines else "")
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        values = [row.get(column) for column in COLUMNS]
+        writer.writerow(f"{value:.4f}" if isinstance(value, float) else value for value in values)
+    images.write_bytes(out / "results.csv", table.getvalue().encode(errors="surrogateescape"))
+    text = json.dumps(_finite({"means": means} | facts), indent=1)
+    images.write_bytes(out / "results.json", text.encode())
+    if lines:
+        full = [f"{row['name']}  " + "  ".join(f"{m} {row[m]:.4f}" for m in METRICS) for row in rows]
+        text = "\n".join([*full, "", *lines, ""])
+        images.write_bytes(out / "result_full.txt", text.encode(errors="surrogateescape"))
+    else:
+        (out / "result_full.txt").unlink(missing_ok=True)  # of another run
+
+
+def summarise(rows, facts):
+    """({density: means of the outputs and of the inputs}, lines that say them), and last those of all."""
     means = {}
     lines = [f"{'':8} {'images':>6}  {'PSNR RGB':>9} {'SSIM RGB':>9}  {'PSNR Y':>9} {'SSIM Y':>9}"]
     densities = list(dict.fromkeys(row["density"] for row in rows))
@@ -354,27 +378,16 @@ def report(rows, out, facts):
         untouched = mean_scores([{m: row[f"input_{m}"] for m in METRICS} for row in group])
         means[density] = {"output": output, "input": untouched}
         lines += [f"{density:8} {len(group):6}  {_four(output)}", f"{'  input':15}  {_four(untouched)}"]
-        left_out = {metric: count for metric, count in output["left_out"].items() if count}
-        if left_out:
-            lines.append(f"  not in the means (equal images, or under 11 pixels): {left_out}")
+        for whose, found in (("outputs", output), ("inputs", untouched)):
+            left_out = {metric: count for metric, count in found["left_out"].items() if count}
+            if left_out:
+                lines.append(f"  {whose} not in the means (equal images, or under 11 pixels): {left_out}")
     ensemble = ", self-ensemble" if facts["options"]["self_ensemble"] else ""
     lines.insert(0, f"scores of {facts['checkpoint']}{ensemble}, on the 8-bit pictures; PSNR in dB")
     missing, alone = facts["pictures"] - len(rows), facts["without_partner"]
     if missing or alone:
         lines.append(f"  not in the scores: {missing} pictures not done, {alone} files without a partner")
-    print("\n".join(lines))
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        values = [row[column] for column in COLUMNS]
-        writer.writerow(f"{value:.4f}" if isinstance(value, float) else value for value in values)
-    images.write_bytes(out / "results.csv", table.getvalue().encode(errors="surrogateescape"))
-    full = [f"{row['name']}  " + "  ".join(f"{m} {row[m]:.4f}" for m in METRICS) for row in rows]
-    text = "\n".join([*full, "", *lines, ""])
-    images.write_bytes(out / "result_full.txt", text.encode(errors="surrogateescape"))
-    text = json.dumps(_finite({"means": means} | facts), indent=1)
-    images.write_bytes(out / "results.json", text.encode())
+    return means, lines
 
 
 def _finite(value):

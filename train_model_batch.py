@@ -47,17 +47,26 @@ def get_args_parser():
         "--arch", help="a name in genotypes.py or a run's genotype.json (default: the newest name)"
     )
     train.add_argument("--weights", metavar="CKPT", help="begin with a trained network: fine-tune it")
-    train.add_argument("--epochs", type=positive, default=200)
-    train.add_argument("--steps_per_epoch", type=positive, default=500)
+    train.add_argument("--epochs", type=positive, default=200, help="(default: %(default)s)")
+    train.add_argument("--steps_per_epoch", type=positive, default=500, help="(default: %(default)s)")
     train.add_argument("--batch_size", type=positive, default=32, help="scenes a step (default: 32)")
     train.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: 64)")
-    train.add_argument("--channels", type=even, nargs=4, default=[32, 64, 128, 256], metavar="C")
+    train.add_argument(
+        "--channels",
+        type=even,
+        nargs=4,
+        default=[32, 64, 128, 256],
+        metavar="C",
+        help="widths at scales 1 to 1/8 (default: 32 64 128 256)",
+    )
     train.add_argument("--residual", action="store_true", help="learn the difference to the input")
     train.add_argument("--clean_inputs", type=share, default=0.0, help="share of draws with a dry input")
     train.add_argument(
         "--upright", action="store_true", help="flip patches, but do not turn them: rain falls"
     )
-    train.add_argument("--internal_start", type=positive, default=6, help="first epoch of the internal loss")
+    train.add_argument(
+        "--internal_start", type=positive, default=6, help="first epoch of the internal loss (default: 6)"
+    )
     train.add_argument("--ema", type=share, default=0.0, help="decay of averaged weights, as 0.999; 0: none")
     train.add_argument(
         "--mse_weight", type=not_negative, default=1.0, help="of the external loss's MSE (default: 1)"
@@ -68,14 +77,16 @@ def get_args_parser():
         help="first epoch in which BatchNorm keeps its statistics, and so trains as it will be used",
     )
     adam = parser.add_argument_group("weights (Adam, cosine)")
-    adam.add_argument("--learning_rate", type=not_negative, default=1e-3)
-    adam.add_argument("--learning_rate_min", type=not_negative, default=0.0)
+    adam.add_argument("--learning_rate", type=not_negative, default=1e-3, help="first (default: %(default)s)")
+    adam.add_argument(
+        "--learning_rate_min", type=not_negative, default=0.0, help="last (default: %(default)s)"
+    )
     adam.add_argument(
         "--warmup_steps", type=natural, default=0, help="steps of linear warm-up (default: none)"
     )
-    adam.add_argument("--weight_decay", type=not_negative, default=0.0)
+    adam.add_argument("--weight_decay", type=not_negative, default=0.0, help="(default: %(default)s)")
     adam.add_argument(
-        "--grad_clip", type=not_negative, default=5.0, help="largest gradient norm; 0: no limit"
+        "--grad_clip", type=not_negative, default=5.0, help="largest gradient norm; 0: no limit (default: 5)"
     )
     experiment.add_arguments(parser)
     return parser

@@ -66,26 +66,44 @@ def get_args_parser():
         metavar="N",
         help="search nothing: write N random genotypes, <name>_00 and so on (default name: random_s<seed>)",
     )
-    search.add_argument("--epochs", type=positive, default=200)
-    search.add_argument("--steps_per_epoch", type=positive, default=1000)
+    search.add_argument("--epochs", type=positive, default=200, help="(default: %(default)s)")
+    search.add_argument("--steps_per_epoch", type=positive, default=1000, help="(default: %(default)s)")
     search.add_argument("--batch_size", type=positive, default=16, help="scenes a step (default: 16)")
     search.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: 64)")
-    search.add_argument("--channels", type=even, nargs=4, default=[32, 64, 128, 256], metavar="C")
+    search.add_argument(
+        "--channels",
+        type=even,
+        nargs=4,
+        default=[32, 64, 128, 256],
+        metavar="C",
+        help="widths at scales 1 to 1/8 (default: 32 64 128 256)",
+    )
     search.add_argument("--residual", action="store_true", help="learn the difference to the input")
     search.add_argument("--clean_inputs", type=share, default=0.0, help="share of draws with a dry input")
-    search.add_argument("--internal_start", type=positive, default=6, help="first epoch of the internal loss")
+    search.add_argument(
+        "--upright", action="store_true", help="flip patches, but do not turn them: rain falls"
+    )
+    search.add_argument(
+        "--internal_start", type=positive, default=6, help="first epoch of the internal loss (default: 6)"
+    )
     weights = parser.add_argument_group("weights (SGD, cosine)")
-    weights.add_argument("--learning_rate", type=not_negative, default=0.002)
-    weights.add_argument("--learning_rate_min", type=not_negative, default=1e-4)
-    weights.add_argument("--momentum", type=not_negative, default=0.9)
-    weights.add_argument("--weight_decay", type=not_negative, default=3e-4)
     weights.add_argument(
-        "--grad_clip", type=not_negative, default=5.0, help="largest gradient norm; 0: no limit"
+        "--learning_rate", type=not_negative, default=0.002, help="first (default: %(default)s)"
+    )
+    weights.add_argument(
+        "--learning_rate_min", type=not_negative, default=1e-4, help="last (default: %(default)s)"
+    )
+    weights.add_argument("--momentum", type=not_negative, default=0.9, help="(default: %(default)s)")
+    weights.add_argument("--weight_decay", type=not_negative, default=3e-4, help="(default: %(default)s)")
+    weights.add_argument(
+        "--grad_clip", type=not_negative, default=5.0, help="largest gradient norm; 0: no limit (default: 5)"
     )
     arch = parser.add_argument_group("alpha and beta (Adam)")
-    arch.add_argument("--arch_learning_rate", type=not_negative, default=3e-4)
-    arch.add_argument("--arch_weight_decay", type=not_negative, default=1e-3)
-    arch.add_argument("--arch_start", type=positive, default=11, help="first epoch of the architecture steps")
+    arch.add_argument("--arch_learning_rate", type=not_negative, default=3e-4, help="(default: %(default)s)")
+    arch.add_argument("--arch_weight_decay", type=not_negative, default=1e-3, help="(default: %(default)s)")
+    arch.add_argument(
+        "--arch_start", type=positive, default=11, help="first epoch of the architecture steps (default: 11)"
+    )
     arch.add_argument(
         "--unrolled", action="store_true", help="second-order steps (DARTS), about 8 times the cost"
     )
@@ -95,15 +113,25 @@ def get_args_parser():
         help="BatchNorm by the batch in architecture steps (default: by its running statistics)",
     )
     arch.add_argument(
-        "--lambda_arch", type=not_negative, default=0.01, help="of the architecture regulariser"
+        "--lambda_arch",
+        type=not_negative,
+        default=0.01,
+        help="of the architecture regulariser (default: %(default)s)",
     )
     arch.add_argument(
         "--stop_on_collapse",
         action="store_true",
         help="end a search that collapses (as support/health.py says) and keep the last healthy genotype",
     )
-    arch.add_argument("--lambda_comp", type=not_negative, default=0.01, help="of the model complexity")
-    arch.add_argument("--complexity", choices=MEASURES, default="params", help="parameters or multiply-adds")
+    arch.add_argument(
+        "--lambda_comp",
+        type=not_negative,
+        default=0.01,
+        help="of the model complexity (default: %(default)s)",
+    )
+    arch.add_argument(
+        "--complexity", choices=MEASURES, default="params", help="parameters (default) or multiply-adds"
+    )
     experiment.add_arguments(parser)
     parser.add_argument(
         "--compile",
@@ -178,6 +206,7 @@ def main(args):
         cache=run.cache,
         rank=distributed.rank(),
         ranks=distributed.size(),
+        upright=args.upright,
     )
     weight_batches = draw(parts["weights"], first_step=run.step)
     first_arch_step = (args.arch_start - 1) * args.steps_per_epoch

@@ -3,12 +3,14 @@
 #
 #     sh eval-EXP/train.sh BSDS500 RAIN800_TRAINING [FLAG ...]
 #
-# BSDS500: a folder of clean photographs; RAIN800_TRAINING: Rain800's side-by-side training pairs. Flags are added to
-# each run's: `--workers 8`, `--device cuda`, or `--epochs 1 --steps_per_epoch 1` to see that all is in place.
+# BSDS500: its folder of photographs, with train/, val/ and test/ inside, of which those of photographs.txt are taken;
+# RAIN800_TRAINING: Rain800's side-by-side training pairs. Flags are added to each run's, and are to be given again
+# to go on: `--workers 8`, `--device cuda`, or `--epochs 1 --steps_per_epoch 1` to see that all is in place.
 set -eu
 usage="sh eval-EXP/train.sh BSDS500 RAIN800_TRAINING [FLAG ...]"
 bsds=${1:?$usage} rain800=${2:?$usage}
 shift 2
+added=$*
 python=${PYTHON:-python}
 made=datasets/derain
 
@@ -27,16 +29,36 @@ train() {
     if [ -f "$run/summary.json" ]; then
         echo "$run is done"
     elif [ -f "$run/last.pt" ] || [ -f "$run/last.prev.pt" ]; then
-        "$python" train_model_batch.py --resume "$run"
+        "$python" train_model_batch.py $added --resume "$run"
     else
         "$python" train_model_batch.py "$@" --save "$run"
     fi
 }
 
-if [ ! -d "$made/rain800" ]; then # without pair 460, whose background is in Rain800's test set
+# BSDS500 without the scenes of test sets; test/100007.jpg is called test_100007.jpg here.
+if [ ! -d "$made/photographs" ]; then
+    rm -rf "$made/copying"
+    mkdir -p "$made/copying"
+    while read -r name; do
+        inside=${name%%_*}/${name#*_}
+        for file in "$bsds/$name" "$bsds/$inside" "$bsds/images/$inside" "$bsds/data/images/$inside"; do
+            if [ -f "$file" ]; then cp "$file" "$made/copying/$name"; fi
+        done
+    done < eval-EXP/photographs.txt
+    count=$(ls "$made/copying" | wc -l)
+    echo "photographs in $bsds: $count of $(wc -l < eval-EXP/photographs.txt)"
+    [ "$count" -gt 0 ] || exit 2
+    mv "$made/copying" "$made/photographs"
+fi
+bsds=$made/photographs
+if [ ! -d "$made/rain800" ]; then # without the pairs whose backgrounds are in test sets
+    rm -rf "$made/copying"
     mkdir -p "$made/copying"
     cp "$rain800"/*.jpg "$made/copying"
-    rm -f "$made/copying/460.jpg"
+    for number in 12 13 52 81 150 166 181 185 237 261 305 376 458 460 514 516 521 534 557 559 565 570 575 633 640 \
+        665 668 670 673 698; do
+        rm -f "$made/copying/$number.jpg"
+    done
     mv "$made/copying" "$made/rain800"
 fi
 scenes 0 bsds-0 "$bsds"

@@ -120,7 +120,7 @@ COLUMNS = {
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m support.benchmark", description="Speed and memory against the plainest form."
     )
     names = ", ".join(ROWS)
@@ -144,7 +144,9 @@ def get_args_parser():
     loader.add_argument(
         "--data", nargs="+", metavar="DIR", help="training folders (default: made, in DID-MDN's sizes)"
     )
-    loader.add_argument("--clean_side", nargs="+", default=[], choices=dataset.SIDES)
+    loader.add_argument(
+        "--clean_side", nargs="+", default=[], choices=dataset.SIDES, help="of --data, as in training"
+    )
     loader.add_argument(
         "--cache", default="", metavar="DIR", help="of loader_cached's file (default: the training folder)"
     )

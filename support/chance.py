@@ -11,6 +11,7 @@ of a search's checkpoint, BatchNorm's statistics taken anew, and gives the rank 
 a search can only find what its supernet can tell apart.
 """
 
+import argparse
 import fnmatch
 import json
 import math
@@ -25,7 +26,7 @@ import genotypes
 import train_model_batch
 from model_search import SearchNetwork
 from model_train import from_supernet, read
-from support import command, devices
+from support import command, devices, experiment
 from support.errors import UserError
 from support.validation import validate
 
@@ -40,7 +41,7 @@ def get_args_parser():
         "--searched", nargs="+", required=True, metavar="NAME", help="or a pattern, 'found_*'"
     )
     parser.add_argument("--random", nargs="+", required=True, metavar="NAME", help="or a pattern, 'random_*'")
-    parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0], help="(default: 0)")
     parser.add_argument("--runs", required=True, metavar="DIR", help="folder of the training runs")
     parser.add_argument("--supernet", metavar="CKPT", help="best_*.pt of a search: score with its weights")
     parser.add_argument(
@@ -56,16 +57,18 @@ def main(args):
         for pattern in patterns
         for name in matching(pattern)
     }
+    supernet = load_supernet(args.supernet) if args.supernet else None  # before hours of training
     psnr, parameters = {}, {}
     for seed in args.seeds:  # seed by seed, so that a comparison cut short is a fair one
         for name in groups:
-            summary = retrain(name, seed, Path(args.runs), args.flags)
+            summary = retrain(name, seed, args.runs, args.flags)
             psnr.setdefault(name, []).append(summary["best"]["psnr"])
             parameters[name] = summary["parameters"]
     shared = {}
-    if args.supernet:
-        options = train_model_batch.get_args_parser().parse_args(args.flags)
-        shared = shared_scores(args.supernet, list(groups), options)
+    if supernet:
+        begun = run_folder(next(iter(groups)), args.seeds[0], args.runs) / "options.json"
+        options = json.loads(begun.read_text(encoding="utf-8"))  # with the data that was found, or a demo's
+        shared = shared_scores(supernet, list(groups), argparse.Namespace(**options))
     print(report(groups, psnr, parameters, shared))
 
 
@@ -79,23 +82,27 @@ def matching(pattern):
 
 def retrain(name, seed, runs, flags):
     """The summary of a genotype's training run, which is begun, continued or only read."""
-    folder = runs / f"{name}-s{seed}"
+    folder = run_folder(name, seed, runs)
     if not (folder / "summary.json").exists():
-        how = ["--resume", str(folder)] if (folder / "last.pt").exists() else ["--save", str(folder)]
+        begun = any((folder / state).exists() for state in experiment.STATES)
+        how = ["--resume", str(folder)] if begun else ["--save", str(folder)]
         parser = train_model_batch.get_args_parser()
         train_model_batch.main(parser.parse_args([*flags, "--arch", name, "--seed", str(seed), *how]))
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
+def run_folder(name, seed, runs):
+    return Path(runs, f"{name}-s{seed}")
+
+
 # --- scores with shared weights -----------------------------------------------------------------------------
 
 
-def shared_scores(path, names, options):
-    """{name: validation PSNR of the genotype with the supernet's weights}."""
+def shared_scores(supernet, names, options):
+    """{name: validation PSNR of the genotype with the supernet's weights}; options: of a training run."""
     device = devices.pick_device(options.device)
     parts = dataset.split(dataset.find_training(options.data, options.clean_side), options.split_seed)
     validation = dataset.spread(parts["validation"], options.val_scenes)
-    supernet = load_supernet(path)
     scores = {}
     for name in names:
         net = from_supernet(supernet, genotypes.find(name)[1]).to(device)

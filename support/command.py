@@ -41,6 +41,10 @@ def patch(text):
     return _number(text, int, lambda value: value >= SSIM_WINDOW, f"a whole number from {SSIM_WINDOW}")
 
 
+def side(text):
+    return _number(text, int, lambda value: value >= 16, "a whole number from 16")
+
+
 def share(text):
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 

@@ -18,7 +18,6 @@ With `--rain_of` nothing is drawn: the rain of given pairs is moved to other bac
 reaches what no style has: a sixth of Rain800's rain darkens, blended in ways that raise contrast.
 """
 
-import argparse
 import shutil
 import sys
 import zlib
@@ -32,6 +31,7 @@ import numpy as np
 import skimage
 from tqdm import tqdm
 
+from support import command
 from support.errors import UserError
 from support.images import list_images, read_image, write_image
 
@@ -418,42 +418,33 @@ def find_photographs(folders: Iterable[str | Path]) -> list[Path]:
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
-        "python -m support.rain", description="Make rainy scenes in DID-MDN's layout."
+    parser = command.Parser(
+        prog="python -m support.rain", description="Make rainy scenes in DID-MDN's layout."
     )
     parser.add_argument("clean_dirs", nargs="+", help="folders of clean photographs")
     parser.add_argument("out_dir", help="folder to make DID-MDN-training and DID-MDN-test in")
-    parser.add_argument("--seed", type=_at_least(0), default=0)
+    parser.add_argument("--seed", type=command.seed, default=0, help="of all that is drawn (default: 0)")
     rain = parser.add_mutually_exclusive_group()
-    rain.add_argument("--style", choices=[*STYLES, "mixed"], default="did-mdn")
+    rain.add_argument(
+        "--style", choices=[*STYLES, "mixed"], default="did-mdn", help="of the rain (default: did-mdn)"
+    )
     rain.add_argument("--rain_of", metavar="PAIRS", help="move the rain of these side by side pairs here")
     parser.add_argument("--rain_side", choices=["left", "right"], help="the clean half of those pairs")
-    parser.add_argument("--scenes", type=_at_least(1), help="training scenes; default: one a photograph")
-    parser.add_argument("--test", type=_at_least(0), default=0, help="photographs to keep for the test part")
-    parser.add_argument("--size", type=_at_least(16), help="crop to squares; default: the photographs' size")
+    parser.add_argument("--scenes", type=command.positive, help="training scenes (default: one a photograph)")
+    parser.add_argument(
+        "--test", type=command.natural, default=0, help="photographs to keep for the test part"
+    )
+    parser.add_argument("--size", type=command.side, help="crop to squares (default: the photographs' size)")
     parser.add_argument("--clean_side", choices=["left", "right"], help="this half of side by side files")
     return parser
 
 
-def _at_least(least):
-    def integer(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} given, {least} or more expected")
-        return int(text)
-
-    return integer
-
-
 def main(args) -> int:
     """Returns the exit status: 0, or 1 if some photographs could not be read. Raises UserError."""
-    options = {k: v for k, v in vars(args).items() if k not in ("clean_dirs", "out_dir")}
+    options = {k: v for k, v in vars(args).items() if k not in ("clean_dirs", "out_dir", "given")}
     failures = write_scenes(find_photographs(args.clean_dirs), args.out_dir, **options)
     return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(get_args_parser().parse_args()))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    command.run(main, get_args_parser())

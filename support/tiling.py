@@ -42,8 +42,16 @@ def get_args_parser():
         prog="python -m support.tiling", description="What tiling costs, against whole pictures."
     )
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files larger than the tiles")
-    parser.add_argument("--tiles", type=side, nargs="+", default=[256, 512, 768, 1024, None])
-    parser.add_argument("--overlaps", type=multiple_of_8, nargs="+", default=[OVERLAP])
+    parser.add_argument(
+        "--tiles",
+        type=side,
+        nargs="+",
+        default=[256, 512, 768, 1024, None],
+        help="sides, multiples of 8, or default",
+    )
+    parser.add_argument(
+        "--overlaps", type=multiple_of_8, nargs="+", default=[OVERLAP], help=f"in pixels (default: {OVERLAP})"
+    )
     parser.add_argument("--ckt_path", default=SHIPPED, help="checkpoint (default: what ships)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     return parser

@@ -6,6 +6,7 @@ import dataset
 from losses import external, ssim
 from support.devices import autocast
 from support.errors import UserError
+from support.restore import WHOLE_PIXELS, restore
 
 
 def validate(net, scenes, device):
@@ -29,7 +30,7 @@ def means(measured, bad=()):
 @torch.inference_mode()
 @torch.compiler.set_stance("force_eager")  # to compile for each size of picture would take minutes
 def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
-    """Score a network on whole pictures, one at a time.
+    """Score a network on whole pictures, one at a time: as `test_view.py` does, large ones in tiles.
 
     Returns ([(RGB PSNR in dB an image, SSIM an image, both as saved in 8 bits, external loss) of each scene],
     (rainy, restored, clean) of the first image, each 3xHxW in [0, 1], or None where no scene was read).
@@ -40,16 +41,24 @@ def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
     net.eval()
     measured, panel = [], None
     for rainy, clean in dataset.full_images(scenes, bad, cache):
-        clean = clean.to(device)
-        with autocast(device, amp):
-            outputs = torch.cat([net(image[None].to(device)).float() for image in rainy])
+        outputs = torch.cat([output(net, image, device, amp) for image in rainy])
+        clean = clean.to(outputs.device)
         saved = (outputs.clamp(0, 1) * 255).round() / 255
         target = clean.expand_as(saved)
         psnr = -10 * (saved - target).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
-        loss = external(outputs, clean, torch.zeros(len(outputs), dtype=torch.long, device=device))
+        loss = external(outputs, clean, torch.zeros_like(outputs[:, 0, 0, 0], dtype=torch.long))
         measured.append((psnr.cpu(), ssim(saved, target).cpu(), loss.cpu()))
         panel = panel or (rainy[0], saved[0].cpu(), clean[0].cpu())
         if stop and stop():
             break
     net.train(was_training)
     return measured, panel
+
+
+def output(net, image, device, amp):
+    """1x3xHxW of a 3xHxW image in [0, 1]; of a large one in tiles, rounded to 8 bits and on the CPU."""
+    if image[0].numel() > WHOLE_PIXELS:
+        picture = (image * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+        return dataset.to_tensor(restore(net, picture, device, amp=amp)[None])
+    with autocast(device, amp):
+        return net(image[None].to(device)).float()

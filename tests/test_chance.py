@@ -8,10 +8,10 @@ import torch
 import genotypes
 import train_search_batch
 from model_search import SearchNetwork
-from model_train import from_supernet
+from model_train import CheckpointError, from_supernet
 from support import chance
 from support.errors import UserError
-from tests.made import random_genotype, session, write_pairs
+from tests.made import random_genotype, session, write_pairs, write_scenes
 
 FLAGS = (
     "--data pairs --clean_side left --channels 2 2 2 2 --patch_size 16 --batch_size 2 --epochs 1 "
@@ -48,6 +48,26 @@ def test_every_genotype_is_trained_alike_and_once(folder, monkeypatch, capsys):
     for *_, one, two, mean in rows:
         assert (float(one) + float(two)) / 2 == pytest.approx(float(mean), abs=2e-3)
     assert "rank correlation of PSNR with PSNR with shared weights" in again
+
+
+def test_shared_weights_are_scored_on_the_data_that_the_runs_found(folder, monkeypatch, capsys):
+    """--data left out, it is DID-MDN's place. And a run of which only last.prev.pt is left goes on."""
+    write_scenes(folder / "datasets" / "Rain1200", 24)
+    for seed, name in enumerate(("found", "random_0", "random_1")):
+        monkeypatch.setattr(genotypes, name, random_genotype(seed), raising=False)
+    flags = FLAGS.replace("--data pairs --clean_side left ", "")
+    command = f"--searched found --random random_* --runs runs --supernet supernet.pt -- {flags}"
+    with pytest.raises(CheckpointError, match=r"supernet\.pt"):
+        compare(command)
+    assert not list(folder.glob("runs/*"))  # it was looked for before anything was trained
+    train_search_batch.save_supernet(SearchNetwork((2, 2, 2, 2)), "supernet.pt")
+    compare(command)
+    assert re.search(r"mean +shared$", capsys.readouterr().out, re.M)
+    run = folder / "runs" / "found-s0"
+    (run / "summary.json").unlink()
+    (run / "last.pt").rename(run / "last.prev.pt")  # as a stop at a bad moment leaves it
+    compare(command)
+    assert (run / "summary.json").exists()
 
 
 def test_report_gives_mean_spread_interval_and_rank_correlation():

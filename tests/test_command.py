@@ -25,7 +25,9 @@ COMMANDS = [
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_prints_its_help(name):
-    assert "--help" in importlib.import_module(name).get_args_parser().format_help()
+    parser = importlib.import_module(name).get_args_parser()
+    assert "--help" in parser.format_help()
+    assert [action.dest for action in parser._actions if not action.help] == []
 
 
 @pytest.mark.parametrize(

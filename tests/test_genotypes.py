@@ -2,6 +2,7 @@ import ast
 import errno
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,12 @@ def test_existing_name_is_refused(vocabulary):
     genotypes.append("found", random_genotype(3), "", vocabulary)
     with pytest.raises(GenotypeError, match="found: already taken"):
         genotypes.append("found", random_genotype(4), "", vocabulary)
+
+
+def test_a_file_that_cannot_be_written_is_told_before_a_search(vocabulary, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != vocabulary.parent)
+    with pytest.raises(GenotypeError, match=r"found: .*genotypes\.py cannot be written"):
+        genotypes.check_new_name("found", vocabulary)
 
 
 def append_one(path, number):

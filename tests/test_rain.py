@@ -374,6 +374,9 @@ def test_mistakes_end_with_one_line_and_status_2(photographs, tmp_path):
         done = run(photographs, tmp_path / folder, tmp_path / "out")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert str(tmp_path / folder) in done.stderr
+    for wrong in ([photographs], [photographs, tmp_path / "out", "--size", "8"]):
+        done = run(*wrong)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 

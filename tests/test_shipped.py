@@ -76,14 +76,18 @@ def test_the_cards_command_trains_from_photographs_and_goes_on(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name)
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
-    for i in range(20):
-        write_image(tmp_path / "photographs" / f"{i}.jpg", photograph(i, 64, 96))
+    named = (ROOT / "eval-EXP" / "photographs.txt").read_text().split()[-20:]
+    for i, name in enumerate(named):  # flat, or in BSDS500's own folders; and one that is in a test set
+        write_image(tmp_path / "bsds" / (name if i % 2 else name.replace("_", "/")), photograph(i, 64, 96))
+    write_image(tmp_path / "bsds" / "train" / "1.jpg", photograph(0, 64, 96))
     write_pairs(tmp_path / "pairs", 20, suffix=".jpg", first=100)
-    shutil.copy(tmp_path / "pairs" / "0.jpg", tmp_path / "pairs" / "460.jpg")
+    in_test_sets = ("460", "698")
+    for name in in_test_sets:
+        shutil.copy(tmp_path / "pairs" / "0.jpg", tmp_path / "pairs" / f"{name}.jpg")
     for number in (501, 600, 700):  # large enough to lend their rain
         clean = photograph(number, 64, 96)
         write_image(tmp_path / "pairs" / f"{number}.jpg", np.hstack([clean, rain_on(clean, number)]))
-    command = ["sh", "eval-EXP/train.sh", "photographs", "pairs"]
+    command = ["sh", "eval-EXP/train.sh", "bsds", "pairs"]
     short = "--epochs 1 --steps_per_epoch 1 --val_scenes 1 --patch_size 16 --workers 0 --device cpu".split()
 
     half_made = tmp_path / "datasets" / "derain" / "making" / "DID-MDN-training"
@@ -104,8 +108,10 @@ def test_the_cards_command_trains_from_photographs_and_goes_on(tmp_path):
     runs = sorted(path.parent.name for path in tmp_path.glob("*/summary.json"))
     assert runs == [f"eval-EXP-derain-{i}" for i in range(1, len(runs) + 1)]
     assert (tmp_path / runs[-1] / "best_psnr.pt").exists()
-    assert not list((tmp_path / "datasets").rglob("460.*"))
+    made = tmp_path / "datasets" / "derain"
+    assert not [file for name in in_test_sets for file in made.rglob(f"{name}.*")]
+    assert sorted(file.name for file in (made / "photographs").iterdir()) == sorted(named)
     assert not list((tmp_path / "datasets").rglob("left.jpg"))
     (tmp_path / runs[-1] / "summary.json").unlink()
-    assert run().count("is done") == len(runs) - 1
+    assert run(*short).count("is done") == len(runs) - 1
     assert (tmp_path / runs[-1] / "summary.json").exists()

@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 import dataset
+import support.restore
+import support.validation
 from losses import ssim
 from support.images import read_image, write_image
 from support.metrics import mean_scores, score
-from support.validation import validate
+from support.restore import restore
+from support.validation import measure, validate
 from tests.made import photograph, rain_on, write_pairs
 
 
@@ -24,6 +27,31 @@ class Restoring(nn.Module):
 
     def forward(self, x):
         return self.norm(1.2 * x - 0.15)
+
+
+def test_large_pictures_go_through_in_tiles_as_they_do_in_test_view(folder, monkeypatch):
+    for name, limit in (("WHOLE_PIXELS", 9000), ("TILE_PIXELS", 9000), ("SHORTEST_CUT", 64)):
+        monkeypatch.setattr(support.restore, name, limit)
+    monkeypatch.setattr(support.validation, "WHOLE_PIXELS", 9000)
+    write_pairs(Path("pairs"), 1, "right")
+    write_image("large/0.png", np.hstack([photograph(1, 150, 130), photograph(0, 150, 130)]))
+    scenes = [scene for name in ("pairs", "large") for scene in dataset.find(name, "right").scenes]
+    seen = []
+
+    class Watched(Restoring):
+        def forward(self, x):
+            seen.append(tuple(x.shape[2:]))
+            return super().forward(x)
+
+    net = Watched().eval()
+    measured, _ = measure(net, scenes, torch.device("cpu"))
+    assert max(height * width for height, width in seen) <= 9000 < 150 * 130
+    rainy, clean = dataset.read_scene(scenes[1])
+    expected = score(restore(net, rainy[0]), clean)
+    psnr, similarity, loss = measured[1]
+    assert psnr.item() == pytest.approx(expected["psnr_rgb"], abs=1e-4)
+    assert similarity.item() == pytest.approx(expected["ssim_rgb"], abs=1e-4)
+    assert loss.item() == pytest.approx(1 - similarity.item() + 10 ** (-psnr.item() / 10), abs=1e-4)
 
 
 def test_validation_agrees_with_the_scores_of_saved_pictures(folder):

@@ -151,24 +151,31 @@ def test_paired_folders_are_scored(network):
 
 
 def test_a_folder_without_ground_truth_is_restored_and_not_scored(network, capsys):
+    """Its tables take the place of those of a scored set that was restored into the same folder."""
+    write_pairs(Path("pairs"), 1)
+    assert view("--path pairs --clean_side left --result_path out") == 0
+    assert Path("out/result_full.txt").exists()
+    Path("out/0.png").unlink()
+    capsys.readouterr()
     write_image("photos/a.png", photograph(0, 21, 34))
     write_image("photos/deep/b.jpg", photograph(1, 40, 23))
     for name in ("c.HEIC", "deep/film.mp4", ".hidden.txt"):
         Path("photos", name).touch()
     assert view("--path photos --result_path out") == 0
-    assert "left alone: files of other kinds (.heic, .mp4)\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left alone: files of other kinds (.heic, .mp4)\n" in said
+    assert "PSNR" not in said
     assert pictures() == {"a.png", "deep/b.jpg"}
     output = read_image("out/a.png").astype(int)
     assert np.abs(output - restored(network, photograph(0, 21, 34))).max() <= 1
     assert read_image("out/deep/b.jpg").shape == (40, 23, 3)
-    journal = ".done.0.jsonl"
-    assert {file.name for file in Path("out").iterdir()} == {
-        "a.png",
-        "deep",
-        "index.html",
-        "gallery",
-        journal,
-    }
+    expected = {"a.png", "deep", "index.html", "gallery", "results.csv", "results.json", ".done.0.jsonl"}
+    assert {file.name for file in Path("out").iterdir()} == expected
+    rows = table()
+    assert [(row["height"], row["width"]) for row in rows.values()] == [("21", "34"), ("40", "23")]
+    assert all(row[metric] == row[f"input_{metric}"] == "" for row in rows.values() for metric in METRICS)
+    facts = json.loads(Path("out/results.json").read_text())
+    assert (facts["data"], facts["means"], facts["left_out"]) == ("photos", {}, [])
 
 
 def test_results_keep_relative_names_also_where_only_the_suffix_differs(network):
@@ -232,8 +239,18 @@ def test_equal_and_tiny_pictures_are_left_out_of_the_means_and_counted(network):
     assert count == 3
     assert psnr == pytest.approx(np.mean([float(rows[n]["psnr_rgb"]) for n in "12"]), abs=0.01)
     assert ssim == pytest.approx(np.mean([float(rows[n]["ssim_rgb"]) for n in "01"]), abs=1e-4)
-    (said,) = [line for line in text.splitlines() if "not in the means" in line]
-    assert all(f"'{metric}': 1" in said for metric in METRICS)
+    said = [line for line in text.splitlines() if "not in the means" in line]
+    assert [line.split()[0] for line in said] == ["outputs", "inputs"]
+    assert all(f"'{metric}': 1" in line for line in said for metric in METRICS)
+
+
+def test_that_a_dry_input_is_not_in_the_mean_of_the_inputs_is_said(network):
+    for i in range(2):
+        write_image(Path("set", "target", f"{i}.png"), photograph(i))
+        write_image(Path("set", "input", f"{i}.png"), photograph(i) if i else rain_on(photograph(i), i))
+    assert view("--path set --result_path out") == 0
+    (said,) = [line for line in Path("out/result_full.txt").read_text().splitlines() if "not in the" in line]
+    assert said.split()[0] == "inputs" and "'psnr_rgb': 1" in said and "ssim" not in said
 
 
 # --- bad files ---
@@ -407,9 +424,9 @@ def test_a_missing_path_is_one_line_and_status_2_at_the_command_line(folder):
 # --- with no flags ---
 
 
-def finished_run(name, seed):
+def finished_run(name, seed, demo=False):
     Path(name).mkdir()
-    Path(name, "options.json").write_text(json.dumps({"demo": False}))
+    Path(name, "options.json").write_text(json.dumps({"demo": demo}))
     Path(name, "summary.json").write_text("{}")
     torch.manual_seed(seed)
     model_train.save(DerainNetwork(random_genotype(seed), (2, 2, 2, 2)), Path(name, "best_psnr.pt"))
@@ -428,6 +445,20 @@ def test_the_newest_finished_network_is_the_default_and_said_first(network, caps
     assert test_view.main(args) == 0
     assert capsys.readouterr().out.splitlines()[0] == "checkpoint: eval-EXP-1/best_psnr.pt"
     assert not np.array_equal(read_image("out/photo.png"), shipped)
+
+
+def test_a_demos_network_is_not_taken_for_a_picture_without_a_word(network, capsys):
+    write_image("photo.png", photograph(0))
+    for demo, lines in ((False, 0), (True, 1)):
+        finished_run(f"eval-EXP-{demo}", seed=1, demo=demo)
+        os.utime(f"eval-EXP-{demo}/summary.json", (demo, demo))
+        args = "--path photo.png --result_path out --device cpu"
+        assert test_view.main(test_view.get_args_parser().parse_args(args.split())) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert said[0] == f"checkpoint: eval-EXP-{demo}/best_psnr.pt"
+        assert sum("hardly trained: --ckt_path eval-EXP/derain.pt" in line for line in said) == lines
+    with pytest.raises(UserError, match="--demo: takes its own pictures; leave out it or --path"):
+        view("--path photo.png --demo")
 
 
 def test_the_default_test_set_is_did_mdns_rain_left_clean_right(network):
