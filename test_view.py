@@ -42,7 +42,7 @@ from support.gallery import FOLDER, MONTAGE, Gallery, montage
 from support.journal import Journal
 from support.metrics import METRICS, mean_scores, score
 from support.rain import demo_set
-from support.restore import SMALLEST_TILE, forwards, restore
+from support.restore import ENSEMBLES, SMALLEST_TILE, forwards, restore
 
 DEFAULT_PATH = "datasets/Rain1200/DID-MDN-test"
 SHIPPED = Path(__file__).parent / "eval-EXP" / "derain.pt"
@@ -77,7 +77,16 @@ def get_args_parser():
         type=tile,
         help="side of the tiles in pixels, a multiple of 8; 0: never tile (default: only large pictures)",
     )
-    add("--self_ensemble", action="store_true", help="mean over 8 flips and turns; 8 times slower")
+    add(
+        "--self_ensemble",
+        type=int,
+        nargs="?",
+        const=4,
+        default=0,
+        choices=ENSEMBLES,
+        help="mean over 4 flips, or with 8 over quarter turns too, for a network trained on them; so many "
+        "times slower (default: 0; without a number: 4)",
+    )
     add("--amp", action="store_true", help="half precision: float16 on CUDA, bfloat16 on a CPU")
     add(
         "--compile",
@@ -183,7 +192,7 @@ def main(args):
         print(f"{len(rows)} restored pictures in {out}")
         if rows:
             shown = {name: facts[name] for name in ("checkpoint", "data", "device")}
-            page = gallery.write(shown | {"self-ensemble": "yes" if args.self_ensemble else "no"}, failures)
+            page = gallery.write(shown | {"self-ensemble": args.self_ensemble or "no"}, failures)
             print(f"look at them: {page}")
             if args.montage is not None:
                 montage(gallery.examples(args.montage), out / MONTAGE)
@@ -382,7 +391,8 @@ def summarise(rows, facts):
             left_out = {metric: count for metric, count in found["left_out"].items() if count}
             if left_out:
                 lines.append(f"  {whose} not in the means (equal images, or under 11 pixels): {left_out}")
-    ensemble = ", self-ensemble" if facts["options"]["self_ensemble"] else ""
+    count = facts["options"]["self_ensemble"]
+    ensemble = f", self-ensemble of {count}" if count else ""
     lines.insert(0, f"scores of {facts['checkpoint']}{ensemble}, on the 8-bit pictures; PSNR in dB")
     missing, alone = facts["pictures"] - len(rows), facts["without_partner"]
     if missing or alone:

@@ -127,3 +127,8 @@ train 8 $eight $many --val_scenes 26 --weights eval-EXP-derain-7/best_psnr.pt $f
     --clean_inputs 0.25 --patch_size 128 --learning_rate 8e-4 --amp --seed 8 "$@"
 train 9 $nine $many --val_scenes 28 --weights eval-EXP-derain-8/best_psnr.pt $fine --mse_weight 20 --epochs 20 \
     --clean_inputs 0.35 --patch_size 128 --learning_rate 8e-4 --amp --seed 9 "$@"
+upright="--mse_weight 20 --clean_inputs 0.35 --patch_size 128 --upright"
+train 10 $nine $many --val_scenes 28 --weights eval-EXP-derain-9/best_psnr.pt $fine $upright --epochs 2 \
+    --steps_per_epoch 300 --warmup_steps 50 --ema 0.99 --learning_rate 4e-4 --seed 10 "$@"
+train 11 $nine $many --val_scenes 28 --weights eval-EXP-derain-10/best_psnr.pt $fine $upright --epochs 6 \
+    --steps_per_epoch 400 --seed 11 "$@"

@@ -257,7 +257,7 @@ def test_what_compiling_lacks_is_named(missing, line, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, {"tile": 64}, {"self_ensemble": True}, {"tile": 64, "self_ensemble": True}]
+    "flags", [{}, {"tile": 64}, {"self_ensemble": 4}, {"self_ensemble": 8}, {"tile": 64, "self_ensemble": 8}]
 )
 @pytest.mark.parametrize("size", [(24, 32), (37, 50), (64, 200), (150, 130)])
 def test_forwards_are_those_that_restore_makes(size, flags):
@@ -343,7 +343,7 @@ def view(flags):
     [
         ("", 3 * [(24, 32)], "compiled, which takes minutes at first: 32x24"),
         (
-            "--self_ensemble",
+            "--self_ensemble 8",
             12 * [(24, 32), (32, 24)] + 4 * [(16, 40), (40, 16)],
             "compiled, which takes minutes at first: 40x16 32x24 24x32 16x40",
         ),

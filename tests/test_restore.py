@@ -195,19 +195,24 @@ def test_out_of_memory_for_the_smallest_tile_is_an_error():
     assert net.shapes[-1] == (64, 64)
 
 
-def test_self_ensemble_turns_and_flips_with_the_picture():
+@pytest.mark.parametrize("count", [4, 8])
+def test_self_ensemble_turns_and_flips_with_the_picture(count):
+    """Of 8 flips and turns, or of the 4 in which what was upright still is."""
     torch.manual_seed(0)
     net, image = blur(radius=2), picture(30, 44)
-    transforms = [lambda x, k=k: np.rot90(x, k) for k in range(4)]
+    turns = range(0, 4, 8 // count)
+    transforms = [lambda x, k=k: np.rot90(x, k) for k in turns]
     transforms += [lambda x, t=t: t(x)[:, ::-1] for t in transforms]
-    plain, ensemble = restore(net, image), restore(net, image, self_ensemble=True)
+    plain, ensemble = restore(net, image), restore(net, image, self_ensemble=count)
     for transform in transforms:
         turned = np.ascontiguousarray(transform(image))
-        assert apart(restore(net, turned, self_ensemble=True), transform(ensemble)) <= 1
+        assert apart(restore(net, turned, self_ensemble=count), transform(ensemble)) <= 1
     assert max(apart(restore(net, np.ascontiguousarray(t(image))), t(plain)) for t in transforms) > 1
-    # It is the mean of the eight, each turned back.
+    # It is the mean of them all, each turned back.
     results = [restore(net, np.ascontiguousarray(t(image))).astype(float) for t in transforms]
-    back = [np.rot90(r if i < 4 else r[:, ::-1], -(i % 4)) for i, r in enumerate(results)]
+    back = [np.rot90(r, -k) for r, k in zip(results[: len(turns)], turns, strict=True)]
+    back += [np.rot90(r[:, ::-1], -k) for r, k in zip(results[len(turns) :], turns, strict=True)]
+    assert len(back) == count
     assert np.abs(np.mean(back, 0) - ensemble).max() <= 1
 
 

@@ -495,11 +495,11 @@ def test_results_json_says_where_the_scores_come_from(network):
     assert facts["checkpoint"] == "net.pt"
     assert facts["sha256"] == hashlib.sha256(Path("net.pt").read_bytes()).hexdigest()
     assert facts["data"] == "pairs"
-    assert facts["options"] == {"tile": None, "self_ensemble": True, "amp": False, "compile": []}
+    assert facts["options"] == {"tile": None, "self_ensemble": 4, "amp": False, "compile": []}
     assert facts["genotype"] == json.loads(json.dumps(network.genotype._asdict()))
     assert facts["versions"]["torch"] == torch.__version__
     assert {"python", "numpy", "cv2", "skimage"} < set(facts["versions"])
-    assert "self-ensemble" in Path("out", "result_full.txt").read_text()
+    assert "self-ensemble of 4" in Path("out", "result_full.txt").read_text()
 
 
 def test_equal_pictures_are_null_in_json(network):
