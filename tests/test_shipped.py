@@ -116,7 +116,8 @@ def test_the_cards_command_trains_from_photographs_and_goes_on(tmp_path):
         ).stdout
 
     run(*short)
-    runs = sorted(path.parent.name for path in tmp_path.glob("*/summary.json"))
+    runs = [path.parent.name for path in tmp_path.glob("*/summary.json")]
+    runs.sort(key=lambda name: int(name.rpartition("-")[2]))
     assert runs == [f"eval-EXP-derain-{i}" for i in range(1, len(runs) + 1)]
     assert (tmp_path / runs[-1] / "best_psnr.pt").exists()
     made = tmp_path / "datasets" / "derain"
