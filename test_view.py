@@ -114,7 +114,7 @@ def main(args):
     distributed.start()
     keep_freed_memory()
     if args.demo and args.path:
-        raise UserError("--demo: takes its own pictures; leave out it or --path")
+        raise UserError("--demo: takes its own pictures; leave out --demo or --path")
     checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
     print(f"checkpoint: {checkpoint}", flush=True)
     if args.path and not args.ckt_path and experiment.noted(checkpoint.parent, "options.json", "demo"):

@@ -22,7 +22,7 @@ import model_train
 from losses import multi_to_one
 from model_train import DerainNetwork
 from support import command, devices, distributed, experiment
-from support.command import even, natural, not_negative, patch, positive, share
+from support.command import natural, not_negative, patch, positive, share
 from support.errors import UserError
 from support.experiment import Experiment
 
@@ -51,22 +51,7 @@ def get_args_parser():
     train.add_argument("--steps_per_epoch", type=positive, default=500, help="(default: %(default)s)")
     train.add_argument("--batch_size", type=positive, default=32, help="scenes a step (default: 32)")
     train.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: 64)")
-    train.add_argument(
-        "--channels",
-        type=even,
-        nargs=4,
-        default=[32, 64, 128, 256],
-        metavar="C",
-        help="widths at scales 1 to 1/8 (default: 32 64 128 256)",
-    )
-    train.add_argument("--residual", action="store_true", help="learn the difference to the input")
-    train.add_argument("--clean_inputs", type=share, default=0.0, help="share of draws with a dry input")
-    train.add_argument(
-        "--upright", action="store_true", help="flip patches, but do not turn them: rain falls"
-    )
-    train.add_argument(
-        "--internal_start", type=positive, default=6, help="first epoch of the internal loss (default: 6)"
-    )
+    experiment.add_network_arguments(train)
     train.add_argument("--ema", type=share, default=0.0, help="decay of averaged weights, as 0.999; 0: none")
     train.add_argument(
         "--mse_weight", type=not_negative, default=1.0, help="of the external loss's MSE (default: 1)"

@@ -29,7 +29,7 @@ from losses import MEASURES, architecture_regulariser, choice_sizes, complexity,
 from model_search import SearchNetwork
 from model_train import from_supernet, write_whole
 from support import command, devices, distributed, experiment
-from support.command import even, not_negative, patch, positive, share
+from support.command import not_negative, patch, positive
 from support.draw import draw_genotype
 from support.errors import UserError
 from support.experiment import Experiment, log
@@ -70,22 +70,7 @@ def get_args_parser():
     search.add_argument("--steps_per_epoch", type=positive, default=1000, help="(default: %(default)s)")
     search.add_argument("--batch_size", type=positive, default=16, help="scenes a step (default: 16)")
     search.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: 64)")
-    search.add_argument(
-        "--channels",
-        type=even,
-        nargs=4,
-        default=[32, 64, 128, 256],
-        metavar="C",
-        help="widths at scales 1 to 1/8 (default: 32 64 128 256)",
-    )
-    search.add_argument("--residual", action="store_true", help="learn the difference to the input")
-    search.add_argument("--clean_inputs", type=share, default=0.0, help="share of draws with a dry input")
-    search.add_argument(
-        "--upright", action="store_true", help="flip patches, but do not turn them: rain falls"
-    )
-    search.add_argument(
-        "--internal_start", type=positive, default=6, help="first epoch of the internal loss (default: 6)"
-    )
+    experiment.add_network_arguments(search)
     weights = parser.add_argument_group("weights (SGD, cosine)")
     weights.add_argument(
         "--learning_rate", type=not_negative, default=0.002, help="first (default: %(default)s)"

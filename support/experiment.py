@@ -29,7 +29,7 @@ import dataset
 from model_train import CheckpointError, read, write_whole
 from support import distributed
 from support.cache import open_cache
-from support.command import above_zero, announce_demo, natural, positive, seed
+from support.command import above_zero, announce_demo, even, natural, positive, seed, share
 from support.devices import be_deterministic, pick_device, slow_half
 from support.errors import Interrupted, UserError
 from support.fast import compile_edges, keep_freed_memory, no_compiler
@@ -52,6 +52,26 @@ UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.(json|svg
 MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
 
 log = logging.getLogger("manas")
+
+
+def add_network_arguments(group):
+    """Into a script's own group: the network's size and form, and what it is shown, the same for both."""
+    group.add_argument(
+        "--channels",
+        type=even,
+        nargs=4,
+        default=[32, 64, 128, 256],
+        metavar="C",
+        help="widths at scales 1 to 1/8 (default: 32 64 128 256)",
+    )
+    group.add_argument("--residual", action="store_true", help="learn the difference to the input")
+    group.add_argument("--clean_inputs", type=share, default=0.0, help="share of draws with a dry input")
+    group.add_argument(
+        "--upright", action="store_true", help="flip patches, but do not turn them: rain falls"
+    )
+    group.add_argument(
+        "--internal_start", type=positive, default=6, help="first epoch of the internal loss (default: 6)"
+    )
 
 
 def add_arguments(parser):
