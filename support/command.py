@@ -49,6 +49,10 @@ def share(text):
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
+def angle(text):
+    return _number(text, float, lambda value: 0 <= value <= 90, "a number of degrees from 0 to 90")
+
+
 def seed(text):
     return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
 

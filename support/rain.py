@@ -2,6 +2,7 @@
 
     python -m support.rain photos/ datasets/synthetic                     one scene a photograph
     python -m support.rain photos/ more/ datasets/synthetic --style mixed --size 512 --test 100
+    python -m support.rain photos/ datasets/leaning --style mixed --angle 75
     python -m support.rain rain800/training datasets/synthetic --clean_side left
     python -m support.rain photos/ datasets/moved --rain_of rain800/training --rain_side left
 
@@ -76,13 +77,17 @@ class Rain(NamedTuple):
     veil: dict[str, float]
 
 
-def draw_rain(rng: np.random.Generator, style: str = "did-mdn") -> Rain:
-    """Draw the rain of one scene: `style` is a key of `STYLES` or "mixed". Raises ValueError on another."""
+def draw_rain(rng: np.random.Generator, style: str = "did-mdn", angle: float | None = None) -> Rain:
+    """Draw the rain of one scene: `style` is a key of `STYLES` or "mixed". Raises ValueError on another.
+
+    `angle`: the largest, degrees off vertical, in place of the style's; what else is drawn stays
+    """
     if style == "mixed":
         style = str(rng.choice(list(MIXED), p=list(MIXED.values())))
     if style not in STYLES:
         raise ValueError(f"no style {style!r}; choose one of {', '.join([*STYLES, 'mixed'])}")
     mid = STYLES[style]
+    angle = mid.angle if angle is None else angle
 
     def vary(deviation: float) -> float:  # bounded, so that no scene falls out of its style
         return float(np.exp(deviation * np.clip(rng.normal(), -2, 2)))
@@ -94,7 +99,7 @@ def draw_rain(rng: np.random.Generator, style: str = "did-mdn") -> Rain:
     near, strength, contrast = vary(0.7 * mid.spread), vary(0.5 * mid.spread), vary(0.6 * mid.spread)
     veil = mid.veil * rng.random()
     return Rain(
-        angle=rng.uniform(-mid.angle, mid.angle),
+        angle=rng.uniform(-angle, angle),
         length=mid.length * near * vary(mid.spread),
         width=mid.width * near**0.5 * vary(0.6 * mid.spread),
         density=mid.density / near * vary(2.5 * mid.spread),
@@ -237,14 +242,15 @@ def borrow_in_turn(
 
 
 def make_scene(
-    clean: np.ndarray, seed: int | np.random.Generator, style: str = "did-mdn"
+    clean: np.ndarray, seed: int | np.random.Generator, style: str = "did-mdn", angle: float | None = None
 ) -> dict[str, np.ndarray]:
     """The rainy versions of `clean` (HxWx3 uint8 RGB) by level, of the same shape and type.
 
     They share direction, length and width of the streaks; the streaks themselves are each level's own.
+    `style` and `angle` as `draw_rain` has them.
     """
     rng = np.random.default_rng(seed)
-    rain = draw_rain(rng, style)
+    rain = draw_rain(rng, style, angle)
     return {level: blend(clean, rain_layer(*clean.shape[:2], level, rng, rain)) for level in LEVELS}
 
 
@@ -259,6 +265,7 @@ def write_scenes(
     clean_side: str | None = None,
     rain_of: str | Path | None = None,
     rain_side: str | None = None,
+    angle: float | None = None,
 ) -> list[str]:
     """Write scenes over clean photographs in DID-MDN's layout, in each file rain left and clean right:
 
@@ -278,6 +285,7 @@ def write_scenes(
         rain_of: a folder of side by side pairs, whose rain is moved here in place of a `style`: each version
             of a scene has that of another pair.
         rain_side: "left" or "right": their clean half.
+        angle: the streaks lean by at most so many degrees off vertical, 0 to 90; default: the style's.
 
     Returns:
         one line for each photograph or pair that could not be read; the others are done.
@@ -292,6 +300,8 @@ def write_scenes(
             raise UserError(f"{out}: already holds {part}; give another folder, or remove that one")
     if (rain_of is None) != (rain_side is None):
         raise UserError("--rain_of, --rain_side: give both or none; the side is the clean half's")
+    if rain_of is not None and angle is not None:
+        raise UserError("--angle, --rain_of: moved rain falls as it fell in its pairs; give one of the two")
     named = _name(photographs)
     wanted = test + (scenes or 1)
     if len(named) < wanted:
@@ -310,7 +320,7 @@ def write_scenes(
             if pairs:
                 scene = borrow_scene(image, rng, borrow_in_turn(pairs, rain_side, rng, failures))
             else:
-                scene = make_scene(image, rng, style)
+                scene = make_scene(image, rng, style, angle)
             _write_scene(scene, image, out, name, is_test=i < test)
     return failures
 
@@ -427,6 +437,12 @@ def get_args_parser():
     rain = parser.add_mutually_exclusive_group()
     rain.add_argument(
         "--style", choices=[*STYLES, "mixed"], default="did-mdn", help="of the rain (default: did-mdn)"
+    )
+    parser.add_argument(
+        "--angle",
+        type=command.angle,
+        metavar="DEGREES",
+        help="largest, off vertical (default: the style's, 30 or 45)",
     )
     rain.add_argument("--rain_of", metavar="PAIRS", help="move the rain of these side by side pairs here")
     parser.add_argument("--rain_side", choices=["left", "right"], help="the clean half of those pairs")

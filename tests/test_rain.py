@@ -142,6 +142,19 @@ def test_direction_is_bounded(style):
     assert STYLES["did-mdn"].angle == 30
 
 
+def test_largest_angle_is_given_and_changes_nothing_else(photograph):
+    for seed in range(100):
+        own = draw_rain(np.random.default_rng(seed), "mixed")
+        given = draw_rain(np.random.default_rng(seed), "mixed", 75)
+        assert own._replace(angle=given.angle) == given and abs(own.angle) <= 45
+        assert given.angle / 75 in (pytest.approx(own.angle / 30), pytest.approx(own.angle / 45))
+    seed = next(s for s in range(100) if abs(draw_rain(np.random.default_rng(s), angle=90).angle) > 80)
+    own, given = (make_scene(photograph, seed, angle=angle)["Heavy"] for angle in (None, 90))
+    for image, along in ((own, 0), (given, 1)):  # streaks are smooth along themselves
+        layer, _ = layer_of(image, photograph)
+        assert np.abs(np.diff(layer, axis=1 - along)).mean() > 1.5 * np.abs(np.diff(layer, axis=along)).mean()
+
+
 def test_streaks_lie_along_the_angle():
     rain = draw_rain(np.random.default_rng(0))._replace(angle=20.0, length=15.5)
     layer = rain_layer(300, 300, "Heavy", np.random.default_rng(0), rain)
@@ -287,6 +300,8 @@ def test_mistakes_with_the_rain_of_pairs(photographs, tmp_path):
         (["--rain_of", photographs, "--style", "mixed", "--rain_side", "left"], "--style"),
         (["--rain_of", tmp_path / "none", "--rain_side", "left"], str(tmp_path / "none")),
         (["--rain_of", photographs, "--rain_side", "left"], "too few"),
+        (["--rain_of", photographs, "--rain_side", "left", "--angle", 75], "--angle"),
+        (["--angle", 91], "--angle"),
     ):
         done = run(photographs, tmp_path / "out", *flags)
         assert done.returncode == 2 and told in done.stderr.splitlines()[-1]
