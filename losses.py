@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
+LEAST_MSE = 1e-4  # of the PSNR term: above 40 dB there is little left to gain
 
 
 def ssim(x, y):
@@ -38,15 +39,20 @@ def ssim(x, y):
     return (luminance * structure).mean((1, 2, 3))
 
 
-def external(outputs, clean, scene, mse_weight=1.0):
+def external(outputs, clean, scene, mse_weight=1.0, psnr_weight=0.0):
     """sum over d of MSE(O_d, B) + 1 - SSIM(O_d, B), averaged over the scenes.
 
     mse_weight: of the first term; the paper's 1 leaves it some 50 times smaller than the second, which hardly
     sees an offset in brightness.
+    psnr_weight: of minus the PSNR in dB, sum over d of 10 log10(MSE(O_d, B) + 1e-4), not in the paper (HINet,
+        Chen et al. 2021, trains on it): a tenth off the error counts the same in light rain as in heavy.
     """
     target = clean[scene]
     mse = (outputs - target).square().mean((1, 2, 3))
-    return (mse_weight * mse + 1 - ssim(outputs, target)).sum() / len(clean)
+    error = mse_weight * mse + 1 - ssim(outputs, target)
+    if psnr_weight:
+        error = error + psnr_weight * 10 * (mse + LEAST_MSE).log10()
+    return error.sum() / len(clean)
 
 
 def internal(outputs, scene, scenes):
@@ -80,14 +86,14 @@ def total_variation(outputs, scene=None, scenes=None):
     return (each / _images_of(scene, scenes, outputs)[scene]).sum() / scenes
 
 
-def multi_to_one(outputs, clean, scene, use_internal=True, tv_weight=1e-4, mse_weight=1.0):
+def multi_to_one(outputs, clean, scene, use_internal=True, tv_weight=1e-4, mse_weight=1.0, psnr_weight=0.0):
     """The loss on the weights: external + 1e-4 * total variation + internal (from the 6th epoch on).
 
-    With one rainy image a scene (one-to-one training) the internal term is zero.
+    With one rainy image a scene (one-to-one training) the internal term is zero. mse_weight, psnr_weight:
+    those of `external`.
     """
-    loss = external(outputs, clean, scene, mse_weight) + tv_weight * total_variation(
-        outputs, scene, len(clean)
-    )
+    loss = external(outputs, clean, scene, mse_weight, psnr_weight)
+    loss = loss + tv_weight * total_variation(outputs, scene, len(clean))
     if use_internal:
         loss = loss + internal(outputs, scene, len(clean))
     return loss

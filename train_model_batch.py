@@ -57,6 +57,12 @@ def get_args_parser():
         "--mse_weight", type=not_negative, default=1.0, help="of the external loss's MSE (default: 1)"
     )
     train.add_argument(
+        "--psnr_weight",
+        type=not_negative,
+        default=0.0,
+        help="of minus the PSNR in the external loss, as 0.008 with --mse_weight 0 (default: 0)",
+    )
+    train.add_argument(
         "--freeze_start",
         type=positive,
         help="first epoch in which BatchNorm keeps its statistics, and so trains as it will be used",
@@ -140,6 +146,7 @@ def main(args):
                     part.scene,
                     use_internal=epoch >= args.internal_start,
                     mse_weight=args.mse_weight,
+                    psnr_weight=args.psnr_weight,
                 )
                 part_loss.backward()
                 loss = loss + part_loss.detach()

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from skimage.metrics import structural_similarity
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import losses
 from dataset import Batch
@@ -116,6 +116,21 @@ def test_multi_to_one_is_the_weighted_sum(batch):
     mse = (outputs - clean[SCENE]).square().mean((1, 2, 3)).sum() / 3
     heavier = losses.multi_to_one(outputs, clean, SCENE, use_internal=False, mse_weight=20)
     torch.testing.assert_close(heavier, external + 19 * mse)
+
+
+def test_psnr_term_is_minus_the_psnr_and_bounded_for_equal_images(batch):
+    outputs, clean = batch
+    weighted = losses.multi_to_one(outputs, clean, SCENE, psnr_weight=0.5)
+    psnr = [
+        peak_signal_noise_ratio(clean[s].numpy(), o.detach().numpy(), data_range=1)
+        for o, s in zip(outputs, SCENE, strict=True)
+    ]
+    added = (weighted - losses.multi_to_one(outputs, clean, SCENE)).item()
+    assert added == pytest.approx(-0.5 * sum(psnr) / 3, abs=0.05)  # 1e-4 on an MSE of 0.04: 0.01 dB
+    equal = clean[SCENE].clone().requires_grad_()
+    at_best = losses.external(equal, clean, SCENE, mse_weight=0, psnr_weight=0.5)
+    assert at_best.item() == pytest.approx(-0.5 * 40 * 6 / 3)
+    assert torch.isfinite(torch.autograd.grad(at_best, equal)[0]).all()
 
 
 def test_regulariser_is_zero_at_one_hot_with_a_finite_gradient():

@@ -145,6 +145,23 @@ def test_ema_keeps_and_scores_the_averaged_weights(data, monkeypatch):
     assert_same(weights("run"), second)
 
 
+def test_the_weights_of_the_loss_are_those_of_the_flags(data, monkeypatch):
+    given = []
+
+    def recorded(*args, **weights):
+        given.append(weights)
+        return multi_to_one(*args, **weights)
+
+    multi_to_one = train_model_batch.multi_to_one
+    monkeypatch.setattr(train_model_batch, "multi_to_one", recorded)
+    train(f"{MIXED} {ONE_STEP} --internal_start 2 --mse_weight 0 --psnr_weight 0.008")
+    train(f"{MIXED} {ONE_STEP} --internal_start 1")
+    assert given == [
+        {"use_internal": False, "mse_weight": 0, "psnr_weight": 0.008},
+        {"use_internal": True, "mse_weight": 1, "psnr_weight": 0},
+    ]
+
+
 def test_warmup_begins_with_small_steps(data):
     train(f"{PAIRS} {TINY} --warmup_steps 4 --learning_rate_min 0.001 --save run")
     assert [value for _, value in scalars("run")["learning_rate"]] == pytest.approx([0.0005, 0.001])
