@@ -88,6 +88,8 @@ scenes 10 bsds-10 "$bsds" "$lent"
 scenes 12 bsds-12 "$bsds" "$lent"
 scenes 11 rain800-11 "$made/rain800" "--clean_side left $lent"
 scenes 13 rain800-13 "$made/rain800" "--clean_side left $lent"
+# For the twelfth: streaks that lean further than elsewhere.
+scenes 15 bsds-15 "$bsds" "--style mixed --angle 75"
 
 # The flags of made folders, `of FOLDER ...`: the clean side is right but in Rain800's own pairs
 of() {
@@ -104,6 +106,8 @@ five=$(of bsds-0 bsds-1 bsds-7 rain800-2 rain800-3 rain800-5 rain800 rain800 rai
 eight=$(of bsds-0 bsds-7 bsds-10 bsds-12 rain800-2 rain800-3 rain800-11 rain800-13 rain800 rain800 rain800 \
     rain800-late rain800-late)
 nine=$(of bsds-0 bsds-1 bsds-7 bsds-10 rain800-2 rain800-3 rain800-5 rain800-11 rain800 rain800 rain800 \
+    rain800-late rain800-late rain800-late)
+twelve=$(of bsds-0 bsds-1 bsds-15 bsds-10 rain800-2 rain800-3 rain800-5 rain800-11 rain800 rain800 rain800 \
     rain800-late rain800-late rain800-late)
 few="--val_scenes 12 --steps_per_epoch 200 --warmup_steps 100 --clean_inputs 0.1"
 many="--val_scenes 24 --steps_per_epoch 500 --warmup_steps 100 --ema 0.999 --learning_rate 6e-4 --learning_rate_min 2e-6"
@@ -127,8 +131,10 @@ train 8 $eight $many --val_scenes 26 --weights eval-EXP-derain-7/best_psnr.pt $f
     --clean_inputs 0.25 --patch_size 128 --learning_rate 8e-4 --amp --seed 8 "$@"
 train 9 $nine $many --val_scenes 28 --weights eval-EXP-derain-8/best_psnr.pt $fine --mse_weight 20 --epochs 20 \
     --clean_inputs 0.35 --patch_size 128 --learning_rate 8e-4 --amp --seed 9 "$@"
-upright="--mse_weight 20 --clean_inputs 0.35 --patch_size 128 --upright"
-train 10 $nine $many --val_scenes 28 --weights eval-EXP-derain-9/best_psnr.pt $fine $upright --epochs 2 \
+upright="--val_scenes 28 --clean_inputs 0.35 --patch_size 128 --upright"
+train 10 $nine $many $fine $upright --weights eval-EXP-derain-9/best_psnr.pt --mse_weight 20 --epochs 2 \
     --steps_per_epoch 300 --warmup_steps 50 --ema 0.99 --learning_rate 4e-4 --seed 10 "$@"
-train 11 $nine $many --val_scenes 28 --weights eval-EXP-derain-10/best_psnr.pt $fine $upright --epochs 6 \
+train 11 $nine $many $fine $upright --weights eval-EXP-derain-10/best_psnr.pt --mse_weight 20 --epochs 6 \
     --steps_per_epoch 400 --seed 11 "$@"
+train 12 $twelve $many $fine $upright --weights eval-EXP-derain-11/best_psnr.pt --mse_weight 0 \
+    --psnr_weight 0.008 --epochs 7 --steps_per_epoch 400 --learning_rate 5e-4 --seed 12 "$@"
