@@ -92,8 +92,11 @@ def pictures_of(scene, half):
 def report(changes, count):
     """Print the figures of {name: (PSNR, worst block)}, and the `count` names with the worst blocks."""
     psnr, blocks = (np.array(values) for values in zip(*changes.values(), strict=True))
+    changed = psnr[np.isfinite(psnr)]
+    mean = changed.mean() if len(changed) else np.inf
+    same = f" ({len(psnr) - len(changed)} that did not change left out)" if len(changed) < len(psnr) else ""
     print(
-        f"  output to input: {psnr.mean():.1f} dB, at least {psnr.min():.1f}; "
+        f"  output to input: {mean:.1f} dB{same}, at least {psnr.min():.1f}; "
         f"{(psnr > UNHARMED).sum()} of {len(psnr)} above {UNHARMED}"
     )
     print(f"  worst {BLOCK}x{BLOCK} block: {blocks.max():.1f} grey levels, median {np.median(blocks):.1f}")

@@ -45,8 +45,15 @@ def test_its_figures_are_of_the_restored_pictures(checkpoints, tmp_path, capsys)
     assert f"{max(blocks.values()):.1f} grey levels, median {np.median([*blocks.values()]):.1f}" in some
     named = [line.split()[1] for line in some.splitlines() if line.endswith(".png")]
     assert named == sorted(blocks, key=blocks.get, reverse=True)
-    assert "output to input: inf dB, at least inf; 3 of 3 above 38" in none
+    assert "output to input: inf dB (3 that did not change left out), at least inf; 3 of 3 above 38" in none
     assert "0.0 grey levels" in none
+
+
+def test_a_picture_that_did_not_change_leaves_a_finite_mean(capsys):
+    changes.report({"same": (np.inf, 0.0), "a": (40.0, 2.0), "b": (30.0, 5.0)}, 1)
+    said = capsys.readouterr().out
+    assert "output to input: 35.0 dB (1 that did not change left out), at least 30.0; 2 of 3 above 38" in said
+    assert said.endswith("  5.0 b\n")
 
 
 def test_either_half_of_pairs_and_every_nth(checkpoints, tmp_path, capsys):
