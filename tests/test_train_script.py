@@ -154,8 +154,8 @@ def test_the_weights_of_the_loss_are_those_of_the_flags(data, monkeypatch):
 
     multi_to_one = train_model_batch.multi_to_one
     monkeypatch.setattr(train_model_batch, "multi_to_one", recorded)
-    train(f"{MIXED} {ONE_STEP} --internal_start 2 --mse_weight 0 --psnr_weight 0.008")
-    train(f"{MIXED} {ONE_STEP} --internal_start 1")
+    train(f"{MIXED} {ONE_STEP} --internal_start 2 --mse_weight 0 --psnr_weight 0.008 --save one")
+    train(f"{MIXED} {ONE_STEP} --internal_start 1 --save two")
     assert given == [
         {"use_internal": False, "mse_weight": 0, "psnr_weight": 0.008},
         {"use_internal": True, "mse_weight": 1, "psnr_weight": 0},
