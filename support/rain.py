@@ -80,7 +80,7 @@ class Rain(NamedTuple):
 def draw_rain(rng: np.random.Generator, style: str = "did-mdn", angle: float | None = None) -> Rain:
     """Draw the rain of one scene: `style` is a key of `STYLES` or "mixed". Raises ValueError on another.
 
-    `angle`: the largest, degrees off vertical, in place of the style's; what else is drawn stays
+    `angle`: the largest, degrees off vertical, in place of the style's; all else is drawn as without it.
     """
     if style == "mixed":
         style = str(rng.choice(list(MIXED), p=list(MIXED.values())))
@@ -292,7 +292,7 @@ def write_scenes(
 
     Raises:
         UserError: `out` already holds such a set, cannot be written, or there are too few photographs or
-            pairs.
+            pairs, or `angle` is given beside `rain_of`.
     """
     out = Path(out)
     for part in ("DID-MDN-training", "DID-MDN-test"):
@@ -438,14 +438,14 @@ def get_args_parser():
     rain.add_argument(
         "--style", choices=[*STYLES, "mixed"], default="did-mdn", help="of the rain (default: did-mdn)"
     )
+    rain.add_argument("--rain_of", metavar="PAIRS", help="move the rain of these side by side pairs here")
+    parser.add_argument("--rain_side", choices=["left", "right"], help="the clean half of those pairs")
     parser.add_argument(
         "--angle",
         type=command.angle,
         metavar="DEGREES",
-        help="largest, off vertical (default: the style's, 30 or 45)",
+        help="largest of the streaks, off vertical (default: the style's, 30 or 45)",
     )
-    rain.add_argument("--rain_of", metavar="PAIRS", help="move the rain of these side by side pairs here")
-    parser.add_argument("--rain_side", choices=["left", "right"], help="the clean half of those pairs")
     parser.add_argument("--scenes", type=command.positive, help="training scenes (default: one a photograph)")
     parser.add_argument(
         "--test", type=command.natural, default=0, help="photographs to keep for the test part"
