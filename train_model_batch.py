@@ -25,6 +25,7 @@ from support import command, devices, distributed, experiment
 from support.command import natural, not_negative, patch, positive, share
 from support.errors import UserError
 from support.experiment import Experiment
+from support.graphs import Backward
 
 # The demo: in under 5 minutes on two cores, the warm-up scaled with the schedule.
 DEMO = {
@@ -125,9 +126,37 @@ def main(args):
         ranks=distributed.size(),
         upright=args.upright,
     )
+
+    def frozen():
+        return bool(args.freeze_start) and run.epoch() >= args.freeze_start
+
+    def internal():
+        return run.epoch() >= args.internal_start
+
+    def loss(forward, batch):
+        with devices.autocast(run.device, args.amp):
+            outputs = forward(batch.rainy)
+        return multi_to_one(
+            outputs.float(),
+            batch.clean,
+            batch.scene,
+            use_internal=internal(),
+            mse_weight=args.mse_weight,
+            psnr_weight=args.psnr_weight,
+        )
+
+    backward = Backward(
+        forward,
+        net.parameters(),
+        loss,
+        parts=args.accumulate,
+        recorded=run.records(),
+        changed=net.buffers(),
+        constants=lambda: (frozen(), internal()),
+    )
     for epoch in run.epochs():
         net.train()
-        if args.freeze_start and epoch >= args.freeze_start:
+        if frozen():
             for module in net.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
@@ -135,24 +164,10 @@ def main(args):
             warm = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
             optimizer.param_groups[0]["lr"] = warm * run.cosine(args.learning_rate, args.learning_rate_min)
             batch = run.draw(batches)
-            optimizer.zero_grad()
-            loss = 0.0
-            for share_of_batch, part in distributed.in_parts(forward, batch.parts(args.accumulate)):
-                with devices.autocast(run.device, args.amp):
-                    outputs = forward(part.rainy)
-                part_loss = share_of_batch * multi_to_one(
-                    outputs.float(),
-                    part.clean,
-                    part.scene,
-                    use_internal=epoch >= args.internal_start,
-                    mse_weight=args.mse_weight,
-                    psnr_weight=args.psnr_weight,
-                )
-                part_loss.backward()
-                loss = loss + part_loss.detach()
+            training_loss = backward(batch)
             run.share_statistics()
             clipping = experiment.clip(net.parameters(), args.grad_clip)
-            if run.allow(batch, loss=loss, **clipping):
+            if run.allow(batch, loss=training_loss, **clipping):
                 optimizer.step()
                 if averaged:
                     averaged.update_parameters(net)

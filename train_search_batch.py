@@ -33,6 +33,7 @@ from support.command import not_negative, patch, positive
 from support.draw import draw_genotype
 from support.errors import UserError
 from support.experiment import Experiment, log
+from support.graphs import Backward, Recorded
 from support.health import Health
 from support.validation import means, measure
 
@@ -162,11 +163,13 @@ def main(args):
     if args.arch_start > args.epochs:
         log.warning("--arch_start %d is after the last epoch: NOTHING IS SEARCHED", args.arch_start)
 
+    def internal():
+        return run.epoch() >= args.internal_start
+
     def loss(forward, batch):
-        internal = run.step >= (args.internal_start - 1) * args.steps_per_epoch
         with devices.autocast(run.device, args.amp):
             outputs = forward(batch.rainy)
-        return multi_to_one(outputs.float(), batch.clean, batch.scene, internal)
+        return multi_to_one(outputs.float(), batch.clean, batch.scene, internal())
 
     architect = Architect(
         net,
@@ -178,7 +181,17 @@ def main(args):
         divide=lambda batch: batch.parts(max(HESSIAN_PARTS, args.accumulate)),
         parts=lambda batch: batch.parts(args.accumulate),
     )
-    forward = distributed.parallel(net, ignored=("alpha", "beta"))
+    if run.records():
+        architect.first_order = Recorded(architect.first_order, constants=internal)
+    backward = Backward(
+        distributed.parallel(net, ignored=("alpha", "beta")),
+        net.weights(),
+        loss,
+        parts=args.accumulate,
+        recorded=run.records(),
+        changed=net.buffers(),
+        constants=internal,
+    )
     draw = partial(
         dataset.batches,
         patch_size=args.patch_size,
@@ -207,12 +220,7 @@ def main(args):
             if epoch >= args.arch_start:
                 arch_batch = run.draw(arch_batches)
                 architect.step(arch_batch, batch, allow=partial(run.allow, arch_batch))
-            optimizer.zero_grad()
-            training_loss = 0.0
-            for share_of_batch, part in distributed.in_parts(forward, batch.parts(args.accumulate)):
-                part_loss = share_of_batch * loss(forward, part)
-                part_loss.backward(inputs=net.weights())
-                training_loss = training_loss + part_loss.detach()
+            training_loss = backward(batch)
             run.share_statistics()
             clipping = experiment.clip(net.weights(), args.grad_clip)
             if run.allow(batch, loss=training_loss, **clipping):

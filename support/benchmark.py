@@ -62,6 +62,7 @@ from support.cache import open_cache
 from support.command import natural, positive
 from support.errors import UserError
 from support.fast import Compiled, compile_edges, for_inference, keep_freed_memory
+from support.graphs import Backward, Recorded
 from support.rain import write_scenes
 from support.restore import forwards
 
@@ -282,7 +283,7 @@ def steps(name, options, device, dtype=torch.float32, picture_size=None):
         kind = None  # autocast's choice: float16 on CUDA, bfloat16 on a CPU
         batch, step = batch._replace(rainy=batch.rainy.new_ones(1, 3, *picture_size).uniform_()), inference
 
-    def in_form(form, layout, half=False, compiled=False):
+    def in_form(form, layout, half=False, compiled=False, recorded=False):
         first, second = (b._replace(rainy=b.rainy.to(memory_format=layout)) for b in (batch, arch_batch))
         formed = form(net)
         if compiled and picture_size:
@@ -292,11 +293,11 @@ def steps(name, options, device, dtype=torch.float32, picture_size=None):
             compile_edges(formed)
         if half:
             formed.forward = partial(in_half_precision, formed.forward, kind)
-        return step(formed, first, second, options)
+        return step(formed, first, second, options, recorded)
 
     plain, offered = INFERENCE_FORMS if picture_size else FORMS
     half = options.amp and dtype == torch.float32
-    return [in_form(*plain), in_form(*offered, half, options.compile)]
+    return [in_form(*plain), in_form(*offered, half, options.compile, recorded=device.type == "cuda")]
 
 
 def in_half_precision(forward, kind, x):
@@ -305,18 +306,20 @@ def in_half_precision(forward, kind, x):
         return forward(x).float()
 
 
-def search_step(net, batch, arch_batch, options, weights=False, architecture=False, unrolled=False):
-    """The step of train_search_batch.py on the weights, on alpha and beta (unrolled or not), or on both."""
+def search_step(
+    net, batch, arch_batch, options, recorded=False, weights=False, architecture=False, unrolled=False
+):
+    """The step of train_search_batch.py on the weights, on alpha and beta (unrolled or not), or on both.
+
+    recorded: as CUDA graphs, which the script does where it can.
+    """
+    recorded = recorded and not unrolled
     optimizer, arch_optimizer = train_search_batch.make_optimizers(net, options)
     outputs, gradients = [], []
     for each in (optimizer, arch_optimizer):
         each.register_step_pre_hook(partial(keep_gradients, gradients))
 
-    def loss(forward, batch):
-        output = forward(batch.rainy)
-        outputs.append(output.detach())
-        return multi_to_one(output, batch.clean, batch.scene)
-
+    loss = partial(kept_loss, outputs, recorded)
     penalty = train_search_batch.make_penalty(net, options)
     architect = Architect(
         net,
@@ -326,6 +329,9 @@ def search_step(net, batch, arch_batch, options, weights=False, architecture=Fal
         optimizer if unrolled else None,
         divide=lambda batch: batch.parts(train_search_batch.HESSIAN_PARTS),
     )
+    if recorded:
+        architect.first_order = Recorded(architect.first_order)
+    backward = Backward(net, net.weights(), loss, recorded=recorded, changed=net.buffers())
     net.train()
 
     def step():
@@ -334,9 +340,7 @@ def search_step(net, batch, arch_batch, options, weights=False, architecture=Fal
         if architecture:
             architect.step(arch_batch, batch)
         if weights:
-            training_loss = loss(net, batch)
-            optimizer.zero_grad()
-            training_loss.backward(inputs=net.weights())
+            backward(batch)
             nn.utils.clip_grad_norm_(net.weights(), options.grad_clip)
             optimizer.step()
         return outputs, gradients
@@ -344,22 +348,30 @@ def search_step(net, batch, arch_batch, options, weights=False, architecture=Fal
     return step
 
 
-def training_step(net, batch, _, options):
+def kept_loss(outputs, recorded, forward, batch):
+    """The multi-to-one loss; the network's output is added to `outputs`, if recorded only when it is."""
+    output = forward(batch.rainy)
+    if not recorded or torch.cuda.is_current_stream_capturing():
+        outputs.append(output.detach())
+    return multi_to_one(output, batch.clean, batch.scene)
+
+
+def training_step(net, batch, _, options, recorded=False):
     """The step of train_model_batch.py."""
     optimizer = train_model_batch.make_optimizer(net, options)
-    gradients = []
+    outputs, gradients = [], []
     optimizer.register_step_pre_hook(partial(keep_gradients, gradients))
+    loss = partial(kept_loss, outputs, recorded)
+    backward = Backward(net, net.parameters(), loss, recorded=recorded, changed=net.buffers())
     net.train()
 
     def step():
+        outputs.clear()
         gradients.clear()
-        output = net(batch.rainy)
-        loss = multi_to_one(output, batch.clean, batch.scene)
-        optimizer.zero_grad()
-        loss.backward()
+        backward(batch)
         nn.utils.clip_grad_norm_(net.parameters(), options.grad_clip)
         optimizer.step()
-        return [output.detach()], gradients
+        return outputs, gradients
 
     return step
 
@@ -409,7 +421,12 @@ def measure(name, options, device, repeats=None):
         found = offered()
         compile_s = time.monotonic() - begin if options.compile else None
         error = relative_error(expected, found, as_one=True)
-    plain_mb, mb = peak_memory(plain, device), peak_memory(offered, device)
+    if device.type == "cuda":  # what was recorded stays without TF32
+        del expected, found
+        plain, offered = steps(name, options, device, picture_size=size)
+        plain()
+    mb = peak_memory(offered, device)  # of CUDA graphs as they are recorded: replayed, they allocate nothing
+    plain_mb = peak_memory(plain, device)
     turns, end = [], time.monotonic() + (math.inf if repeats else PATIENCE)
     repeats = repeats or (3 if device.type == "cpu" else 20)
     while len(turns) < repeats and (not turns or time.monotonic() < end):

@@ -45,7 +45,7 @@ STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one bef
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
 # What may differ when a run is resumed: it changes where, when and how long the run computes, not what.
 FREE_OPTIONS = {"resume", "save", "name", "device", "workers", "save_every", "max_minutes"}
-FREE_OPTIONS |= {"max_bad_steps", "allow_bad", "cache", "compile"}
+FREE_OPTIONS |= {"max_bad_steps", "allow_bad", "cache", "compile", "no_graphs"}
 FREE_OPTIONS |= {"accumulate"}  # as the number of processes may: both divide the batch for BatchNorm alone
 # Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
 UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.(json|svg))")
@@ -144,6 +144,11 @@ def add_arguments(parser):
         "--deterministic",
         action="store_true",
         help="CUDA kernels that repeat to the bit, where there are such; slower",
+    )
+    run.add_argument(
+        "--no_graphs",
+        action="store_true",
+        help="CUDA: launch each kernel by itself (default: steps are recorded and replayed as CUDA graphs)",
     )
     run.add_argument("--max_minutes", type=above_zero, help="fit the cosine schedule to this time")
     run.add_argument(
@@ -456,6 +461,11 @@ class Experiment:
         else:
             compile_edges(net)
 
+    def records(self):
+        """Whether its steps are CUDA graphs; those of several processes or parts are not."""
+        whole = distributed.size() == self.args.accumulate == 1
+        return self.device.type == "cuda" and whole and not self.args.no_graphs
+
     def own_scenes(self):
         """Scenes a step of this process."""
         return self.args.batch_size // distributed.size()
@@ -476,6 +486,10 @@ class Experiment:
     def cosine(self, highest, lowest=0.0):
         """The learning rate now: from `highest` to `lowest` on half a cosine over the run."""
         return lowest + (highest - lowest) * (1 + math.cos(math.pi * self.progress())) / 2
+
+    def epoch(self):
+        """The epoch of the present step, from 1."""
+        return self.step // self.args.steps_per_epoch + 1
 
     def done(self):
         """Whether the last epoch has its scores."""

@@ -1,0 +1,100 @@
+"""CUDA graphs: the kernels of a step, recorded once and from then on launched as one.
+
+A step of these networks is thousands of short kernels, which Python takes longer to launch than the GPU takes
+to run.
+"""
+
+import torch
+
+from support import distributed
+
+
+class Recorded:
+    """A function of a batch as CUDA graphs, one for each shape of batch. It returns what the function does,
+    in tensors that the next call overwrites.
+
+    function: function(batch) -> tensors, nested as it likes. Of the batch it reads the tensors alone; what
+        else it reads stays where it is in memory, as weights do, or is told by `constants`. It does not wait
+        for the GPU.
+    changed: tensors that it changes in place, as BatchNorm's statistics.
+    constants: constants() -> hashable: what else the function depends on, as the epoch's losses.
+    """
+
+    def __init__(self, function, changed=(), constants=lambda: None):
+        self.function = function
+        self.changed = list(changed)
+        self.constants = constants
+        self.graphs = {}
+        self.pool = None
+
+    def __call__(self, batch):
+        key = batch.rainy.shape, batch.clean.shape, self.constants()
+        if key not in self.graphs:
+            self.graphs[key] = self.record(batch)
+        graph, own, outputs = self.graphs[key]
+        for mine, given in zip(own[:3], batch[:3], strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return outputs
+
+    def record(self, batch):
+        """(graph, the batch that it reads, the outputs that it writes); nothing is changed by it."""
+        own = batch._replace(rainy=batch.rainy.clone(), clean=batch.clean.clone(), scene=batch.scene.clone())
+        self.warm_up(own)
+        graph = torch.cuda.CUDAGraph()
+        # The loader's thread that pins memory must not spoil the recording, as by default it would.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            outputs = self.function(own)
+        self.pool = graph.pool()  # they share their memory, since they never run at once
+        return graph, own, outputs
+
+    def warm_up(self, batch):
+        """Once as it is, on another stream: libraries choose their kernels when they are first called."""
+        before = [tensor.clone() for tensor in self.changed]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.function(batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor, value in zip(self.changed, before, strict=True):
+            tensor.copy_(value)
+
+
+class Backward:
+    """backward(batch) -> its loss, a scalar tensor, with its gradients by `weights` in their `grad`.
+
+    forward: the network, as `distributed.parallel` gives it. loss: loss(forward, batch) -> scalar, the mean
+    over scenes. parts: the batch goes through in so many. recorded: as a CUDA graph, which takes one process
+    and one part; `changed` and `constants` are those of `Recorded`.
+    """
+
+    def __init__(self, forward, weights, loss, parts=1, recorded=False, changed=(), constants=lambda: None):
+        self.forward = forward
+        self.weights = list(weights)
+        self.loss = loss
+        self.parts = parts
+        self.recorded = Recorded(self.gradients, changed, constants) if recorded else None
+
+    def __call__(self, batch):
+        if self.recorded:
+            loss, gradients = self.recorded(batch)
+            for weight, gradient in zip(self.weights, gradients, strict=True):
+                weight.grad = gradient
+            return loss
+        for weight in self.weights:
+            weight.grad = None
+        loss = 0.0
+        for share, part in distributed.in_parts(self.forward, batch.parts(self.parts)):
+            part_loss = share * self.loss(self.forward, part)
+            part_loss.backward(inputs=self.weights)
+            loss = loss + part_loss.detach()
+        return loss
+
+    def gradients(self, batch):
+        """(loss, gradients), these laid out as the weights are, which fused optimizers want."""
+        loss = self.loss(self.forward, batch)
+        gradients = torch.autograd.grad(loss, self.weights)
+        pairs = zip(gradients, self.weights, strict=True)
+        return loss.detach(), [
+            g if g.stride() == w.stride() else torch.empty_like(w).copy_(g) for g, w in pairs
+        ]

@@ -1,0 +1,122 @@
+"""Steps as CUDA graphs, on a GPU: the numbers of a step kernel by kernel, whatever changes between them."""
+
+import pytest
+import torch
+
+import train_model_batch
+import train_search_batch
+from dataset import Batch
+from losses import multi_to_one
+from model_search import SearchNetwork
+from model_train import DerainNetwork
+from support.benchmark import every_operation
+from support.graphs import Backward, Recorded
+from tests.made import scalars, write_scenes
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+NETWORKS = {
+    "supernet": lambda: SearchNetwork((4, 4, 8, 8)),
+    "fixed": lambda: DerainNetwork(every_operation(), (4, 4, 8, 8)),
+}
+RUN = "--epochs 2 --steps_per_epoch 3 --batch_size 4 --patch_size 16 --val_scenes 1 --workers 0 --data data "
+RUN += "--clean_side right --channels 4 4 4 4 --deterministic --internal_start 2 "
+SCRIPTS = {
+    "search": (train_search_batch, "--arch_start 1 --demo"),
+    "training": (train_model_batch, "--arch half_width_mixed_rain --freeze_start 2"),
+}
+
+
+def batch_of(scenes, device="cpu", seed=0):
+    random = torch.Generator().manual_seed(seed)
+    rainy, clean = (torch.rand(n, 3, 16, 16, generator=random) for n in (3 * scenes, scenes))
+    rainy = rainy.to(device, memory_format=torch.channels_last)
+    scene = torch.arange(scenes).repeat_interleave(3)
+    return Batch(rainy, clean.to(device), scene.to(device), [], [])
+
+
+def loss(forward, batch):
+    return multi_to_one(forward(batch.rainy), batch.clean, batch.scene)
+
+
+def made(kind, device="cpu"):
+    torch.manual_seed(0)
+    return NETWORKS[kind]().to(device, torch.float64, memory_format=torch.channels_last)
+
+
+def in_float64(batch):
+    return batch._replace(rainy=batch.rainy.double(), clean=batch.clean.double())
+
+
+def weights_of(net):
+    return net.weights() if isinstance(net, SearchNetwork) else list(net.parameters())
+
+
+def assert_same(found, expected):
+    """To rounding: beside the largest of all, since a gradient may be zero but for it."""
+    scale = max(e.abs().max() for e in expected)
+    for f, e in zip(found, expected, strict=True):
+        assert f.shape == e.shape
+        assert (f - e).abs().max() <= 1e-9 * scale
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_gradients_are_laid_out_as_the_weights_and_summed_over_the_parts(kind):
+    """What is recorded, run as it is, against the backward pass in one and in two parts."""
+    net, batch = made(kind).eval(), in_float64(batch_of(4))
+    weights = weights_of(net)
+    value, gradients = Backward(net, weights, loss).gradients(batch)
+    assert all(g.stride() == w.stride() for g, w in zip(gradients, weights, strict=True))
+    for parts in (1, 2):
+        summed = Backward(net, weights, loss, parts)(batch)
+        torch.testing.assert_close(summed, value)
+        assert_same([w.grad for w in weights], gradients)
+
+
+@cuda
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_replayed_step_is_the_step_and_changes_statistics_once(kind):
+    """Batches of two shapes in turn, weights that move between them."""
+    nets = [made(kind, "cuda") for _ in range(2)]
+    backward = [
+        Backward(net, weights_of(net), loss, recorded=recorded, changed=net.buffers())
+        for net, recorded in zip(nets, (False, True), strict=True)
+    ]
+    for seed, scenes in enumerate((2, 3, 2, 2, 3)):
+        batch = in_float64(batch_of(scenes, "cuda", seed))
+        values = [step(batch) for step in backward]
+        torch.testing.assert_close(values[1], values[0])
+        plain, replayed = ([w.grad for w in weights_of(net)] for net in nets)
+        assert_same(replayed, plain)
+        for plain, replayed in zip(*(net.buffers() for net in nets), strict=True):
+            torch.testing.assert_close(replayed, plain)
+        for net in nets:
+            with torch.no_grad():
+                for weight in weights_of(net):
+                    weight.sub_(weight.grad, alpha=0.1)
+    assert len(backward[1].recorded.graphs) == 2
+
+
+@cuda
+def test_what_the_caller_says_changes_is_recorded_anew():
+    factor = 1.0
+    double = Recorded(lambda batch: factor * batch.clean.sum(), constants=lambda: factor)
+    batch = batch_of(2, "cuda")
+    assert double(batch).item() == pytest.approx(batch.clean.sum().item())
+    factor = 2.0
+    assert double(batch).item() == pytest.approx(2 * batch.clean.sum().item())
+
+
+@cuda
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_with_graphs_logs_the_losses_of_one_without(name, folder):
+    """Across the end of an epoch: the internal loss joins, statistics freeze, validation comes between."""
+    script, flags = SCRIPTS[name]
+    write_scenes(folder / "data", 24)
+    logged = []
+    for graphs in ("", "--no_graphs"):
+        run = f"run{graphs}"
+        script.main(script.get_args_parser().parse_args(f"{RUN} {flags} {graphs} --save {run}".split()))
+        logged.append(scalars(folder / run))
+    for tag in ("loss", "val_loss", "gradient_norm"):
+        values = [[value for _, value in run[tag]] for run in logged]
+        assert values[0] == pytest.approx(values[1], rel=1e-3), tag
