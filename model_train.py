@@ -117,6 +117,33 @@ def from_supernet(net, genotype=None):
     return fixed.to(net.alpha.device)
 
 
+def widen(net, channels, seed=0):
+    """A network of a multiple of the channels that computes the same, to rounding: Net2Net, Chen et al. 2016.
+
+    Each channel is there several times, side by side, so that groups of channels stay groups; a weight that
+    reads it is shared out between its copies at random, and so they part in training. ValueError where
+    `channels` are not one and the same multiple of the network's.
+    """
+    factor = channels[0] // net.channels[0]
+    if list(channels) != [factor * c for c in net.channels]:
+        raise ValueError(f"channels {list(channels)} are no multiple of {list(net.channels)}")
+    wide = DerainNetwork(net.genotype, channels, net.residual).to(next(net.parameters()).device)
+    random = torch.Generator().manual_seed(seed)
+    state, expected = {}, wide.state_dict()
+    for name, tensor in net.state_dict().items():
+        for dimension, size in enumerate(expected[name].shape[:2]):
+            copies = size // tensor.shape[dimension]
+            tensor = tensor.repeat_interleave(copies, dimension)
+            if dimension == 1 and copies > 1:
+                shares = torch.rand(*tensor.shape[:2], 1, 1, generator=random).add(0.5)
+                shares = shares.unflatten(1, (-1, copies))
+                shares = (shares / shares.sum(2, keepdim=True)).flatten(1, 2)
+                tensor = tensor * shares.to(tensor)
+        state[name] = tensor
+    wide.load_state_dict(state)
+    return wide
+
+
 def checkpoint(net):
     """All that `restore` needs to build the network again, as plain tensors, numbers and strings."""
     return {

@@ -25,6 +25,7 @@ from support import command, devices, distributed, experiment
 from support.command import natural, not_negative, patch, positive, share
 from support.errors import UserError
 from support.experiment import Experiment
+from support.fast import of_any_number
 from support.graphs import Backward
 
 # The demo: in under 5 minutes on two cores, the warm-up scaled with the schedule.
@@ -81,6 +82,11 @@ def get_args_parser():
         "--grad_clip", type=not_negative, default=5.0, help="largest gradient norm; 0: no limit (default: 5)"
     )
     experiment.add_arguments(parser)
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the network: on CUDA, minutes at first, for a run of half an hour or more",
+    )
     return parser
 
 
@@ -104,6 +110,7 @@ def main(args):
         averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
         tracked["ema"] = averaged
     run.start(**tracked)
+    run.compile(net)
     run.describe(parts)
     validation = dataset.spread(parts["validation"], args.val_scenes)
     if distributed.is_main():
@@ -135,7 +142,7 @@ def main(args):
 
     def loss(forward, batch):
         with devices.autocast(run.device, args.amp):
-            outputs = forward(batch.rainy)
+            outputs = forward(of_any_number(batch.rainy))
         return multi_to_one(
             outputs.float(),
             batch.clean,
@@ -201,8 +208,13 @@ def build(run):
                 f"--arch {args.arch}: not the genotype of --weights {args.weights}; leave one out"
             )
         if "channels" in run.given and args.channels != list(net.channels):
-            widths = " ".join(map(str, net.channels))
-            raise UserError(f"--channels: --weights {args.weights} has {widths}; leave one out")
+            try:
+                net = model_train.widen(net, args.channels, args.seed)
+            except ValueError:
+                widths = " ".join(map(str, net.channels))
+                raise UserError(
+                    f"--channels: --weights {args.weights} has {widths}; leave one out, or give a multiple"
+                ) from None
         if "residual" in run.given and not net.residual:
             raise UserError(f"--residual: --weights {args.weights} was trained without it; leave one out")
         args.channels, args.residual = list(net.channels), net.residual

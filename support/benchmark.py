@@ -61,7 +61,7 @@ from support import command, devices
 from support.cache import open_cache
 from support.command import natural, positive
 from support.errors import UserError
-from support.fast import Compiled, compile_edges, for_inference, keep_freed_memory
+from support.fast import Compiled, compile_edges, compile_network, for_inference, keep_freed_memory
 from support.graphs import Backward, Recorded
 from support.rain import write_scenes
 from support.restore import forwards
@@ -99,7 +99,7 @@ ALLOWED_ERROR |= {name + HALF: 0.2 for name in PICTURES}
 ALLOWED_ERROR |= {name + HALF: 0.9 for name in (*SEARCH_STEPS, "training_step")}
 # Seen on a CPU: 0.006 and, in bfloat16, 0.2. A wrong sign is 2, noise 1.4.
 ALLOWED_ERROR |= {OPERATIONS_ROW: 0.05, OPERATIONS_ROW + HALF: 0.4}
-COMPILABLE = (*SEARCH_STEPS, *PICTURES)
+COMPILABLE = (*SEARCH_STEPS, "training_step", *PICTURES)  # but on a CPU no training step
 COMPILABLE += tuple(name + HALF for name in COMPILABLE)
 COMPILED = "_compile"  # ends the name of such a row, after HALF
 ALLOWED_ERROR |= {name + COMPILED: error for name, error in ALLOWED_ERROR.items()}
@@ -179,7 +179,9 @@ def main(args):
     if args.amp:
         names += [name + HALF for name in names if name.removeprefix(WHOLE) + HALF in ALLOWED_ERROR]
     if args.compile:
-        names += [name + COMPILED for name in names if name.removeprefix(WHOLE) in COMPILABLE]
+        slower = ("training_step", "training_step" + HALF) if device.type == "cpu" else ()
+        compilable = set(COMPILABLE).difference(slower)
+        names += [name + COMPILED for name in names if name.removeprefix(WHOLE) in compilable]
     for name in names:
         if name in LOADERS:
             row = time_loader(args, training, device, cached=name == "loader_cached")
@@ -290,7 +292,7 @@ def steps(name, options, device, dtype=torch.float32, picture_size=None):
             formed = Compiled(formed)
             formed.shapes = set(forwards(*picture_size, tile=0))
         elif compiled:
-            compile_edges(formed)
+            (compile_edges if name in SEARCH_STEPS else compile_network)(formed)
         if half:
             formed.forward = partial(in_half_precision, formed.forward, kind)
         return step(formed, first, second, options, recorded)

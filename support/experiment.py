@@ -32,7 +32,7 @@ from support.cache import open_cache
 from support.command import above_zero, announce_demo, even, natural, positive, seed, share
 from support.devices import be_deterministic, pick_device, slow_half
 from support.errors import Interrupted, UserError
-from support.fast import compile_edges, keep_freed_memory, no_compiler
+from support.fast import compile_edges, compile_network, keep_freed_memory, no_compiler
 from support.images import write_bytes
 from support.rain import demo_set
 from support.validation import means, measure
@@ -456,8 +456,14 @@ class Experiment:
         """With --compile: have what gains by it compiled in place."""
         if not self.args.compile:
             return
-        if missing := no_compiler(self.device):
-            log.warning("--compile: %s; the run goes on without", missing)
+        if self.kind == "eval" and self.device.type == "cpu":
+            why = "a training step is slower compiled on a CPU"
+        else:
+            why = no_compiler(self.device)
+        if why:
+            log.warning("--compile: %s; the run goes on without", why)
+        elif self.kind == "eval":
+            compile_network(net)
         else:
             compile_edges(net)
 

@@ -86,6 +86,21 @@ def compile_edges(net):
             module.compile(dynamic=False)
 
 
+def compile_network(net):
+    """Have a fixed network compiled in place, for training on a GPU; its state_dict stays as it is.
+
+    Batches that `of_any_number` has seen share one compilation, however many images they have.
+    """
+    torch._dynamo.config.optimize_ddp = False
+    net.compile()
+
+
+def of_any_number(images):
+    """The images, NxCxHxW, for whose N `compile_network` does not compile anew."""
+    torch._dynamo.maybe_mark_dynamic(images, 0)
+    return images
+
+
 class Compiled(nn.Module):
     """A network `for_inference`, compiled for pictures of some `shapes`; others go through it as it is. To be
     run without gradients, else its weights are not frozen.
