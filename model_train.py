@@ -2,6 +2,7 @@
 
 python model_train.py eval-EXP/derain.pt derain.onnx     # ONNX; pip install -r requirements-export.txt
 python model_train.py eval-EXP/derain.pt derain.pt2      # torch.export; runs without this project
+python model_train.py best_psnr.pt small.pt              # half the size, in float16
 """
 
 import io
@@ -144,20 +145,26 @@ def widen(net, channels, seed=0):
     return wide
 
 
-def checkpoint(net):
-    """All that `restore` needs to build the network again, as plain tensors, numbers and strings."""
+def checkpoint(net, half=False):
+    """All that `restore` needs to build the network again, as plain tensors, numbers and strings.
+
+    half: the convolutions' weights in float16, the statistics as they are: half the size.
+    """
+    weights = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
+    if half:
+        weights = {name: w.half() if w.ndim == 4 else w for name, w in weights.items()}
     return {
         "format": FORMAT,
         "genotype": {name: [list(cell) for cell in value] for name, value in net.genotype._asdict().items()},
         "channels": list(net.channels),
         "residual": net.residual,
-        "weights": {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()},
+        "weights": weights,
     }
 
 
-def save(net, path):
-    """Write the network to `path`, to be read by `load`."""
-    write_whole(checkpoint(net), path)
+def save(net, path, half=False):
+    """Write the network to `path`, to be read by `load`; half: as in `checkpoint`."""
+    write_whole(checkpoint(net, half), path)
 
 
 def write_whole(payload, path, previous=None):
@@ -373,7 +380,7 @@ def _fitting(expected, weights, path):
 
 def export(net, path):
     """Write the network, in evaluation mode on the CPU, to be run without this project: ONNX or torch.export,
-    as the suffix of `path` says.
+    as the suffix of `path` says; or `.pt`, a checkpoint of half the size for this project.
 
     Input `rainy`, Nx3xHxW RGB float32 in [0, 1]; output `restored`, the same shape, not clamped. N, H and W
     are free, and the padding to multiples of 8 is inside; torch.export's wants more than 8x8 pixels. Raises
@@ -383,10 +390,13 @@ def export(net, path):
     from torch.fx.experimental import _config
 
     path = Path(path)
-    if path.suffix not in (".onnx", ".pt2"):
-        raise CheckpointError(f"{path}: name the file to write .onnx or .pt2 (torch.export)")
+    if path.suffix not in (".onnx", ".pt2", ".pt"):
+        raise CheckpointError(f"{path}: name the file to write .onnx, .pt2 (torch.export) or .pt (float16)")
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: there is no folder {path.parent}")
+    if path.suffix == ".pt":
+        save(net, path, half=True)
+        return
     about = {
         "format": FORMAT,
         "genotype": json.dumps(net.genotype._asdict()),
@@ -426,7 +436,10 @@ def get_args_parser():
         "free and the padding is inside; pictures go in as RGB in [0, 1]; clamp what comes out.",
     )
     parser.add_argument("checkpoint", help="such as eval-EXP/derain.pt, or a run's best_psnr.pt")
-    parser.add_argument("out", help="file to write: .onnx, or .pt2 for torch.export")
+    parser.add_argument(
+        "out",
+        help="file to write: .onnx; .pt2 for torch.export; .pt for this project, half the size (float16)",
+    )
     return parser
 
 
