@@ -128,7 +128,7 @@ def widen(net, channels, seed=0):
     factor = channels[0] // net.channels[0]
     if list(channels) != [factor * c for c in net.channels]:
         raise ValueError(f"channels {list(channels)} are no multiple of {list(net.channels)}")
-    wide = DerainNetwork(net.genotype, channels, net.residual).to(next(net.parameters()).device)
+    wide = DerainNetwork(net.genotype, channels, net.residual).to(next(net.parameters()))
     random = torch.Generator().manual_seed(seed)
     state, expected = {}, wide.state_dict()
     for name, tensor in net.state_dict().items():
@@ -136,10 +136,10 @@ def widen(net, channels, seed=0):
             copies = size // tensor.shape[dimension]
             tensor = tensor.repeat_interleave(copies, dimension)
             if dimension == 1 and copies > 1:
-                shares = torch.rand(*tensor.shape[:2], 1, 1, generator=random).add(0.5)
+                shares = torch.rand(*tensor.shape[:2], 1, 1, generator=random, dtype=tensor.dtype) + 0.5
                 shares = shares.unflatten(1, (-1, copies))
                 shares = (shares / shares.sum(2, keepdim=True)).flatten(1, 2)
-                tensor = tensor * shares.to(tensor)
+                tensor = tensor * shares.to(tensor.device)
         state[name] = tensor
     wide.load_state_dict(state)
     return wide

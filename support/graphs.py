@@ -4,8 +4,6 @@ A step of these networks is thousands of short kernels, which Python takes longe
 to run.
 """
 
-from contextlib import contextmanager
-
 import torch
 
 from support import distributed
@@ -43,11 +41,10 @@ class Recorded:
         """(graph, the batch that it reads, the outputs that it writes); nothing is changed by it."""
         own = batch._replace(rainy=batch.rainy.clone(), clean=batch.clean.clone(), scene=batch.scene.clone())
         graph = torch.cuda.CUDAGraph()
-        with fastest_kernels():
-            self.warm_up(own)
-            # The loader's thread that pins memory must not spoil the recording, as by default it would.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                outputs = self.function(own)
+        self.warm_up(own)
+        # The loader's thread that pins memory must not spoil the recording, as by default it would.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            outputs = self.function(own)
         self.pool = graph.pool()  # they share their memory, since they never run at once
         return graph, own, outputs
 
@@ -61,18 +58,6 @@ class Recorded:
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, value in zip(self.changed, before, strict=True):
             tensor.copy_(value)
-
-
-@contextmanager
-def fastest_kernels():
-    """Have cuDNN time its kernels for a convolution that it has not met yet, unless they must repeat."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark
-    cudnn.benchmark = not cudnn.deterministic
-    try:
-        yield
-    finally:
-        cudnn.benchmark = before
 
 
 class Backward:

@@ -20,6 +20,7 @@ from genotypes import BRANCHES, Genotype
 from model_search import SearchNetwork
 from model_train import CheckpointError, DerainNetwork
 from support import command, experiment
+from support.benchmark import every_operation
 from tests.made import ROOT, random_genotype, warm_batch_norm
 from train_search_batch import save_supernet
 
@@ -303,6 +304,39 @@ def test_onnx_at_any_size_equals_the_network(exported):
     assert rainy.shape == restored.shape == ["batch", 3, "height", "width"]
     assert session.get_modelmeta().custom_metadata_map["format"] == model_train.FORMAT
     assert_parity(net, lambda x: torch.from_numpy(session.run(["restored"], {"rainy": x.numpy()})[0]))
+
+
+def test_a_checkpoint_of_half_the_size_is_the_same_network_to_float16(saved, tmp_path):
+    _, path = saved
+    net, small = model_train.load(path), tmp_path / "small.pt"
+    model_train.export(net, small)
+    again = model_train.load(small)
+    for name, tensor in net.state_dict().items():
+        tolerance = 1e-3 if tensor.ndim == 4 else 0
+        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=tolerance, atol=1e-7)
+    held = torch.load(small)["weights"]
+    assert {weight.dtype for weight in held.values() if weight.ndim == 4} == {torch.float16}
+
+
+def test_networks_are_widened_by_one_factor_alone(saved):
+    net = model_train.load(saved[1])
+    odd = [2 * net.channels[0], *net.channels[1:]]
+    with pytest.raises(ValueError, match="no multiple"):
+        model_train.widen(net, odd)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_wider_network_computes_the_same_with_copies_that_part(training):
+    torch.manual_seed(0)
+    net = model_train.DerainNetwork(every_operation(), (2, 4, 6, 4), residual=True).double()
+    wide = model_train.widen(net, (6, 12, 18, 12)).train(training)
+    x = torch.rand(2, 3, 16, 24, dtype=torch.float64)
+    torch.testing.assert_close(wide(x), net.train(training)(x), rtol=1e-9, atol=1e-9)
+    wide(x).square().mean().backward()
+    gradient = wide.head.to_rgb.weight.grad
+    before = wide.cells[0].multi_scale[0].blocks[0].body[0][0].weight.grad
+    assert gradient.abs().max() > 0
+    assert not torch.allclose(before[:, 0], before[:, 1]) or not torch.allclose(before[0], before[1])
 
 
 def test_what_cannot_be_exported_is_one_line(saved, tmp_path, monkeypatch):

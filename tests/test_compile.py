@@ -6,7 +6,7 @@ import re
 import sys
 import sysconfig
 from collections import Counter
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ from operations import OPERATIONS, pad_to_multiple
 from support import experiment, validation
 from support.benchmark import every_operation, relative_error
 from support.errors import Interrupted
-from support.fast import Compiled, compile_edges, for_inference, no_compiler
+from support.fast import Compiled, compile_edges, compile_network, for_inference, no_compiler, of_any_number
 from support.images import write_image
 from support.restore import forwards, restore
 from tests.made import interrupt, photograph, write_pairs, write_scenes
@@ -182,6 +182,25 @@ def test_a_compiled_edge_is_the_same_or_in_half_precision_as_near_to_float32_as_
     exact, eager, fused = found
     allowed = max(0.02, 2 * relative_error(exact, eager, as_one=True)) if amp else 1e-4
     assert relative_error(exact, fused, as_one=True) < allowed
+    assert graphs() == 1
+
+
+def test_a_network_is_compiled_once_for_batches_of_any_number_of_images(monkeypatch):
+    counted()
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    torch.manual_seed(0)
+    net = Padding(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    compiled = copy.deepcopy(net)
+    compile_network(compiled)
+    assert compiled.state_dict().keys() == net.state_dict().keys()
+    for count in (5, 7, 4):
+        found = []
+        for each in (net, compiled):
+            x = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
+            output = each(of_any_number(x))
+            gradient = torch.autograd.grad(output.square().sum(), list(each.parameters()))
+            found.append(([output.detach()], gradient))
+        assert relative_error(*found, as_one=True) < 1e-5
     assert graphs() == 1
 
 

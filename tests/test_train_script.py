@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import dataset
@@ -243,6 +244,39 @@ def test_other_widths_than_those_of_the_weights_are_refused(data):
     trained_network(residual=False)
     with pytest.raises(UserError, match=r"--residual: --weights trained\.pt was trained without it"):
         train(flags.replace("--channels 4 4 4 4", "--residual").replace("run", "other"))
+
+
+def test_weights_are_widened_to_a_multiple_of_their_channels(data):
+    """A step at no rate: what is saved computes what it did before, and resumes with its width."""
+    net = trained_network(channels=(2, 4, 6, 4)).eval()
+    flags = (
+        f"--data pairs --clean_side left --weights trained.pt {ONE_STEP} --learning_rate 0 --freeze_start 1"
+    )
+    train(f"{flags.replace('--channels 4 4 4 4', '--channels 4 8 12 8')} --save run")
+    wide = model_train.load("run/best_psnr.pt").eval()
+    assert wide.channels == (4, 8, 12, 8)
+    x = torch.rand(2, 3, 16, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(wide(x), net(x))
+
+
+def test_the_average_follows_weights_and_statistics_and_counts(data):
+    net = nn.BatchNorm1d(2)
+    averaged = AveragedModel(net, multi_avg_fn=train_model_batch.averages(0.75), use_buffers=True)
+    for value in (1.0, 5.0):  # the first is taken as it is
+        nn.init.constant_(net.weight, value)
+        net.running_var.fill_(value)
+        net.num_batches_tracked += 3
+        averaged.update_parameters(net)
+    assert torch.equal(averaged.module.weight, torch.full((2,), 2.0))
+    assert torch.equal(averaged.module.running_var, torch.full((2,), 2.0))
+    assert averaged.module.num_batches_tracked == 6
+
+
+def test_a_training_on_a_cpu_is_not_compiled_and_says_so(data):
+    train(f"{PAIRS} {ONE_STEP} --save run --compile")
+    line = "--compile: a training step is slower compiled on a CPU; the run goes on without"
+    assert Path("run", "log.txt").read_text().count(line) == 1
 
 
 # --- stopped and resumed ---
