@@ -1,5 +1,6 @@
 #!/bin/sh
-# The training of derain.pt, from the photographs on; interrupted, it goes on where it was. In the project's folder:
+# The training of derain_light.pt (runs 1 to 12) and of derain.pt (run 13, for a GPU: on two CPU cores it takes a
+# day), from the photographs on; interrupted, it goes on where it was. In the project's folder:
 #
 #     sh eval-EXP/train.sh BSDS500 RAIN800_TRAINING [FLAG ...]
 #
@@ -109,6 +110,8 @@ nine=$(of bsds-0 bsds-1 bsds-7 bsds-10 rain800-2 rain800-3 rain800-5 rain800-11 
     rain800-late rain800-late rain800-late)
 twelve=$(of bsds-0 bsds-1 bsds-15 bsds-10 rain800-2 rain800-3 rain800-5 rain800-11 rain800 rain800 rain800 \
     rain800-late rain800-late rain800-late)
+thirteen=$(of bsds-0 bsds-1 bsds-4 bsds-7 bsds-15 bsds-10 rain800-2 rain800-3 rain800-5 rain800-11 \
+    rain800 rain800 rain800 rain800 rain800-late rain800-late rain800-late)
 few="--val_scenes 12 --steps_per_epoch 200 --warmup_steps 100 --clean_inputs 0.1"
 many="--val_scenes 24 --steps_per_epoch 500 --warmup_steps 100 --ema 0.999 --learning_rate 6e-4 --learning_rate_min 2e-6"
 fine="--freeze_start 1 --internal_start 1 --batch_size 2 --patch_size 96"
@@ -138,3 +141,9 @@ train 11 $nine $many $fine $upright --weights eval-EXP-derain-10/best_psnr.pt --
     --steps_per_epoch 400 --seed 11 "$@"
 train 12 $twelve $many $fine $upright --weights eval-EXP-derain-11/best_psnr.pt --mse_weight 0 \
     --psnr_weight 0.008 --epochs 7 --steps_per_epoch 400 --learning_rate 5e-4 --seed 12 "$@"
+train 13 $thirteen $many $fine $upright --weights eval-EXP-derain-12/best_psnr.pt --channels 32 64 128 256 \
+    --batch_size 16 --val_scenes 34 --clean_inputs 0.3 --mse_weight 10 --psnr_weight 0.006 --epochs 1 \
+    --steps_per_epoch 1058 --warmup_steps 200 --learning_rate 8e-4 --amp --seed 13 "$@"
+
+"$python" model_train.py eval-EXP-derain-12/best_psnr.pt eval-EXP-derain-12/derain_light.pt
+"$python" model_train.py eval-EXP-derain-13/best_psnr.pt eval-EXP-derain-13/derain.pt

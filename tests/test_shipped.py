@@ -46,12 +46,16 @@ def gains(net, scenes):
     return {density: np.mean(values) for density, values in found.items()}
 
 
-def test_it_fits_a_git_repository_and_its_genotype_is_named(net):
-    assert test_view.SHIPPED.stat().st_size < 20e6
-    assert net.genotype in genotypes.named().values()
+@pytest.mark.parametrize("name, megabytes", [("derain.pt", 20), ("derain_light.pt", 8)])
+def test_it_fits_a_git_repository_and_its_genotype_is_named(name, megabytes):
+    path = test_view.SHIPPED.with_name(name)
+    assert path.stat().st_size < megabytes * 1e6
+    assert model_train.load(path).genotype in genotypes.named().values()
 
 
-def test_it_helps_on_the_demo(fast, tmp_path):
+@pytest.mark.parametrize("name", ["derain.pt", "derain_light.pt"])
+def test_it_helps_on_the_demo(name, tmp_path):
+    fast = for_inference(model_train.load(test_view.SHIPPED.with_name(name)))
     demo_set(tmp_path / "demo")
     scenes = dataset.find(tmp_path / "demo" / "DID-MDN-test").scenes
     assert len(scenes) == 6
@@ -115,7 +119,7 @@ def test_the_cards_command_trains_from_photographs_and_goes_on(tmp_path):
     runs = [path.parent.name for path in tmp_path.glob("*/summary.json")]
     runs.sort(key=lambda name: int(name.rpartition("-")[2]))
     assert runs == [f"eval-EXP-derain-{i}" for i in range(1, len(runs) + 1)]
-    assert (tmp_path / runs[-1] / "best_psnr.pt").exists()
+    assert model_train.load(tmp_path / runs[-1] / "derain.pt").channels == (32, 64, 128, 256)
     made = tmp_path / "datasets" / "derain"
     assert not [file for name in in_test_sets for file in made.rglob(f"{name}.*")]
     assert sorted(file.name for file in (made / "photographs").iterdir()) == sorted(named)
