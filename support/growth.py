@@ -5,7 +5,7 @@
     python -m support.growth --rows pixels --from growth.json --json growth.json    # one row anew
     python -m support.growth --from growth.json --svg growth.svg    # measures nothing, draws
 
-    pixels      a picture restored by the network that ships: whole, and in the tiles of test_view.py
+    pixels      a picture restored by the light network that ships: whole, and in the tiles of test_view.py
     batch       the training step, and the search's step on weights and architecture, against scenes a step,
     patch       pixels of a patch,
     width       and channels of the finest branch
@@ -50,6 +50,7 @@ from support.errors import UserError
 from support.fast import for_inference, keep_freed_memory
 from support.restore import restore
 
+LIGHT = test_view.SHIPPED.with_name("derain_light.pt")  # of half width, as the steps are on a CPU
 WHOLE = (0.25, 1, 4)  # megapixels, of 1 kB a pixel
 TILED = (2, 4, 8, 16)
 BATCHES = (1, 2, 4, 8)  # scenes
@@ -289,7 +290,7 @@ def offered(name, options, device):
 
 def restoring(size, tile, device):
     """A step that restores one picture, as test_view.py does."""
-    net = for_inference(model_train.load(test_view.SHIPPED, device))
+    net = for_inference(model_train.load(LIGHT, device))
     restore(net, noise((64, 64)), device)  # what the first picture costs once
     return partial(restore, net, noise(size), device, tile)
 
@@ -343,7 +344,7 @@ def view_together(folder, repeats):
     distributed.start()
     torch.set_num_threads(1)
     flags = ["--path", f"{folder}/rainy", "--result_path", f"{folder}/results", "--device", "cpu"]
-    args = test_view.get_args_parser().parse_args([*flags, "--ckt_path", str(test_view.SHIPPED)])
+    args = test_view.get_args_parser().parse_args([*flags, "--ckt_path", str(LIGHT)])
 
     def view():
         with contextlib.redirect_stdout(io.StringIO()):

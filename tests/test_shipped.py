@@ -21,18 +21,13 @@ from support.restore import restore
 from tests.made import photograph, rain_on, write_pairs
 
 ROOT = test_view.SHIPPED.parents[1]
+NAMES = ["derain.pt", "derain_light.pt"]
 SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "did-mdn-sample" / "DID-MDN-training"
 
 
-@pytest.fixture(scope="module")
-def net():
-    return model_train.load(test_view.SHIPPED)
-
-
-@pytest.fixture(scope="module")
-def fast(net):
-    """As test_view.py runs it."""
-    return for_inference(net)
+def fast(name):
+    """A shipped network as test_view.py runs it."""
+    return for_inference(model_train.load(test_view.SHIPPED.with_name(name)))
 
 
 def gains(net, scenes):
@@ -46,35 +41,36 @@ def gains(net, scenes):
     return {density: np.mean(values) for density, values in found.items()}
 
 
-@pytest.mark.parametrize("name, megabytes", [("derain.pt", 20), ("derain_light.pt", 8)])
+@pytest.mark.parametrize("name, megabytes", [*zip(NAMES, (20, 8), strict=True)])
 def test_it_fits_a_git_repository_and_its_genotype_is_named(name, megabytes):
     path = test_view.SHIPPED.with_name(name)
     assert path.stat().st_size < megabytes * 1e6
     assert model_train.load(path).genotype in genotypes.named().values()
 
 
-@pytest.mark.parametrize("name", ["derain.pt", "derain_light.pt"])
+@pytest.mark.parametrize("name", NAMES)
 def test_it_helps_on_the_demo(name, tmp_path):
-    fast = for_inference(model_train.load(test_view.SHIPPED.with_name(name)))
     demo_set(tmp_path / "demo")
     scenes = dataset.find(tmp_path / "demo" / "DID-MDN-test").scenes
     assert len(scenes) == 6
-    assert gains(fast, scenes)["all"] > 1
+    assert gains(fast(name), scenes)["all"] > 1
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs ../shared/data/did-mdn-sample")
-def test_it_beats_the_input_on_each_density_of_the_did_mdn_sample(fast):
-    found = gains(fast, dataset.find(SAMPLE).scenes)
+@pytest.mark.parametrize("name", NAMES)
+def test_it_beats_the_input_on_each_density_of_the_did_mdn_sample(name):
+    found = gains(fast(name), dataset.find(SAMPLE).scenes)
     assert list(found) == ["Heavy", "Medium", "Light"]
     assert all(gain > 0 for gain in found.values()), found
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs ../shared/data/did-mdn-sample")
-def test_half_precision_costs_no_quality(fast):
+def test_half_precision_costs_no_quality():
     """On a CPU bfloat16, whose rounding moves a picture's PSNR by 0.02 dB at the most."""
+    net = fast("derain_light.pt")
     rainy, clean = dataset.read_scene(dataset.find(SAMPLE).scenes[0])
     psnr = [
-        [score(restore(fast, image, amp=amp), clean)["psnr_rgb"] for image in rainy] for amp in (False, True)
+        [score(restore(net, image, amp=amp), clean)["psnr_rgb"] for image in rainy] for amp in (False, True)
     ]
     changes = np.subtract(*psnr)
     assert abs(np.mean(changes)) < 0.02, changes
