@@ -123,17 +123,19 @@ def widen(net, channels, seed=0):
 
     Each channel is there several times, side by side, so that groups of channels stay groups; a weight that
     reads it is shared out between its copies at random, and so they part in training. ValueError where
-    `channels` are not one and the same multiple of the network's.
+    `channels` are not one and the same multiple of the network's, or a gate does not grow by a whole factor.
     """
     factor = channels[0] // net.channels[0]
     if list(channels) != [factor * c for c in net.channels]:
-        raise ValueError(f"channels {list(channels)} are no multiple of {list(net.channels)}")
+        raise ValueError(f"{' '.join(map(str, channels))} is no multiple of it")
     wide = DerainNetwork(net.genotype, channels, net.residual).to(next(net.parameters()))
     random = torch.Generator().manual_seed(seed)
     state, expected = {}, wide.state_dict()
     for name, tensor in net.state_dict().items():
         for dimension, size in enumerate(expected[name].shape[:2]):
-            copies = size // tensor.shape[dimension]
+            copies, rest = divmod(size, tensor.shape[dimension])
+            if rest:
+                raise ValueError(f"{name} would grow from {tensor.shape[dimension]} to {size} channels")
             tensor = tensor.repeat_interleave(copies, dimension)
             if dimension == 1 and copies > 1:
                 shares = torch.rand(*tensor.shape[:2], 1, 1, generator=random, dtype=tensor.dtype) + 0.5
@@ -432,8 +434,9 @@ def get_args_parser():
 
     parser = Parser(
         prog="model_train.py",
-        description="Export a trained network, to run it without this project. Batch, height and width are "
-        "free and the padding is inside; pictures go in as RGB in [0, 1]; clamp what comes out.",
+        description="Export a trained network, to run it without this project, or as a checkpoint of half "
+        "the size. Exported, batch, height and width are free and the padding is inside; pictures go in as "
+        "RGB in [0, 1]; clamp what comes out.",
     )
     parser.add_argument("checkpoint", help="such as eval-EXP/derain.pt, or a run's best_psnr.pt")
     parser.add_argument(
@@ -444,6 +447,8 @@ def get_args_parser():
 
 
 def main(args):
+    if Path(args.out).resolve() == Path(args.checkpoint).resolve():
+        raise CheckpointError(f"{args.out}: is the checkpoint itself; name another file to write")
     export(load(args.checkpoint), args.out)
     print(f"exported {args.checkpoint} to {args.out}")
 

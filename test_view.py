@@ -67,7 +67,8 @@ def get_args_parser():
     add("--result_path", default="results", help="where the results go (default: results)")
     add(
         "--ckt_path",
-        help="checkpoint (default: the newest finished eval-EXP-* run's, else eval-EXP/derain.pt)",
+        help="checkpoint (default: the newest finished eval-EXP-* run's, else eval-EXP/derain.pt; on a "
+        "laptop eval-EXP/derain_light.pt)",
     )
     add("--clean_side", choices=dataset.SIDES, help="files are side by side, and this half of them is clean")
     add("--demo", action="store_true", help="restore and score photographs at hand")

@@ -48,7 +48,11 @@ def get_args_parser():
     train.add_argument(
         "--arch", help="a name in genotypes.py or a run's genotype.json (default: the newest name)"
     )
-    train.add_argument("--weights", metavar="CKPT", help="begin with a trained network: fine-tune it")
+    train.add_argument(
+        "--weights",
+        metavar="CKPT",
+        help="begin with a trained network: fine-tune it; with --channels, a multiple of its own, widened",
+    )
     train.add_argument("--epochs", type=positive, default=200, help="(default: %(default)s)")
     train.add_argument("--steps_per_epoch", type=positive, default=500, help="(default: %(default)s)")
     train.add_argument("--batch_size", type=positive, default=32, help="scenes a step (default: 32)")
@@ -226,15 +230,16 @@ def build(run):
         if "channels" in run.given and args.channels != list(net.channels):
             try:
                 net = model_train.widen(net, args.channels, args.seed)
-            except ValueError:
+            except ValueError as error:
                 widths = " ".join(map(str, net.channels))
                 raise UserError(
-                    f"--channels: --weights {args.weights} has {widths}; leave one out, or give a multiple"
+                    f"--channels: --weights {args.weights} has {widths}; leave one out, or give a multiple: "
+                    f"{error}"
                 ) from None
         if "residual" in run.given and not net.residual:
             raise UserError(f"--residual: --weights {args.weights} was trained without it; leave one out")
         args.channels, args.residual = list(net.channels), net.residual
-        print(f"weights: {args.weights}")
+        print(f"weights: {args.weights}, channels {' '.join(map(str, net.channels))}")
         return net
     if args.arch is None and args.demo:
         demo_search = experiment.newest("search", "genotype.json", demo=True)

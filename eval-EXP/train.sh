@@ -141,9 +141,9 @@ train 11 $nine $many $fine $upright --weights eval-EXP-derain-10/best_psnr.pt --
     --steps_per_epoch 400 --seed 11 "$@"
 train 12 $twelve $many $fine $upright --weights eval-EXP-derain-11/best_psnr.pt --mse_weight 0 \
     --psnr_weight 0.008 --epochs 7 --steps_per_epoch 400 --learning_rate 5e-4 --seed 12 "$@"
+cp eval-EXP-derain-12/best_psnr.pt eval-EXP-derain-12/derain_light.pt
 train 13 $thirteen $many $fine $upright --weights eval-EXP-derain-12/best_psnr.pt --channels 32 64 128 256 \
     --batch_size 16 --val_scenes 34 --clean_inputs 0.3 --mse_weight 10 --psnr_weight 0.006 --epochs 1 \
     --steps_per_epoch 1058 --warmup_steps 200 --learning_rate 8e-4 --amp --seed 13 "$@"
 
-"$python" model_train.py eval-EXP-derain-12/best_psnr.pt eval-EXP-derain-12/derain_light.pt
 "$python" model_train.py eval-EXP-derain-13/best_psnr.pt eval-EXP-derain-13/derain.pt

@@ -9,17 +9,19 @@
     python -m support.benchmark --json > rows.json
 
 Plain is: eager, contiguous, float32, each candidate of a mixed edge evaluated by itself, `none` as zeros.
-Offered is what the scripts run, on pictures `support.fast.for_inference`. Both have the same weights. Before
-they are timed, their outputs and gradients are compared twice, see `ALLOWED`; the exit status is 1 where they
-differ by more. Then they take turns, so that a busy machine slows both alike, and the medians count.
+Offered is what the scripts run: on CUDA first-order steps as graphs (`support.graphs`), on pictures
+`support.fast.for_inference`. Both have the same weights. Before they are timed, their outputs and gradients
+are compared twice, see `ALLOWED`; the exit status is 1 where they differ by more. Then they take turns, so
+that a busy machine slows both alike, and the medians count.
 
 The columns: milliseconds of a step, optimizer included, or of a picture; their ratio; rainy images a second,
 of one batch a step (`weight_and_arch_step` takes a second one, for alpha and beta, from a loader of its own);
-peak memory above what the networks and optimizers hold between steps: allocated tensors on CUDA, the resident
-set on Linux; with --compile the seconds of the first step, which compiles; the errors. The loader is timed
-alone, `ms` being that of a batch, on files that the system keeps in memory: `loader` decodes, `loader_cached`
-is what --cache makes of it, decoding being its plain form. `operations` is each building block of `KINDS` by
-itself, forward and backward, one after the other; its error is the largest of any one output or gradient.
+peak memory above what the networks and optimizers hold between steps: allocated tensors on CUDA (of a graph
+as it is recorded), the resident set on Linux; with --compile the seconds of the first step, which compiles;
+the errors. The loader is timed alone, `ms` being that of a batch, on files that the system keeps in memory:
+`loader` decodes, `loader_cached` is what --cache makes of it, decoding being its plain form. `operations` is
+each building block of `KINDS` by itself, forward and backward, one after the other; its error is the largest
+of any one output or gradient.
 
 The scripts also keep freed memory (`support.fast.keep_freed_memory`), which a process cannot take back. What
 that gains on a CPU is measured by itself, in rows that begin with `kept_`: offered form against offered form,
@@ -92,7 +94,7 @@ PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.pn
 ALLOWED = {"float64": 1e-6, "error": 0.2}
 ALLOWED_ERROR = {**dict.fromkeys(PICTURES, 1e-4), "loader_cached": 0.0}
 # In half precision a network never trained blows rounding up. On noise a picture is off by 0.14, the plain
-# form too, but by 0.0014 with the network that ships; a step's gradients by 0.64, whatever the format. One
+# form too, but by 0.0014 with a trained network; a step's gradients by 0.64, whatever the format. One
 # unrelated to the plain one, or one that clipping by an infinite norm made zero, is off by 1 or more.
 HALF = "_amp"  # ends the name of such a row
 ALLOWED_ERROR |= {name + HALF: 0.2 for name in PICTURES}

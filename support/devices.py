@@ -25,8 +25,8 @@ def pick_device(name=None):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-        if distributed.launched() and device.type == "cuda":
-            torch.cuda.set_device(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where streams and graphs are made that name no device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device

@@ -284,7 +284,7 @@ class Experiment:
         differing = []
         for name, value in vars(args).items():
             if name in FREE_OPTIONS:
-                if name in self.given or name in ("workers", "device", "compile"):
+                if name in self.given or name in ("workers", "device", "compile", "no_graphs"):
                     setattr(begun, name, value)
             elif name in self.given and value != getattr(begun, name):
                 differing.append(

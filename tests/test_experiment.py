@@ -96,6 +96,15 @@ def test_a_device_that_is_not_there_is_named(name):
         devices.pick_device(name)
 
 
+def test_a_gpu_by_number_is_the_one_that_streams_are_made_on(monkeypatch):
+    chosen, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None: zeros(*size))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert devices.pick_device("cuda:1") == torch.device("cuda:1")
+    assert devices.pick_device("cpu") == torch.device("cpu")
+    assert chosen == [torch.device("cuda:1")]
+
+
 def test_demo_changes_only_the_options_that_were_not_given(folder):
     run = new("--demo", "--epochs", "3", demo={"epochs": 9, "steps_per_epoch": 5})
     assert (run.args.epochs, run.args.steps_per_epoch) == (3, 5)  # 3 is the default too, but it was asked for

@@ -1,5 +1,7 @@
 """Steps as CUDA graphs, on a GPU: the numbers of a step kernel by kernel, whatever changes between them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from losses import multi_to_one
 from model_search import SearchNetwork
 from model_train import DerainNetwork
 from support.benchmark import every_operation
+from support.experiment import Experiment
 from support.graphs import Backward, Recorded
 from tests.made import scalars, write_scenes
 
@@ -108,15 +111,27 @@ def test_what_the_caller_says_changes_is_recorded_anew():
 
 @cuda
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_run_with_graphs_logs_the_losses_of_one_without(name, folder):
+def test_a_run_with_graphs_logs_the_losses_of_one_without(name, folder, monkeypatch):
     """Across the end of an epoch: the internal loss joins, statistics freeze, validation comes between."""
     script, flags = SCRIPTS[name]
     write_scenes(folder / "data", 24)
-    logged = []
+    logged, recorded, record = [], [], Recorded.record
+    monkeypatch.setattr(Recorded, "record", lambda self, batch: recorded.append(self) or record(self, batch))
     for graphs in ("", "--no_graphs"):
         run = f"run{graphs}"
         script.main(script.get_args_parser().parse_args(f"{RUN} {flags} {graphs} --save {run}".split()))
         logged.append(scalars(folder / run))
+    assert len(recorded) == 2 * len(set(recorded))  # each before and after the internal loss, and no more
     for tag in ("loss", "val_loss", "gradient_norm"):
         values = [[value for _, value in run[tag]] for run in logged]
         assert values[0] == pytest.approx(values[1], rel=1e-3), tag
+
+
+def test_steps_are_recorded_on_cuda_in_one_process_and_one_part():
+    def records(device, accumulate=1, no_graphs=False):
+        args = SimpleNamespace(accumulate=accumulate, no_graphs=no_graphs)
+        return Experiment.records(SimpleNamespace(device=torch.device(device), args=args))
+
+    assert records("cuda") and records("cuda:1")
+    assert not records("cpu") and not records("mps")
+    assert not records("cuda", accumulate=2) and not records("cuda", no_graphs=True)

@@ -115,9 +115,7 @@ def test_a_larger_step_of_either_script_takes_more_memory(name):
     assert 0 < small["seconds"] < math.inf and 0 < large["seconds"] < math.inf
 
 
-def test_pictures_are_restored_whole_and_in_tiles_by_the_network_that_ships(
-    here, monkeypatch, capsys, tmp_path
-):
+def test_pictures_are_restored_whole_and_in_tiles_by_the_light_network(here, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(growth, "WHOLE", (0.01, 0.02))
     monkeypatch.setattr(growth, "TILED", (0.01,))
     seen, restore = [], growth.restore

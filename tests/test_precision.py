@@ -43,8 +43,9 @@ def test_the_gradients_of_every_kind_in_every_mode_are_those_of_float32(kind, si
         return max(errors) <= allowed and error_in_kind(expected, found) <= worst
 
     images = 12 if kind in OPERATIONS else 3  # of more, float32's ReLUs that rounding switches show
-    # Of one draw in eight they show all the same, and which it is depends on the processor.
-    assert any(right("float32 channels last", seed) for seed in range(3))
+    # In one draw of eight they show all the same; which it is depends on the processor.
+    if not right("float32 channels last", seed=0):
+        assert all(right("float32 channels last", seed) for seed in (1, 2))
     for mode in ("bfloat16 contiguous", "bfloat16 channels last"):
         assert right(mode, seed=0), mode
 

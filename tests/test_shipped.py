@@ -1,4 +1,4 @@
-"""The network that ships in eval-EXP: that it is there, small, and does what its card says."""
+"""The networks that ship in eval-EXP: that they are there, small, and do what their card says."""
 
 import os
 import shutil

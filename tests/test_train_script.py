@@ -247,7 +247,7 @@ def test_other_widths_than_those_of_the_weights_are_refused(data):
 
 
 def test_weights_are_widened_to_a_multiple_of_their_channels(data):
-    """A step at no rate: what is saved computes what it did before, and resumes with its width."""
+    """A step at no rate: what is saved computes what it did before."""
     net = trained_network(channels=(2, 4, 6, 4)).eval()
     flags = (
         f"--data pairs --clean_side left --weights trained.pt {ONE_STEP} --learning_rate 0 --freeze_start 1"
