@@ -57,18 +57,23 @@ def test_it_helps_on_the_demo(name, tmp_path):
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs ../shared/data/did-mdn-sample")
-@pytest.mark.parametrize("name", NAMES)
-def test_it_beats_the_input_on_each_density_of_the_did_mdn_sample(name):
-    found = gains(fast(name), dataset.find(SAMPLE).scenes)
+@pytest.mark.parametrize(
+    "name, count", [("derain.pt", 1), ("derain_light.pt", 3)]
+)  # a scene takes the first 15 s
+def test_it_beats_the_input_on_each_density_of_the_did_mdn_sample(name, count):
+    found = gains(fast(name), dataset.find(SAMPLE).scenes[:count])
     assert list(found) == ["Heavy", "Medium", "Light"]
     assert all(gain > 0 for gain in found.values()), found
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs ../shared/data/did-mdn-sample")
 def test_half_precision_costs_no_quality():
-    """On a CPU bfloat16, whose rounding moves a picture's PSNR by 0.02 dB at the most."""
+    """On a CPU bfloat16, whose rounding moves a picture's PSNR by 0.02 dB at the most. Half of each is shown:
+    where bfloat16 is emulated, one takes 10 s.
+    """
     net = fast("derain_light.pt")
     rainy, clean = dataset.read_scene(dataset.find(SAMPLE).scenes[0])
+    *rainy, clean = (image[128:384] for image in (*rainy, clean))
     psnr = [
         [score(restore(net, image, amp=amp), clean)["psnr_rgb"] for image in rainy] for amp in (False, True)
     ]
