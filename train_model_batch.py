@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dataset
 import genotypes
@@ -111,7 +111,7 @@ def main(args):
     tracked = {"net": net, "optimizer": optimizer}
     averaged = None
     if args.ema:
-        averaged = AveragedModel(net, multi_avg_fn=averages(args.ema), use_buffers=True)
+        averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
         tracked["ema"] = averaged
     run.start(**tracked)
     run.compile(net)
@@ -192,22 +192,6 @@ def main(args):
 
     run.finish(parameters=sum(p.numel() for p in net.parameters()))
     experiment.log.info("score it with: python test_view.py --ckt_path %s", run.folder / "best_psnr.pt")
-
-
-def averages(decay):
-    """update(averaged, present, steps) of lists of tensors; BatchNorm's counters are taken over as they are.
-
-    PyTorch's own averages counters too, one by one, in a thousand kernels.
-    """
-
-    @torch.no_grad()
-    def update(averaged, present, steps):
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, present, 1 - decay)
-        else:
-            torch._foreach_copy_(averaged, present)
-
-    return update
 
 
 def make_optimizer(net, args):

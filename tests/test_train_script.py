@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import dataset
@@ -258,19 +257,6 @@ def test_weights_are_widened_to_a_multiple_of_their_channels(data):
     x = torch.rand(2, 3, 16, 24)
     with torch.no_grad():
         torch.testing.assert_close(wide(x), net(x))
-
-
-def test_the_average_follows_weights_and_statistics_and_counts(data):
-    net = nn.BatchNorm1d(2)
-    averaged = AveragedModel(net, multi_avg_fn=train_model_batch.averages(0.75), use_buffers=True)
-    for value in (1.0, 5.0):  # the first is taken as it is
-        nn.init.constant_(net.weight, value)
-        net.running_var.fill_(value)
-        net.num_batches_tracked += 3
-        averaged.update_parameters(net)
-    assert torch.equal(averaged.module.weight, torch.full((2,), 2.0))
-    assert torch.equal(averaged.module.running_var, torch.full((2,), 2.0))
-    assert averaged.module.num_batches_tracked == 6
 
 
 def test_a_training_on_a_cpu_is_not_compiled_and_says_so(data):
