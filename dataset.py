@@ -149,7 +149,7 @@ def find_training(paths, clean_sides=()):
                 f"{root}: holds single images; for side-by-side pairs give --clean_side left or right"
             )
         scenes += found.scenes
-    for scene in scenes:
+    for scene in dict.fromkeys(scenes):
         check_sizes(scene)
     return scenes
 
@@ -349,13 +349,15 @@ def background_keys(scenes):
     It is the scene's name; where one background stands in several files (as half of Rain800's do), told by
     their clean images, it is the smallest of their names.
     """
+    clean = list(dict.fromkeys(scene.clean for scene in scenes))  # a folder may be given twice
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # OpenCV decodes outside Python's lock
-        thumbnails = list(pool.map(lambda scene: thumbnail(read_half(scene.clean)), scenes))
-    first = same_pictures(thumbnails)
+        thumbnails = list(pool.map(lambda half: thumbnail(read_half(half)), clean))
+    first = dict(zip(clean, same_pictures(thumbnails), strict=True))
     names = {}
-    for index, scene in zip(first, scenes, strict=True):
+    for scene in scenes:
+        index = first[scene.clean]
         names[index] = min(names.get(index, scene.name), scene.name)
-    return [names[index] for index in first]
+    return [names[first[scene.clean]] for scene in scenes]
 
 
 def read_half(half):
@@ -455,11 +457,12 @@ class Patches(NamedTuple):
 class ScenePatches(Dataset):
     """Draw number n -> a random crop of one scene, all densities cut, flipped and rotated alike.
 
-    Draws go through consecutive shuffles of the scenes. Everything random is a function of (seed, draw
-    number), so a run continues exactly from a number alone, whatever the workers. A scene smaller than the
-    patch is padded by mirroring its border. With `clean_inputs` > 0 that share of the draws has one rainy
-    image replaced by the clean one, which teaches the network to leave dry pictures alone. `upright`: no
-    quarter turns, after which rain would fall sideways.
+    Draws go through consecutive shuffles of the scenes, in which those of one number of images are spread
+    evenly: batches of several data sets have few shapes, each of which is a CUDA graph. Everything random is
+    a function of (seed, draw number), so a run continues exactly from a number alone, whatever the workers.
+    A scene smaller than the patch is padded by mirroring its border. With `clean_inputs` > 0 that share of
+    the draws has one rainy image replaced by the clean one, which teaches the network to leave dry pictures
+    alone. `upright`: no quarter turns, after which rain would fall sideways.
 
     A scene that cannot be read is left out from then on, as those whose keys are in `bad` are from the
     beginning: the next one of the shuffle that can be read takes its place.
@@ -472,6 +475,7 @@ class ScenePatches(Dataset):
         self.clean_inputs = clean_inputs
         self.upright = upright
         self.cache = cache
+        self.images = tuple(len(scene.rainy) for scene in scenes)
         # Shared with the loader's workers: what one of them could not read, all of them leave out.
         self.bad = torch.tensor([scene.key in bad for scene in scenes]).share_memory_()
 
@@ -495,7 +499,7 @@ class ScenePatches(Dataset):
         """(scene, rainy, clean, bad) of a draw; UserError where scene after scene cannot be read."""
         shuffle, place = divmod(draw, len(self))
         bad = []
-        for index in np.roll(shuffled(self.seed, shuffle, len(self)), -place):
+        for index in np.roll(shuffled(self.seed, shuffle, self.images), -place):
             if self.bad[index]:
                 continue
             scene = self.scenes[index]
@@ -511,9 +515,15 @@ class ScenePatches(Dataset):
 
 
 @lru_cache(maxsize=4)
-def shuffled(seed, shuffle, count):
-    """Permutation number `shuffle` of range(count)."""
-    return np.random.default_rng((seed, shuffle, count)).permutation(count)
+def shuffled(seed, shuffle, kinds):
+    """Permutation number `shuffle` of the indices of `kinds`, those of each kind spread evenly over it."""
+    random = np.random.default_rng((seed, shuffle, len(kinds)))
+    order = random.permutation(len(kinds))
+    place = np.empty(len(kinds))
+    for kind in sorted(set(kinds)):
+        same = order[np.equal(kinds, kind)[order]]
+        place[same] = (np.arange(len(same)) + random.random()) / len(same)
+    return order[np.argsort(place[order], kind="stable")]
 
 
 def crop(images, size, random):

@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dataset
 import genotypes
@@ -22,6 +21,7 @@ import model_train
 from losses import multi_to_one
 from model_train import DerainNetwork
 from support import command, devices, distributed, experiment
+from support.averaging import Averaged
 from support.command import natural, not_negative, patch, positive, share
 from support.errors import UserError
 from support.experiment import Experiment
@@ -111,7 +111,7 @@ def main(args):
     tracked = {"net": net, "optimizer": optimizer}
     averaged = None
     if args.ema:
-        averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+        averaged = Averaged(net, args.ema)
         tracked["ema"] = averaged
     run.start(**tracked)
     run.compile(net)
@@ -121,6 +121,7 @@ def main(args):
         genotypes.write_json(net.genotype, run.folder / "genotype.json")
 
     forward = distributed.parallel(net)
+    weights = list(net.parameters())
     shipped = averaged.module if averaged else net  # what is scored and kept
     batches = dataset.batches(
         parts["weights"] + parts["architecture"],
@@ -158,7 +159,7 @@ def main(args):
 
     backward = Backward(
         forward,
-        net.parameters(),
+        weights,
         loss,
         parts=args.accumulate,
         recorded=run.records(),
@@ -177,11 +178,11 @@ def main(args):
             batch = run.draw(batches)
             training_loss = backward(batch)
             run.share_statistics()
-            clipping = experiment.clip(net.parameters(), args.grad_clip)
+            clipping = experiment.clip(weights, args.grad_clip)
             if run.allow(batch, loss=training_loss, **clipping):
                 optimizer.step()
                 if averaged:
-                    averaged.update_parameters(net)
+                    averaged.update()
 
         scores, panel = run.validate(shipped, validation)
         if panel:

@@ -332,6 +332,21 @@ def test_draws_go_through_consecutive_shuffles(tmp_path):
     assert len(set(map(tuple, shuffles))) == 9
 
 
+def test_scenes_of_one_number_of_images_are_spread_evenly_over_a_shuffle():
+    """60 of three images and 40 of one: 6 and 4 in each batch of 10, but for the remainders."""
+    kinds = (3,) * 60 + (1,) * 40
+    firsts = set()
+    for shuffle in range(20):
+        order = dataset.shuffled(7, shuffle, kinds)
+        assert sorted(order) == list(range(100))
+        firsts.add(order[0])
+        of_three = [sum(kinds[i] == 3 for i in order[n : n + 10]) for n in range(0, 100, 10)]
+        assert set(of_three) <= {5, 6, 7}
+    assert len(firsts) > 15
+    alike = dataset.shuffled(7, 2, (3,) * 100)
+    assert np.array_equal(alike, np.random.default_rng((7, 2, 100)).permutation(100))
+
+
 def test_a_draw_is_a_function_of_seed_and_number_alone(tmp_path):
     scenes = find_training([write_pairs(tmp_path, 5)], ["left"])
     patches = dataset.ScenePatches(scenes, 16, seed=3, clean_inputs=0.5)

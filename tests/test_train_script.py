@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dataset
 import genotypes
@@ -20,6 +21,7 @@ import train_model_batch
 from genotypes import GenotypeError
 from model_train import CheckpointError, DerainNetwork
 from support import experiment
+from support.averaging import Averaged
 from support.errors import Interrupted, UserError
 from support.experiment import BEST, LOCK, STATES
 from support.images import read_image
@@ -130,11 +132,16 @@ def test_a_seed_fixes_every_weight_whatever_the_workers(data):
 def test_ema_keeps_and_scores_the_averaged_weights(data, monkeypatch):
     after_step = []
 
-    def spied(averaged, net, update=AveragedModel.update_parameters):
-        after_step.append({k: v.clone() for k, v in net.state_dict().items()})
-        update(averaged, net)
+    class Spied(Averaged):
+        def __init__(self, net, decay):
+            super().__init__(net, decay)
+            self.state = net.state_dict
 
-    monkeypatch.setattr(AveragedModel, "update_parameters", spied)
+        def update(self):
+            super().update()
+            after_step.append({name: value.clone() for name, value in self.state().items()})
+
+    monkeypatch.setattr(train_model_batch, "Averaged", Spied)
     train(f"{PAIRS} {ONE_STEP} --steps_per_epoch 2 --ema 0.75 --save run")
     kept = state("run", "best_psnr.pt")["weights"]
     first, second = after_step
@@ -143,6 +150,26 @@ def test_ema_keeps_and_scores_the_averaged_weights(data, monkeypatch):
         if value.is_floating_point():
             torch.testing.assert_close(value, 0.75 * first[name] + 0.25 * second[name])
     assert_same(weights("run"), second)
+
+
+def test_the_average_is_that_of_pytorch():
+    """Weights and BatchNorm's statistics, bit for bit; its numbers of batches are the network's own."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    expected = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    found = Averaged(net, 0.9)
+    for _ in range(3):
+        net(torch.rand(2, 3, 8, 8))
+        for weight in net.parameters():
+            weight.data += torch.rand_like(weight)
+        expected.update_parameters(net)
+        found.update()
+    assert found.state_dict().keys() == expected.state_dict().keys()  # older runs can be resumed
+    for name, value in expected.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(found.state_dict()[name], value), name
+    assert found.module[1].num_batches_tracked == net[1].num_batches_tracked == 3
+    assert not torch.equal(found.module[0].weight, net[0].weight)
 
 
 def test_the_weights_of_the_loss_are_those_of_the_flags(data, monkeypatch):
