@@ -25,7 +25,7 @@ def pick_device(name=None):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-        if device.type == "cuda":
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # where streams and graphs are made that name no device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None

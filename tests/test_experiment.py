@@ -97,12 +97,19 @@ def test_a_device_that_is_not_there_is_named(name):
 
 
 def test_a_gpu_by_number_is_the_one_that_streams_are_made_on(monkeypatch):
+    """And "cuda", which torch.cuda.set_device refuses, is the one that PyTorch has."""
     chosen, zeros = [], torch.zeros
+
+    def set_device(device):
+        chosen.append(torch.cuda._utils._get_device_index(device))
+
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None: zeros(*size))
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert devices.pick_device("cuda:1") == torch.device("cuda:1")
     assert devices.pick_device("cpu") == torch.device("cpu")
-    assert chosen == [torch.device("cuda:1")]
+    assert devices.pick_device("cuda") == devices.pick_device() == torch.device("cuda")
+    assert chosen == [1]
 
 
 def test_demo_changes_only_the_options_that_were_not_given(folder):

@@ -91,7 +91,7 @@ def run(processes, stage, folder, flags, fatal=0):
 def flags_now(stage, folder):
     """Those that a user would give now."""
     begun = any((folder / "run" / file).exists() for file in STATES)
-    return "--resume run" if begun else FLAGS[stage]
+    return "--resume run --device cpu" if begun else FLAGS[stage]
 
 
 def prepare(folder):
@@ -236,7 +236,7 @@ def test_a_folder_in_which_another_process_runs_is_refused(processes, stage, fol
     other.start()
     assert here.recv()
     script = SCRIPTS[stage]
-    for flags in (FLAGS[stage], "--resume run"):
+    for flags in (FLAGS[stage], "--resume run --device cpu"):
         with session(), pytest.raises(UserError, match="run: another process runs in it"):
             script.main(script.get_args_parser().parse_args(f"{flags} --workers 0".split()))
     assert [path.name for path in (folder / "run").iterdir()] == ["run.lock"]

@@ -23,7 +23,8 @@ def picture(tmp_path):
 
 def table(picture, flags, capsys):
     """{(tile, overlap): (mean PSNR, worst PSNR, worst block, time)} as printed."""
-    command = [str(picture), "--ckt_path", str(picture.with_name("net.pt")), *flags.split()]
+    command = [str(picture), "--device", "cpu", "--ckt_path", str(picture.with_name("net.pt"))]
+    command += flags.split()
     tiling.main(tiling.get_args_parser().parse_args(command))
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()[:1].isdigit()]
     return {(int(row[0]), int(row[1])): tuple(map(float, row[2:])) for row in rows}
