@@ -122,7 +122,8 @@ def get_args_parser():
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the mixed edges: takes minutes at first, so for a search of hours",
+        help="torch.compile the mixed edges: takes minutes at first, so for a search of hours; ignored where "
+        "steps are CUDA graphs, which were slower with it",
     )
     return parser
 

@@ -8,6 +8,7 @@ import sysconfig
 from collections import Counter
 from functools import partial, partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,6 +234,22 @@ def test_a_search_without_a_compiler_says_so_and_goes_on(folder, monkeypatch):
     train_search_batch.main(train_search_batch.get_args_parser().parse_args(f"{TINY} --demo".split()))
     line = "--compile: there is no C++ compiler, no-such-compiler; the run goes on without"
     assert Path("run", "log.txt").read_text().count(line) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "records", "said"),
+    [("search", True, "CUDA graph is slower compiled"), ("search", False, ""), ("eval", True, "")],
+)
+def test_on_a_gpu_what_gains_by_it_is_compiled(kind, records, said, monkeypatch, caplog):
+    compiled, net = [], nn.Identity()
+    monkeypatch.setattr(experiment, "no_compiler", lambda device: None)
+    monkeypatch.setattr(experiment, "compile_edges", lambda net: compiled.append(("search", net)))
+    monkeypatch.setattr(experiment, "compile_network", lambda net: compiled.append(("eval", net)))
+    run = SimpleNamespace(kind=kind, device=torch.device("cuda"), args=SimpleNamespace(compile=True))
+    run.records = lambda: records
+    experiment.Experiment.compile(run, net)
+    assert compiled == ([] if said else [(kind, net)])
+    assert said in caplog.text and bool(caplog.text) == bool(said)
 
 
 def test_compile_may_change_when_a_search_is_resumed(folder, monkeypatch):
