@@ -516,7 +516,7 @@ class ScenePatches(Dataset):
 
 @lru_cache(maxsize=4)
 def shuffled(seed, shuffle, kinds):
-    """Permutation number `shuffle` of the indices of `kinds`, those of each kind spread evenly over it."""
+    """Permutation number `shuffle` of a tuple's indices, those of each of its kinds spread evenly over it."""
     random = np.random.default_rng((seed, shuffle, len(kinds)))
     order = random.permutation(len(kinds))
     place = np.empty(len(kinds))

@@ -324,6 +324,20 @@ class Parallel(nn.Module):
         return [block(x) for block, x in zip(self.blocks, xs, strict=True)]
 
 
+class NearestUpsample(nn.Upsample):
+    """Copies of pixels, in the precision that they have.
+
+    On CUDA autocast makes them float32, which all that is added to them would become: a third of what a
+    forward pass reads and writes.
+    """
+
+    def forward(self, x):
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
 class Fusion(nn.Module):
     """`fusion`: each output scale is ReLU of the sum of every input scale brought to it.
 
@@ -346,7 +360,7 @@ class Fusion(nn.Module):
         if source > target:
             return nn.Sequential(
                 conv_bn(channels[source], channels[target], relu=False),
-                nn.Upsample(scale_factor=2 ** (source - target), mode="nearest"),
+                NearestUpsample(scale_factor=2 ** (source - target), mode="nearest"),
             )
         links = target - source
         return nn.Sequential(

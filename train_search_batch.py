@@ -123,7 +123,7 @@ def get_args_parser():
         "--compile",
         action="store_true",
         help="torch.compile the mixed edges: takes minutes at first, so for a search of hours; ignored where "
-        "steps are CUDA graphs, which were slower with it",
+        "all steps are CUDA graphs, which were slower with it",
     )
     return parser
 

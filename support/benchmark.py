@@ -140,7 +140,7 @@ def get_args_parser():
         help=f"turns of each form (default: 20, on a CPU 3; fewer where they take over {PATIENCE} s)",
     )
     parser.add_argument("--amp", action="store_true", help="measure each row with the scripts' --amp too")
-    parser.add_argument("--compile", action="store_true", help="and what the scripts' --compile changes")
+    parser.add_argument("--compile", action="store_true", help="and what torch.compile changes")
     parser.add_argument("--threads", type=positive, help="of the CPU (default: PyTorch's choice)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else")
     loader = parser.add_argument_group("loader")

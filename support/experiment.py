@@ -458,7 +458,7 @@ class Experiment:
             return
         if self.kind == "eval" and self.device.type == "cpu":
             why = "a training step is slower compiled on a CPU"
-        elif self.kind == "search" and self.records():
+        elif self.kind == "search" and self.records() and not self.args.unrolled:
             why = "a search step that is a CUDA graph is slower compiled"
         else:
             why = no_compiler(self.device)

@@ -196,7 +196,7 @@ def test_a_run_is_the_same_with_and_without_and_resumed(folder, script, flags, d
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             interrupt(patch, dataset, 1)
             run(flags.format("resumed") + " --cache")
-        run("--resume resumed --cache elsewhere --workers 0")
+        run("--resume resumed --cache elsewhere --workers 0 --device cpu")
         assert len(list(Path("elsewhere").iterdir())) == 2
         assert_same(state("resumed")["parts"], state("plain")["parts"])
 

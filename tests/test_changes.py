@@ -14,7 +14,7 @@ from tests.made import photograph, random_genotype, write_pairs
 
 
 def change(flags, capsys):
-    status = changes.main(changes.get_args_parser().parse_args([str(flag) for flag in flags]))
+    status = changes.main(changes.get_args_parser().parse_args(["--device", "cpu", *map(str, flags)]))
     return status, capsys.readouterr()
 
 

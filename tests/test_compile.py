@@ -237,15 +237,21 @@ def test_a_search_without_a_compiler_says_so_and_goes_on(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "records", "said"),
-    [("search", True, "CUDA graph is slower compiled"), ("search", False, ""), ("eval", True, "")],
+    ("kind", "records", "unrolled", "said"),
+    [
+        ("search", True, False, "CUDA graph is slower compiled"),
+        ("search", True, True, ""),  # an unrolled step is no graph
+        ("search", False, False, ""),
+        ("eval", True, False, ""),
+    ],
 )
-def test_on_a_gpu_what_gains_by_it_is_compiled(kind, records, said, monkeypatch, caplog):
+def test_on_a_gpu_what_gains_by_it_is_compiled(kind, records, unrolled, said, monkeypatch, caplog):
     compiled, net = [], nn.Identity()
     monkeypatch.setattr(experiment, "no_compiler", lambda device: None)
     monkeypatch.setattr(experiment, "compile_edges", lambda net: compiled.append(("search", net)))
     monkeypatch.setattr(experiment, "compile_network", lambda net: compiled.append(("eval", net)))
-    run = SimpleNamespace(kind=kind, device=torch.device("cuda"), args=SimpleNamespace(compile=True))
+    args = SimpleNamespace(compile=True, unrolled=unrolled)
+    run = SimpleNamespace(kind=kind, device=torch.device("cuda"), args=args)
     run.records = lambda: records
     experiment.Experiment.compile(run, net)
     assert compiled == ([] if said else [(kind, net)])

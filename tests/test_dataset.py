@@ -584,6 +584,19 @@ def test_one_background_in_two_folders_is_in_one_part(tmp_path):
         assert len(set.union(*pictures.values())) == sum(map(len, pictures.values())) == 8
 
 
+def test_a_folder_given_twice_is_read_once_and_counts_twice(tmp_path, monkeypatch):
+    read, checked = [], []
+    read_half, check_sizes = dataset.read_half, dataset.check_sizes
+    monkeypatch.setattr(dataset, "read_half", lambda half: read.append(half) or read_half(half))
+    monkeypatch.setattr(dataset, "check_sizes", lambda scene: checked.append(scene) or check_sizes(scene))
+    write_pairs(tmp_path, 6)
+    parts = split(find_training([tmp_path, tmp_path], ["left"]))
+    assert len(read) == len(checked) == 6
+    assert sum(map(len, parts.values())) == 12
+    once = split(find_training([tmp_path], ["left"]))
+    assert all({*parts[name]} == {*once[name]} for name in parts)
+
+
 def test_pictures_alike_by_way_of_a_third_are_one_background():
     """A is like B and B like C, but A not like C: in any order they are one picture."""
     rng = np.random.default_rng(0)

@@ -34,7 +34,7 @@ JOBS = {
     "search_eval_unrolled_parts": f"{SEARCH} --name found_unrolled --unrolled --accumulate 2 {TWO}",
     "search": f"{SEARCH} --name found_search --arch_batch_statistics {TWO}",
 }
-RESUMED = {"train_resumed": "--resume train_stop"}
+RESUMED = {"train_resumed": "--resume train_stop --device cpu"}
 EQUAL_TO_ONE = [name for name in JOBS if "eval" in name]
 SLOW = {"search_eval_unrolled_parts", "search"}
 

@@ -160,7 +160,7 @@ def test_killed_after_its_genotype_was_appended_it_is_finished_once(whole, proce
         pytest.skip("it appends none")
     folder = shutil.copytree(expected, tmp_path / "copy")
     (folder / "run" / "summary.json").unlink()
-    assert run(processes, stage, folder, "--resume run")
+    assert run(processes, stage, folder, "--resume run --device cpu")
     assert_as_whole(stage, folder, expected)
 
 
@@ -172,7 +172,7 @@ def test_killed_in_its_last_moments_it_is_finished_once(whole, processes, tmp_pa
     folder = prepare(tmp_path)
     assert run(processes, stage, folder, FLAGS[stage], changes - changes_left) is None
     if not (folder / "run" / "summary.json").exists():
-        assert run(processes, stage, folder, "--resume run")
+        assert run(processes, stage, folder, "--resume run --device cpu")
     assert_as_whole(stage, folder, expected)
 
 

@@ -4,14 +4,18 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 import train_model_batch
 import train_search_batch
 from architect import Architect
 from losses import multi_to_one
 from model_search import SearchNetwork
+from model_train import DerainNetwork
 from operations import OPERATIONS
-from support.benchmark import KINDS, error_in_kind, gradients
+from support.benchmark import KINDS, error_in_kind, every_operation, gradients
 from support.devices import autocast
 from support.errors import UserError
 from tests.made import write_scenes
@@ -51,6 +55,27 @@ def test_a_whole_network_made_bfloat16_has_no_garbage_either():
     found = torch.autograd.grad(output.float().sum(), gate.body[0].weight)[0]
     assert output.dtype == torch.bfloat16
     assert (found - expected).norm() <= 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("network", [SearchNetwork, lambda *args: DerainNetwork(every_operation(), *args)])
+def test_on_cuda_every_map_within_a_network_is_bfloat16(network, monkeypatch):
+    """Of tensors without data, which go the way of CUDA's where there is none."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    types, cuda = {}, torch.device("cuda")
+    with FakeTensorMode(allow_non_fake_inputs=True), cuda:
+        net, x = network((4, 4, 4, 4)), torch.empty(2, 3, 32, 32)
+        for name, module in net.named_modules():
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and name:
+                module.register_forward_hook(
+                    lambda _, inputs, outputs, name=name: types.update(
+                        {name: {tensor.dtype for tensor in tree_leaves(outputs)}}
+                    )
+                )
+        with autocast(cuda, True):
+            assert net(x).device.type == "cuda"
+    assert any(name.endswith("paths.0.1.1") for name in types)  # those that upsample are among them
+    assert {name: found for name, found in types.items() if found != {torch.bfloat16}} == {}
 
 
 @pytest.mark.parametrize("unrolled", [False, True])

@@ -138,8 +138,8 @@ def test_ema_keeps_and_scores_the_averaged_weights(data, monkeypatch):
             self.state = net.state_dict
 
         def update(self):
-            super().update()
             after_step.append({name: value.clone() for name, value in self.state().items()})
+            super().update()
 
     monkeypatch.setattr(train_model_batch, "Averaged", Spied)
     train(f"{PAIRS} {ONE_STEP} --steps_per_epoch 2 --ema 0.75 --save run")
