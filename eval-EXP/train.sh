@@ -1,6 +1,6 @@
 #!/bin/sh
-# The training of derain_light.pt (runs 1 to 12) and of derain.pt (run 13, for a GPU: on two CPU cores it takes a
-# day), from the photographs on; interrupted, it goes on where it was. In the project's folder:
+# The training of derain_light.pt (runs 1 to 12) and of derain.pt (13 and 14, for a GPU: on two CPU cores they take
+# days), from the photographs on; interrupted, it goes on where it was. In the project's folder:
 #
 #     sh eval-EXP/train.sh BSDS500 RAIN800_TRAINING [FLAG ...]
 #
@@ -112,6 +112,8 @@ twelve=$(of bsds-0 bsds-1 bsds-15 bsds-10 rain800-2 rain800-3 rain800-5 rain800-
     rain800-late rain800-late rain800-late)
 thirteen=$(of bsds-0 bsds-1 bsds-4 bsds-7 bsds-15 bsds-10 rain800-2 rain800-3 rain800-5 rain800-11 \
     rain800 rain800 rain800 rain800 rain800-late rain800-late rain800-late)
+fourteen=$(of bsds-0 bsds-1 bsds-4 bsds-7 bsds-15 bsds-10 rain800-3 rain800-11 rain800 rain800 rain800 \
+    rain800-late rain800-late)
 few="--val_scenes 12 --steps_per_epoch 200 --warmup_steps 100 --clean_inputs 0.1"
 many="--val_scenes 24 --steps_per_epoch 500 --warmup_steps 100 --ema 0.999 --learning_rate 6e-4 --learning_rate_min 2e-6"
 fine="--freeze_start 1 --internal_start 1 --batch_size 2 --patch_size 96"
@@ -145,5 +147,8 @@ cp eval-EXP-derain-12/best_psnr.pt eval-EXP-derain-12/derain_light.pt
 train 13 $thirteen $many $fine $upright --weights eval-EXP-derain-12/best_psnr.pt --channels 32 64 128 256 \
     --batch_size 16 --val_scenes 34 --clean_inputs 0.3 --mse_weight 10 --psnr_weight 0.006 --epochs 1 \
     --steps_per_epoch 1058 --warmup_steps 200 --learning_rate 8e-4 --amp --seed 13 "$@"
+train 14 $fourteen $many $fine $upright --weights eval-EXP-derain-13/best_psnr.pt --batch_size 16 --val_scenes 34 \
+    --mse_weight 10 --psnr_weight 0.006 --epochs 3 --steps_per_epoch 2330 --warmup_steps 200 \
+    --learning_rate 8e-4 --amp --seed 14 "$@"
 
-"$python" model_train.py eval-EXP-derain-13/best_psnr.pt eval-EXP-derain-13/derain.pt
+"$python" model_train.py eval-EXP-derain-14/best_psnr.pt eval-EXP-derain-14/derain.pt
