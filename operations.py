@@ -332,9 +332,9 @@ class NearestUpsample(nn.Upsample):
     """
 
     def forward(self, x):
-        if not torch.is_autocast_enabled(x.device.type):
+        if not (x.is_cuda and torch.is_autocast_enabled("cuda")):
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cuda", enabled=False):
             return super().forward(x)
 
 
