@@ -48,11 +48,12 @@ def test_it_fits_a_git_repository_and_its_genotype_is_named(name, megabytes):
     assert model_train.load(path).genotype in genotypes.named().values()
 
 
-def test_it_helps_on_the_demo(tmp_path):
+@pytest.mark.parametrize("name", NAMES)
+def test_it_helps_on_the_demo(name, tmp_path):
     demo_set(tmp_path / "demo")
     scenes = dataset.find(tmp_path / "demo" / "DID-MDN-test").scenes
     assert len(scenes) == 6
-    assert gains(fast("derain.pt"), scenes)["all"] > 1
+    assert gains(fast(name), scenes)["all"] > 1
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs ../shared/data/did-mdn-sample")
