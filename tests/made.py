@@ -1,5 +1,6 @@
 """Small data sets, genotypes and networks, and the scripts run on them."""
 
+import io
 import logging
 import os
 import random
@@ -7,17 +8,20 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import model_train
 import test_view
 from genotypes import BRANCHES, MODULES, PRIMITIVES, Genotype
+from support import command
 from support.images import write_image
 
 ROOT = Path(__file__).parents[1]
@@ -165,12 +169,24 @@ def warm_batch_norm(net):
     return net.eval()
 
 
-def torchrun(*command, processes=2, standalone=True):
+def at_the_command_line(script, *arguments):
+    """How a script ends in this process, which is that of `subprocess.run` but for the seconds of a start."""
+    given = [script.__name__, *map(str, arguments)]
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    with mock.patch.object(sys, "argv", given), redirect_stdout(out), redirect_stderr(err):
+        with pytest.raises(SystemExit) as stop:
+            command.run(script.main, script.get_args_parser())
+    for printed in (out, err):
+        printed.seek(0)
+    return subprocess.CompletedProcess(given, stop.value.code, out.read(), err.read())
+
+
+def torchrun(*arguments, processes=2, standalone=True):
     """One node's torchrun; its exit status and what it printed."""
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     launch += ["--standalone"] * standalone
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=500)
 
 
 def write_network(path):

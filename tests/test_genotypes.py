@@ -9,6 +9,7 @@ import pytest
 
 import genotypes
 from genotypes import MODULES, PRIMITIVES, Genotype, GenotypeError
+from tests.appends import append_one, append_until
 from tests.made import random_genotype
 
 
@@ -117,10 +118,6 @@ def test_a_file_that_cannot_be_written_is_told_before_a_search(vocabulary, monke
         genotypes.check_new_name("found", vocabulary)
 
 
-def append_one(path, number):
-    genotypes.append(f"found_{number}", random_genotype(number), "", path)
-
-
 def test_searches_that_end_together_lose_nothing(vocabulary):
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=append_one, args=(vocabulary, number)) for number in range(4)]
@@ -194,13 +191,6 @@ def test_the_file_is_valid_python_at_every_instant(vocabulary):
             enough.set()
     assert process.exitcode == 0
     assert len(seen) > 20  # else it ended at its limit, and was not read while it appended
-
-
-def append_until(enough, path, limit=1000):
-    for number in range(limit):
-        if enough.is_set():
-            break
-        append_one(path, number)
 
 
 def test_what_a_killed_search_appended_already_is_not_appended_again(vocabulary):

@@ -192,12 +192,11 @@ def macs_by_hooks(net, size):
 @pytest.mark.parametrize("size", [SIDE, 20])  # 20 runs as 24
 def test_expected_multiply_adds_at_one_hot_are_those_of_the_fixed_network(size):
     """What two fixed networks differ by: the rest of them is the same."""
-    expected, counted = [], []
+    net = SearchNetwork(SMALL)
+    sizes, expected, counted = sizes_of(net, losses.count_macs, size), [], []
     for seed in range(3):
         genotype = random_genotype(seed)
-        net = SearchNetwork(SMALL)
         make_one_hot(net, genotype)
-        sizes = sizes_of(net, losses.count_macs, size)
         expected.append(sum((a * s).sum() for a, s in zip(distributions_of(net), sizes, strict=True)).item())
         counted.append(macs_by_hooks(DerainNetwork(genotype, SMALL), size))
     assert len(set(counted)) == 3

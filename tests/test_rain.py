@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import skimage.data
 
+import support.rain
 from support.errors import UserError
 from support.images import read_image, write_image
 from support.rain import (
@@ -27,7 +28,7 @@ from support.rain import (
     rain_layer,
     write_scenes,
 )
-from tests.made import ROOT
+from tests.made import ROOT, at_the_command_line
 
 SHARED = ROOT.parent / "shared" / "data"
 SAMPLE = SHARED / "did-mdn-sample" / "DID-MDN-training"
@@ -303,7 +304,7 @@ def test_mistakes_with_the_rain_of_pairs(photographs, tmp_path):
         (["--rain_of", photographs, "--rain_side", "left", "--angle", 75], "--angle"),
         (["--angle", 91], "--angle"),
     ):
-        done = run(photographs, tmp_path / "out", *flags)
+        done = at_the_command_line(support.rain, photographs, tmp_path / "out", *flags)
         assert done.returncode == 2 and told in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
@@ -386,11 +387,11 @@ def test_command(photographs, tmp_path):
 def test_mistakes_end_with_one_line_and_status_2(photographs, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in ("missing", "empty"):
-        done = run(photographs, tmp_path / folder, tmp_path / "out")
+        done = at_the_command_line(support.rain, photographs, tmp_path / folder, tmp_path / "out")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert str(tmp_path / folder) in done.stderr
     for wrong in ([photographs], [photographs, tmp_path / "out", "--size", "8"]):
-        done = run(*wrong)
+        done = at_the_command_line(support.rain, *wrong)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
