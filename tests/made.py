@@ -173,9 +173,13 @@ def at_the_command_line(script, *arguments):
     """How a script ends in this process, which is that of `subprocess.run` but for the seconds of a start."""
     given = [script.__name__, *map(str, arguments)]
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-    with mock.patch.object(sys, "argv", given), redirect_stdout(out), redirect_stderr(err):
-        with pytest.raises(SystemExit) as stop:
-            command.run(script.main, script.get_args_parser())
+    with (
+        mock.patch.object(sys, "argv", given),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as stop,
+    ):
+        command.run(script.main, script.get_args_parser())
     for printed in (out, err):
         printed.seek(0)
     return subprocess.CompletedProcess(given, stop.value.code, out.read(), err.read())

@@ -19,9 +19,9 @@ import train_search_batch
 from genotypes import BRANCHES, Genotype
 from model_search import SearchNetwork
 from model_train import CheckpointError, DerainNetwork
-from support import command, experiment
+from support import experiment
 from support.benchmark import every_operation
-from tests.made import ROOT, random_genotype, warm_batch_norm
+from tests.made import ROOT, at_the_command_line, random_genotype, warm_batch_norm
 from train_search_batch import save_supernet
 
 
@@ -205,7 +205,7 @@ class Bomb:
         return (open, (str(Bomb.target), "w"))
 
 
-def test_view_says_in_one_line_what_a_file_is_that_is_no_network(tmp_path, monkeypatch, capsys):
+def test_view_says_in_one_line_what_a_file_is_that_is_no_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = DerainNetwork(random_genotype(0), (2, 2, 2, 2))
     model_train.save(net, "whole.pt")
@@ -236,11 +236,9 @@ def test_view_says_in_one_line_what_a_file_is_that_is_no_network(tmp_path, monke
         "last": "--resume; give the best_psnr.pt",
     }
     for name, words in expected.items():
-        monkeypatch.setattr(sys, "argv", ["test_view.py", "--ckt_path", f"{name}.pt", "--demo"])
-        with pytest.raises(SystemExit) as stop:
-            command.run(test_view.main, test_view.get_args_parser())
-        error = capsys.readouterr().err
-        assert stop.value.code == 2, name
+        done = at_the_command_line(test_view, "--ckt_path", f"{name}.pt", "--demo")
+        error = done.stderr
+        assert done.returncode == 2, name
         assert error.count("\n") == 1 and f"error: {name}.pt: " in error and words in error, error
     assert not Bomb.target.exists()
 

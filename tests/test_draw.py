@@ -8,9 +8,9 @@ import pytest
 import genotypes
 from genotypes import GenotypeError
 from model_train import DerainNetwork
-from support import command, draw
+from support import draw
 from support.errors import UserError
-from tests.made import ROOT, random_genotype
+from tests.made import ROOT, at_the_command_line, random_genotype
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -116,10 +116,8 @@ def test_mistakes_are_named(flags, error, words, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_mistake_is_one_line_and_status_2(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["draw", "no_such"])
-    with pytest.raises(SystemExit) as stop:
-        command.run(draw.main, draw.get_args_parser())
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+def test_a_mistake_is_one_line_and_status_2():
+    done = at_the_command_line(draw, "no_such")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
     assert line.startswith("python -m support.draw: error: ") and "no_such" in line

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import benchmark, command, devices, growth
+from support import benchmark, devices, growth
 from support.errors import UserError
-from tests.made import ROOT
+from tests.made import ROOT, at_the_command_line
 
 SVG = "{http://www.w3.org/2000/svg}"
 FACTS = {"machine": "a <fast> one", "cores": 4, "torch": "2.15", "threads": 1, "channels": [4, 4, 4, 4]}
@@ -293,15 +293,13 @@ def test_one_row_is_measured_anew_and_the_others_are_kept(points, monkeypatch, t
         ("--from made.json --svg made.json/a.svg", "made.json"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(flags, words, points, monkeypatch, capsys, tmp_path):
+def test_a_mistake_is_one_line_and_status_2(flags, words, points, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("text.json").write_text("words")
     Path("list.json").write_text("[]")
     Path("made.json").write_text(json.dumps({"facts": FACTS, "points": points}))
-    monkeypatch.setattr("sys.argv", ["growth", *flags.split()])
-    with pytest.raises(SystemExit) as stop:
-        command.run(growth.main, growth.get_args_parser())
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    done = at_the_command_line(growth, *flags.split())
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
     assert line.startswith("python -m support.growth: error: ")
     assert re.search(words, line)
