@@ -26,6 +26,7 @@ from operations import (
     check_channels,
     pad_to_multiple,
     stem,
+    total,
     transitions,
 )
 
@@ -39,7 +40,7 @@ class MixedModule(nn.Module):
 
     def forward(self, xs, alpha):
         candidates = zip(*(kind(xs) for kind in self.kinds.values()), strict=True)
-        return [sum(a * y for a, y in zip(alpha, ys, strict=True)) for ys in candidates]
+        return [total([a * y for a, y in zip(alpha, ys, strict=True)]) for ys in candidates]
 
 
 class MixedOperation(nn.Module):
@@ -57,7 +58,7 @@ class MixedOperation(nn.Module):
         pooled = Pooled(x)
         weighted = zip(beta, self.operations.items(), strict=True)
         gates = [b * operation.gate(pooled) for b, (name, operation) in weighted if name != "none"]
-        return x * sum(sorted(gates, key=torch.numel))  # those of one weight a channel or pixel are cheap
+        return x * total(sorted(gates, key=torch.numel))  # those of one weight a channel or pixel are cheap
 
 
 class MixedAttention(AttentionModule):

@@ -75,7 +75,7 @@ class Pooled:
 
     def __init__(self, x):
         self.x = x
-        self._average = self._maximum = self._maps = None
+        self._average = self._both = self._maps = None
 
     @property
     def average(self):
@@ -85,11 +85,11 @@ class Pooled:
         return self._average
 
     @property
-    def maximum(self):
-        """Nxcx1x1: maximum over the pixels."""
-        if self._maximum is None:
-            self._maximum = maximum(self.x, (2, 3))
-        return self._maximum
+    def both(self):
+        """Nxcx1x2: mean and maximum over the pixels, which a shared MLP so takes in one go."""
+        if self._both is None:
+            self._both = torch.cat([self.average, maximum(self.x, (2, 3))], 3)
+        return self._both
 
     @property
     def maps(self):
@@ -144,9 +144,7 @@ class ChannelGate(Gate):
         self.use_max = use_max
 
     def gate(self, pooled):
-        weights = self.mlp(pooled.average)
-        if self.use_max:
-            weights = weights + self.mlp(pooled.maximum)
+        weights = total(self.mlp(pooled.both).split(1, 3)) if self.use_max else self.mlp(pooled.average)
         return weights.sigmoid()
 
 
