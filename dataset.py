@@ -234,12 +234,11 @@ def _flat(root, files, side):
 
 def _names(root, files):
     """Relative names without suffix, but for files that only the suffix tells apart."""
+    full = [file.relative_to(root).as_posix() for file in files]
     short = [file.relative_to(root).with_suffix("").as_posix() for file in files]
     count = Counter(short)
-    return [
-        name if count[name] == 1 else file.relative_to(root).as_posix()
-        for name, file in zip(short, files, strict=True)
-    ]
+    names = [s if count[s] == 1 else f for s, f in zip(short, full, strict=True)]
+    return names if len(set(names)) == len(names) else full  # beside a.jpg and a.png an a.jpg.png
 
 
 def _and_more(files):

@@ -38,7 +38,7 @@ import model_train
 from support import command, devices, distributed, experiment, images
 from support.errors import UserError
 from support.fast import Compiled, for_inference, keep_freed_memory, no_compiler
-from support.gallery import FOLDER, MONTAGE, Gallery, montage
+from support.gallery import FOLDER, MONTAGE, PAGE, Gallery, montage
 from support.journal import Journal
 from support.metrics import METRICS, mean_scores, score
 from support.rain import demo_set
@@ -48,6 +48,7 @@ DEFAULT_PATH = "datasets/Rain1200/DID-MDN-test"
 SHIPPED = Path(__file__).parent / "eval-EXP" / "derain.pt"
 COMPILED_FROM = 300_000_000  # pixels
 MOST_COMPILED = 8  # sizes: what PyTorch allows
+TABLES = ("results.csv", "results.json", "result_full.txt")
 COLUMNS = ("name", "density", "height", "width", "seconds", *METRICS, *(f"input_{m}" for m in METRICS))
 
 
@@ -114,11 +115,12 @@ def main(args):
     """Restore and score; returns the exit status: 0, 1 where some file could not be used, 130 for Ctrl-C."""
     distributed.start()
     keep_freed_memory()
-    if args.demo and args.path:
+    if args.demo and args.path is not None:
         raise UserError("--demo: takes its own pictures; leave out --demo or --path")
     checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
     print(f"checkpoint: {checkpoint}", flush=True)
-    if args.path and not args.ckt_path and experiment.noted(checkpoint.parent, "options.json", "demo"):
+    is_demo = not args.ckt_path and experiment.noted(checkpoint.parent, "options.json", "demo")
+    if args.path is not None and is_demo:
         print(f"that is a demo's, which was hardly trained: --ckt_path {SHIPPED} is better", flush=True)
     device = devices.pick_device(args.device)
     if args.amp and (why := devices.slow_half(device)):
@@ -135,16 +137,17 @@ def main(args):
     if path.suffix.lower() in images.VIDEO_EXTENSIONS:
         if distributed.size() > 1:
             raise UserError(f"{path}: a video is restored by one process; leave torchrun out")
+        for name in sorted({"clean_side", "montage", "skip_done"} & args.given):
+            raise UserError(f"--{name}: is for pictures, and {path} is a video; leave it out")
         return restore_video(run, path, out, partial(choose_compiled, args, device, fast))
     found = dataset.find(path, args.clean_side)
     alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
     print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}", flush=True)
-    if others := other_kinds(path):
+    if path.is_dir() and (others := other_kinds(path)):
         print(f"left alone: files of other kinds ({', '.join(others)})", flush=True)
 
     source = path if path.is_dir() else path.parent
-    if out.resolve() == source.resolve() or (path.is_dir() and source.resolve() in out.resolve().parents):
-        raise UserError(f"--result_path {out}: lies among the pictures to restore; give another folder")
+    check_apart(source.resolve(), out, within=path.is_dir())
     names = [name for scene in found.scenes for name in names_of(scene)]
     for name in args.montage or ():
         if name not in names:
@@ -155,10 +158,11 @@ def main(args):
     options = {name: getattr(args, name) for name in ("tile", "self_ensemble", "amp")}
     of = {"data": str(path.resolve()), "clean_side": args.clean_side}
     journal = Journal(out, of | {"sha256": sha256, "options": options})
-    done = {name: entry.number for name, entry in journal.done()} if args.skip_done else {}
+    distributed.from_main(partial(check_own, found, source, journal))
+    done = {name for name, _ in journal.done()} if args.skip_done else set()
     if done:
         print(f"done already: {sum(name in done for name in names)} of {len(names)} pictures", flush=True)
-    first = 1 + max(done.values(), default=0)
+    first = 1 + journal.last_number() if args.skip_done else 1
     left = [name for name in names if name not in done]
     numbers = {name: number for number, name in enumerate(left, start=first)}
     choose_compiled(args, device, fast, sizes_of(found, numbers))
@@ -187,19 +191,23 @@ def main(args):
         "command": shlex.join(sys.argv),
         "genotype": net.genotype._asdict(),
     }
-    try:
+    means, scores = summarise(rows, facts) if rows and METRICS[0] in rows[0] else ({}, [])
+    said = [*scores]
+    try:  # files first: Ctrl-C ends a `| tee`, too, and then nothing can be printed
         if rows:
-            report(rows, out, facts | {"left_out": failures})
-        print(f"{len(rows)} restored pictures in {out}")
-        if rows:
+            report(rows, out, {"means": means} | facts | {"left_out": failures}, scores)
             shown = {name: facts[name] for name in ("checkpoint", "data", "device")}
             page = gallery.write(shown | {"self-ensemble": args.self_ensemble or "no"}, failures)
-            print(f"look at them: {page}")
             if args.montage is not None:
                 montage(gallery.examples(args.montage), out / MONTAGE)
+        else:
+            for file in (*TABLES, PAGE, MONTAGE):  # of another run
+                (out / file).unlink(missing_ok=True)
+        said += [f"{len(rows)} restored pictures in {out}", *([f"look at them: {page}"] if rows else [])]
     except UserError as error:  # the others are to be named all the same
         failures.append(str(error))
         status = status or 1
+    print("\n".join(said))
     if failures:
         print(f"{len(failures)} could not be used:", *failures, sep="\n  ", file=sys.stderr)
     return status
@@ -207,7 +215,9 @@ def main(args):
 
 def choose_path(args):
     """The folder or file to restore: --path, else DID-MDN-test, else the demo's test pictures."""
-    if args.path:
+    if args.path == "":
+        raise UserError("--path: is empty; give a folder or a file, or leave it out")
+    if args.path is not None:
         path = Path(args.path)
         return path / "DID-MDN-test" if os.path.isdir(path / "DID-MDN-test") else path
     if Path(DEFAULT_PATH).exists() and not args.demo:
@@ -215,6 +225,26 @@ def choose_path(args):
     if not args.demo:
         command.announce_demo(DEFAULT_PATH, "--path")
     return distributed.from_main(lambda: demo_set(experiment.DEMO_DATA)) / "DID-MDN-test"
+
+
+def check_apart(source, out, within):
+    """UserError where results, in the folder `out`, or the gallery's files would come among the pictures in
+    `source`. within: its subfolders are restored, too.
+    """
+    results, gallery = out.resolve(), (out / FOLDER).resolve()
+    if source in (results, gallery, *(results.parents if within else ())) or gallery in source.parents:
+        raise UserError(f"--result_path {out}: lies among the pictures to restore; give another folder")
+
+
+def check_own(found, source, journal):
+    """UserError where a result would take the place of a file, and no run has put its results there yet."""
+    if journal.exists():
+        return
+    for scene in found.scenes:
+        for half, name in zip(scene.rainy, names_of(scene), strict=True):
+            file = journal.out / result_file(scene, half, name, source)
+            if os.path.lexists(file):
+                raise UserError(f"--result_path: {file} is there, and no result; give another folder")
 
 
 def choose_compiled(args, device, net, sizes):
@@ -259,7 +289,7 @@ def sizes_of(found, numbers):
 
 def other_kinds(path):
     """The suffixes of the files in a folder that are no pictures by their names, as .heic and .mp4."""
-    seen = {file.suffix.lower() for file in path.rglob("*") if file.name[0] != "." and os.path.isfile(file)}
+    seen = {file.suffix.lower() for file in images.walk(path) if file.name[0] != "." and os.path.isfile(file)}
     return sorted(seen - {"", *images.EXTENSIONS})
 
 
@@ -267,7 +297,7 @@ def restore_video(run, path, out, choose):
     """Restore a video frame by frame into the folder `out`; returns the exit status."""
     video = images.Video(path)
     target = images.video_name(out / path.name)
-    if target.exists() and target.samefile(path):
+    if out.resolve() == path.resolve().parent:
         raise UserError(f"--result_path {out}: holds the video to restore; give another folder")
     height, width = video.size
     print(f"data: {path}: a video of {video.frames} frames of {width}x{height}, {video.fps:g} a second")
@@ -326,6 +356,13 @@ def names_of(scene):
     return [f"{density}/{scene.name}" for density in scene.densities] or [scene.name] * len(scene.rainy)
 
 
+def result_file(scene, half, name, source):
+    """Where a restored picture goes, in the folder of the results: without loss where it is scored; others as
+    they came.
+    """
+    return half.path.relative_to(source) if scene.clean is None else Path(f"{name}.png")
+
+
 def view(run, scene, source, gallery, numbers):
     """Restore and save each rainy image of a scene that has a number, and show it; yields the gallery's entry
     of each, whose row has `COLUMNS`.
@@ -339,13 +376,14 @@ def view(run, scene, source, gallery, numbers):
     for picture, half, density, name in zip(pictures, scene.rainy, densities, names_of(scene), strict=True):
         if name not in numbers:
             continue
-        # Scored pictures are saved without loss; others as they came.
-        file = Path(f"{name}.png") if clean is not None else half.path.relative_to(source)
+        file = result_file(scene, half, name, source)
         if file.parts[0] in (FOLDER, MONTAGE):
             raise UserError(f"{half.path}: its result would take the name of the gallery's {file}; rename it")
         start = time.perf_counter()
         restored = run(picture.rgb)
         seconds = time.perf_counter() - start
+        if picture.grey:
+            restored = images.in_grey(restored)
         file = gallery.out / file
         images.save(file, picture._replace(rgb=restored))
         height, width = restored.shape[:2]
@@ -356,10 +394,8 @@ def view(run, scene, source, gallery, numbers):
         yield gallery.add(row, file, picture.rgb, restored, clean, numbers[name])
 
 
-def report(rows, out, facts):
-    """Write results.csv and results.json; of pictures with a truth, result_full.txt, and print the means."""
-    means, lines = summarise(rows, facts) if METRICS[0] in rows[0] else ({}, [])
-    print(*lines, sep="\n", end="\n" if lines else "")
+def report(rows, out, facts, lines):
+    """Write results.csv and results.json and, with the lines that say the means, result_full.txt."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -367,7 +403,7 @@ def report(rows, out, facts):
         values = [row.get(column) for column in COLUMNS]
         writer.writerow(f"{value:.4f}" if isinstance(value, float) else value for value in values)
     images.write_bytes(out / "results.csv", table.getvalue().encode(errors="surrogateescape"))
-    text = json.dumps(_finite({"means": means} | facts), indent=1)
+    text = json.dumps(_finite(facts), indent=1)
     images.write_bytes(out / "results.json", text.encode())
     if lines:
         full = [f"{row['name']}  " + "  ".join(f"{m} {row[m]:.4f}" for m in METRICS) for row in rows]

@@ -85,7 +85,7 @@ def pictures_of(scene, half):
     if half == "clean":
         if clean is None:
             raise UserError(f"{scene.key}: has no clean half; leave --half out")
-        return {scene.name: clean}
+        return {str(scene.clean.path): clean}
     return dict(zip((str(half.path) for half in scene.rainy), rainy, strict=True))
 
 

@@ -94,6 +94,8 @@ def run(main, parser):
         sys.exit(status)
     except (UserError, GenotypeError, CheckpointError) as error:
         sys.exit(_report(parser, f"error: {error}", 2))
+    except KeyboardInterrupt:  # before a run, or in a command that has nothing to save
+        sys.exit(_report(parser, "interrupted", 130))
     except Interrupted as stop:
         sys.exit(_report(parser, str(stop), 130))
     except OSError as error:

@@ -260,6 +260,7 @@ def _legend(page):
 
 def draw_genotype(genotype, path, name, channels=(32, 64, 128, 256)):
     """Write the picture of a genotype; UserError where the file cannot be written."""
+    name = "".join(c if c.isprintable() else "?" for c in name)  # a file's may hold what no XML does
     write_bytes(path, svg(genotype, name, channels).encode())
 
 

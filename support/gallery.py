@@ -181,7 +181,7 @@ def montage(examples: Iterable[Example], path: str | Path, width: int = 480) -> 
 
     Args:
         path: its extension is the format.
-        width: of a column, in pixels; heights follow each example's own proportions.
+        width: of a column, in pixels; heights follow each example's own proportions, up to four times that.
 
     Raises:
         UserError: the file cannot be written.
@@ -193,7 +193,8 @@ def montage(examples: Iterable[Example], path: str | Path, width: int = 480) -> 
     kinds = [kind for kind in LABELS if kind != "truth" or any(e.clean is not None for e in examples)]
     font = ImageFont.load_default(max(10, width / 18))
     line, gap = round(1.6 * font.size), max(2, width // 48)
-    heights = [max(1, round(width * e.rainy.shape[0] / e.rainy.shape[1])) for e in examples]
+    sizes = [_fitting(e.rainy.shape, width) for e in examples]
+    heights = [height for height, _ in sizes]
     below = [line if example.scores else 0 for example in examples]
     size = (
         gap + line + len(kinds) * (width + gap),
@@ -205,7 +206,7 @@ def montage(examples: Iterable[Example], path: str | Path, width: int = 480) -> 
     for kind, left in lefts.items():
         draw.text((left + width / 2, line / 2), LABELS[kind], "black", font, anchor="mm")
     top = line
-    for example, height, under in zip(examples, heights, below, strict=True):
+    for example, (height, own_width), under in zip(examples, sizes, below, strict=True):
         title = Image.new("L", (height, line))  # turned upwards, in the margin
         text = _shorten(example.title, font, height)
         ImageDraw.Draw(title).text((height / 2, line / 2), text, 255, font, anchor="mm")
@@ -214,10 +215,17 @@ def montage(examples: Iterable[Example], path: str | Path, width: int = 480) -> 
         texts = _strip_scores(example.scores) if example.scores else [""] * 3
         for left, picture, text in zip(lefts.values(), pictures, texts, strict=False):
             if picture is not None:
-                canvas.paste(Image.fromarray(_scaled(picture, height, width)), (left, top))
+                middle = left + (width - own_width) // 2
+                canvas.paste(Image.fromarray(_scaled(picture, height, own_width)), (middle, top))
             draw.text((left + width / 2, top + height + under / 2), text, "black", font, anchor="mm")
         top += height + under + gap
     write_image(path, np.asarray(canvas))
+
+
+def _fitting(shape, width):
+    """(height, width) of a picture of that shape in a column: as wide as that, or four times as high."""
+    scale = min(width / shape[1], 4 * width / shape[0])
+    return tuple(max(1, round(scale * side)) for side in shape[:2])
 
 
 def _strip_scores(row):

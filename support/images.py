@@ -16,7 +16,7 @@ import uuid
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,6 +110,11 @@ def save(path: str | Path, picture: Picture, quality: int = 95) -> None:
     write_image(path, image, quality)
 
 
+def in_grey(rgb: np.ndarray) -> np.ndarray:
+    """An HxWx3 picture's colours joined as `save` joins a grey one's, and repeated."""
+    return cv2.cvtColor(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
 def read_image(path: str | Path) -> np.ndarray:
     """Read a picture for training or scoring: HxWx3 uint8 RGB, upright.
 
@@ -173,6 +178,8 @@ def check_folder(folder: str | Path) -> None:
     folder = Path(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder)  # whose name may be too long
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise _cannot_write(folder, error) from error
@@ -192,9 +199,28 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
-    found = folder.rglob("*") if recursive else folder.iterdir()
+    found = walk(folder) if recursive else folder.iterdir()
     images = [p for p in found if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and os.path.isfile(p)]
     return sorted(images, key=lambda p: _natural(p.relative_to(folder).as_posix()))
+
+
+def walk(folder: str | Path) -> Iterator[Path]:
+    """The files in a folder and in all below it, linked ones included, in no order.
+
+    Raises UserError naming a folder that cannot be read.
+    """
+
+    def unreadable(error):
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    above = {str(folder): {os.path.realpath(folder)}}  # the places that a folder was reached through
+    for root, folders, files in os.walk(str(folder), onerror=unreadable, followlinks=True):
+        for name in [*folders]:
+            below, place = os.path.join(root, name), os.path.realpath(os.path.join(root, name))
+            above[below] = above[root] | {place}
+            if place in above[root]:  # a link leads back
+                folders.remove(name)
+        yield from (Path(root, file) for file in files)
 
 
 def _natural(name: str) -> tuple:
@@ -495,6 +521,8 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> N
         raise UserError(f"{path}: cannot be written as a video; choose one of {', '.join(_CODECS)}")
     partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     writer, count = None, 0
+    # MPEG-4 counts time in at most 65,535 parts of a second, OpenCV in thousandths of a frame or coarser.
+    rate = fps if fps < 65 else round(fps, 2) if fps < 650 else round(fps)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -507,7 +535,8 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> N
                     raise EndsEarly(f"{path}: ends early, after {count} frames: the disk is full")
                 if writer is None:
                     code = cv2.VideoWriter_fourcc(*_CODECS[path.suffix.lower()])
-                    writer = cv2.VideoWriter(str(partial), code, fps, frame.shape[1::-1])
+                    with _opencv_silent():
+                        writer = cv2.VideoWriter(str(partial), code, rate, frame.shape[1::-1])
                     if not writer.isOpened():
                         raise OSError("OpenCV has no encoder for it, or the folder cannot be written")
                 writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))

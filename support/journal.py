@@ -34,9 +34,14 @@ class Journal:
         distributed.barrier()  # none writes while others still read
         self.file = self.out / FILES.replace("*", str(distributed.rank()))
 
+    def exists(self):
+        """Whether a run, of whatever key, has put results there."""
+        return any(self.out.glob(FILES))
+
     def add(self, entry, sources):
         """A picture of the gallery is done, its files written. Raises CannotWrite."""
-        line = {"key": self.key, "entry": entry, "result": _stamps([self.out / entry.file])}
+        files = {entry.file, *entry.thumbnails.values(), *entry.shown.values()}
+        line = {"key": self.key, "entry": entry, "result": _stamps(self.out / file for file in sorted(files))}
         text = json.dumps(line | {"sources": _stamps(sources)}, default=str)
         try:
             with open(self.file, "a", encoding="utf-8") as file:
@@ -48,17 +53,24 @@ class Journal:
         """(name, Entry) of each picture whose result is there, and whose files are as they were, in turn: a
         million entries take gigabytes. Of two of one name the last counts.
         """
+        for line in self._lines():
+            stamps = line["sources"] + line["result"]
+            if line["key"] == self.key and stamps == _stamps(path for path, *_ in stamps):
+                entry = _entry(*line["entry"])
+                yield entry.row["name"], entry
+
+    def last_number(self):
+        """The largest number that a picture of the gallery has, whatever it was made of; 0 without one."""
+        return max((_entry(*line["entry"]).number for line in self._lines()), default=0)
+
+    def _lines(self):
         for journal in sorted(self.out.glob(FILES)):
             with open(journal, encoding="utf-8") as lines:
                 for text in lines:
                     try:
-                        line = json.loads(text)
+                        yield json.loads(text)
                     except ValueError:  # the run was killed within this line
                         continue
-                    stamps = line["sources"] + line["result"]
-                    if line["key"] == self.key and stamps == _stamps([path for path, *_ in stamps]):
-                        entry = _entry(*line["entry"])
-                        yield entry.row["name"], entry
 
 
 def _stamps(files):

@@ -61,7 +61,7 @@ def main(args):
     keep_freed_memory()
     device = devices.pick_device(args.device)
     net = load(args.ckt_path, device)
-    rainy = [images.load(path).rgb for path in args.pictures]
+    rainy = [images.read_image(path) for path in args.pictures]
     wholes, whole_seconds = zip(*(timed(net, image, device, tile=0) for image in rainy), strict=True)
     for path, image, seconds in zip(args.pictures, rainy, whole_seconds, strict=True):
         print(f"{path}: {image.shape[1]}x{image.shape[0]}, whole in {seconds:.1f} s")

@@ -62,6 +62,8 @@ def test_either_half_of_pairs_and_every_nth(checkpoints, tmp_path, capsys):
         flags = [tmp_path / "pairs", "--clean_side", "left", "--half", half, "--every", 2]
         _, said = change([*flags, "--ckt_path", checkpoints[1]], capsys)
         assert "2 pictures" in said.out
+    both = [write_pairs(tmp_path / "more", 4), *flags, "--ckt_path", checkpoints[1]]  # of the same names
+    assert "4 pictures" in change(both, capsys)[1].out
     scene = changes.dataset.find(tmp_path / "pairs", "left").scenes[1]
     (clean,) = changes.pictures_of(scene, "clean").values()
     assert np.array_equal(clean, photograph(1))

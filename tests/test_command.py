@@ -93,3 +93,14 @@ def test_a_users_mistake_is_one_line_and_status_2_and_a_stop_130(capsys, monkeyp
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("train.py: ")
         assert line.endswith("bad")
+
+
+def test_ctrl_c_while_a_command_begins_is_one_line(capsys, monkeypatch):
+    def main(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        command.run(main, command.Parser(prog="train.py"))
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "train.py: interrupted\n"

@@ -211,6 +211,9 @@ def test_a_montage_without_truth_has_two_columns_and_pictures_keep_their_proport
     (height, two), (_, three) = image_size(tmp_path / "two.png"), image_size(tmp_path / "three.png")
     assert 120 <= three - two <= 130
     assert 240 < height < 280
+    line = photograph(0, 3000, 1)  # at most four times as high as its column is wide
+    montage([Example("line", line, line)], tmp_path / "line.png", width=120)
+    assert 480 < image_size(tmp_path / "line.png")[0] < 520
     with pytest.raises(ValueError, match="no example"):
         montage([], tmp_path / "none.png")
 

@@ -1,5 +1,6 @@
 """Pictures in and out: what comes in goes back, what is not whole is refused, nothing is left half done."""
 
+import errno
 import io
 import logging
 import os
@@ -492,6 +493,28 @@ def test_list_images_sorts_naturally_and_takes_any_case(tmp_path):
     assert list_images(tmp_path) == [tmp_path / name for name in top]
     everything = [p.relative_to(tmp_path).as_posix() for p in list_images(str(tmp_path), recursive=True)]
     assert everything == [*top, "z/3.Jpg", "z/20.tif"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need rights elsewhere")
+def test_linked_folders_are_listed_and_links_that_lead_back_are_not_followed(tmp_path, monkeypatch):
+    for name in ("here/a.png", "elsewhere/b.png", "elsewhere/c/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "c" / "back").symlink_to(tmp_path / "here")
+    (tmp_path / "here" / "self").symlink_to(tmp_path / "here")
+    found = [p.relative_to(tmp_path / "here").as_posix() for p in list_images(tmp_path / "here", True)]
+    assert found == ["a.png", "link/b.png", "link/c/d.png"]
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("link"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match=r"here/link: cannot be read: Permission denied"):
+        list_images(tmp_path / "here", recursive=True)
 
 
 def test_list_images_of_nothing(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 import model_train
 import test_view
+from support.images import read_image
 from tests.made import ROOT, photograph, torchrun, view, write_network, write_pairs, write_scenes
 
 
@@ -126,6 +127,22 @@ def test_what_has_changed_is_done_again(network, folder, monkeypatch):
     model_train.save(network, "net.pt")
     assert again() == 5
     assert again(flags) == 5
+
+
+def test_two_data_sets_in_one_folder_keep_their_own_pictures_in_the_gallery(folder, monkeypatch):
+    write_pairs(Path("a"), 2)
+    write_pairs(Path("b"), 2, first=50)
+    for i in range(2):
+        Path("b", f"{i}.png").rename(Path("b", f"b{i}.png"))
+    flags = "--clean_side left --result_path out --skip_done --path"
+    assert [view(f"{flags} {name}") for name in "aba"] == [0, 0, 0]
+    truths = re.findall(r"gallery/\d+-truth\.jpg", Path("out", "index.html").read_text())
+    for i, file in enumerate(dict.fromkeys(truths)):
+        assert abs(read_image(Path("out", file)).astype(int) - photograph(i)).mean() < 8  # what JPEG loses
+    shutil.rmtree("out/gallery")
+    restored = count_restored(monkeypatch)
+    assert view(f"{flags} a --montage 1") == 0
+    assert len(restored) == 2 and Path("out", "montage.png").exists()
 
 
 def test_pictures_without_truth_go_on_too(network, folder, monkeypatch):

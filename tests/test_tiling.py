@@ -45,6 +45,13 @@ def test_each_row_is_of_its_own_tiles_and_overlap(picture, capsys):
         assert rows[136, overlap][0] == np.inf and rows[136, overlap][2] == 0  # one tile holds the picture
 
 
+def test_a_picture_of_16_bits_is_measured_in_8(picture, capsys):
+    rows = table(picture, "--tiles 64", capsys)
+    write_image(picture, photograph(0, 96, 136).astype(np.uint16) * 257)
+    same = table(picture, "--tiles 64", capsys)
+    assert [row[:3] for row in same.values()] == [row[:3] for row in rows.values()]
+
+
 def test_the_worst_block_is_found_wherever_it_is():
     a = np.zeros((64, 80, 3), np.uint8)
     b = a.copy()

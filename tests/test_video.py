@@ -28,6 +28,13 @@ def test_a_video_comes_back(tmp_path, suffix):
         assert np.abs(before.astype(int) - after).mean() < 6
 
 
+@pytest.mark.parametrize("rate", [66.667, 119.88, 238.523, 960.1])
+def test_slow_motion_keeps_its_rate_as_nearly_as_the_container_can(tmp_path, rate, capfd):
+    write_video(tmp_path / "v.mp4", frames(3, 16, 16), rate)
+    assert Video(tmp_path / "v.mp4").fps == pytest.approx(rate, rel=2e-4)
+    assert capfd.readouterr().err == ""
+
+
 def test_odd_sizes_gain_a_row_and_a_column(tmp_path):
     write_video(tmp_path / "odd.avi", frames(3, 47, 65), 25)
     assert Video(tmp_path / "odd.avi").size == (48, 66)

@@ -337,6 +337,28 @@ def test_ctrl_c_leaves_tables_of_what_was_done(network, capsys, monkeypatch):
     assert pictures() == {"0.png", "1.png"}
 
 
+def test_ctrl_c_that_ends_the_reader_of_the_output_too_leaves_the_tables(network, monkeypatch):
+    """As under `| tee log.txt`, where nothing can be printed any more."""
+    write_pairs(Path("pairs"), 2)
+    restore, calls = test_view.restore, []
+    read, write = os.pipe()
+    lines = os.fdopen(write, "w", buffering=1)
+
+    def interrupted(*args, **options):
+        calls.append(None)
+        if len(calls) == 2:
+            os.close(read)
+            raise KeyboardInterrupt
+        return restore(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
+        patch.setattr(test_view, "restore", interrupted)
+        patch.setattr(sys, "stdout", lines)
+        view("--path pairs --clean_side left --result_path out --montage")
+    assert list(table()) == ["0"]
+    assert {"results.json", "result_full.txt", "index.html", "montage.png"} <= set(os.listdir("out"))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are no text are Linux's")
 def test_names_that_are_no_text_are_scored_too(network):
     name = os.fsdecode(b"caf\xe9")
@@ -352,6 +374,19 @@ def test_only_bad_files_write_no_results(network):
     Path("photos/a.jpg").write_text("no image")
     assert view("--path photos --result_path out") == 1
     assert not Path("out").exists()
+    write_image("good/b.png", photograph(0))
+    assert view("--path good --result_path out --montage") == 0
+    assert view("--path photos --result_path out") == 1
+    assert pictures() == {"b.png"}
+    assert not {"results.csv", "results.json", "index.html", "montage.png"} & set(os.listdir("out"))
+
+
+def test_a_grey_picture_is_grey_in_the_gallery_too(network):
+    cv2.imwrite("grey.png", photograph(0)[..., 0])
+    assert view("--path grey.png --result_path out") == 0
+    saved, shown = read_image("out/grey.png"), read_image("out/gallery/00001-restored.jpg")
+    assert np.ptp(saved, 2).max() == 0
+    assert np.abs(shown.astype(int) - saved).mean() < 3 and np.ptp(shown, 2).max() <= 2
 
 
 # --- refused before anything is written ---
@@ -362,6 +397,7 @@ def test_only_bad_files_write_no_results(network):
     [
         ("--path nowhere", UserError, "nowhere: no such file or folder"),
         ("--path empty", UserError, "empty: no images"),
+        ("--path=", UserError, "--path: is empty"),
         ("--path pairs --ckt_path gone.pt", CheckpointError, "gone.pt: no such checkpoint"),
         ("--path pairs --ckt_path pairs", CheckpointError, "pairs: not a file"),
         ("--path pairs --ckt_path pairs/0.png", CheckpointError, "pairs/0.png: cannot be read"),
@@ -386,6 +422,8 @@ def test_a_result_folder_that_cannot_be_is_refused_before_any_work(path, monkeyp
     for out in ("file", "file/below"):
         with pytest.raises(UserError, match=f"{out}: cannot be written: Not a directory"):
             view(f"--path {path} --result_path {out}")
+    with pytest.raises(UserError, match="cannot be written: File name too long"):
+        view(f"--path {path} --result_path {'x' * 300}")
 
 
 @pytest.mark.parametrize("path", ["photos", "photos/a.png"])
@@ -401,6 +439,19 @@ def test_results_inside_the_pictures_folder_would_be_restored_again(network):
     with pytest.raises(UserError, match="--result_path photos/out: lies among"):
         view("--path photos --result_path photos/out")
     assert not Path("photos/out").exists()
+    write_image("out/gallery/a.png", photograph(0))
+    with pytest.raises(UserError, match="--result_path out: lies among"):
+        view("--path out/gallery --result_path out")
+
+
+def test_a_file_that_is_no_result_is_not_replaced(network):
+    for name in ("photos/raw/a.png", "photos/a.png"):
+        write_image(name, photograph(len(name)))
+    with pytest.raises(UserError, match=r"--result_path: photos/a\.png is there, and no result"):
+        view("--path photos/raw --result_path photos")
+    assert np.array_equal(read_image("photos/a.png"), photograph(len("photos/a.png")))
+    for _ in range(2):  # but a result is
+        assert view("--path photos/raw --result_path out") == 0
 
 
 def test_the_data_sets_root_stands_for_its_test_set(network):
@@ -536,6 +587,11 @@ def test_a_video_is_restored_frame_by_frame(network, capsys):
     assert "sound is not carried over" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds the video"):
         view("--path film.avi --result_path .")
+    Path("film.avi").rename("film.webm")  # whose result, film.mp4, may be another video
+    with pytest.raises(UserError, match="holds the video"):
+        view("--path film.webm --result_path .")
+    with pytest.raises(UserError, match="--skip_done: is for pictures, and film.webm is a video"):
+        view("--path film.webm --result_path out --skip_done")
 
 
 def test_a_video_that_ends_early_is_reported_with_status_1(network, capsys, monkeypatch):
