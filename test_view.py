@@ -123,7 +123,7 @@ def main(args):
     if args.path is not None and is_demo:
         print(f"that is a demo's, which was hardly trained: --ckt_path {SHIPPED} is better", flush=True)
     device = devices.pick_device(args.device)
-    if args.amp and (why := devices.slow_half(device)):
+    if args.amp and (why := devices.slow_half(device, torch.get_autocast_dtype(device.type))):
         print(f"--amp: {why}", flush=True)
     net = for_inference(model_train.load(checkpoint, device))
     fast = Compiled(net)

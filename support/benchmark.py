@@ -545,6 +545,7 @@ def serve(end, name, options, device, keep, plain, threads):
     milliseconds, until what comes is False.
     """
     torch.set_num_threads(threads)
+    devices.pick_device(str(device))  # graphs are made on the process's own GPU
     if keep:
         keep_freed_memory()
     step = steps(name, options, device, picture_size=PICTURES.get(name))[0 if plain else 1]

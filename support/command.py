@@ -7,6 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from genotypes import GenotypeError
 from losses import SSIM_WINDOW
 from model_train import MAX_CHANNELS, CheckpointError
@@ -96,6 +98,10 @@ def run(main, parser):
         sys.exit(_report(parser, f"error: {error}", 2))
     except KeyboardInterrupt:  # before a run, or in a command that has nothing to save
         sys.exit(_report(parser, "interrupted", 130))
+    except torch.OutOfMemoryError as error:
+        usage, what = parser.format_usage(), str(error).partition(" GPU ")[0]
+        flags = [flag for flag in ("--accumulate", "--batch_size", "--amp", "--tile") if flag in usage]
+        sys.exit(_report(parser, f"error: {what} To need less, see {', '.join(flags) or '--help'}", 2))
     except Interrupted as stop:
         sys.exit(_report(parser, str(stop), 130))
     except OSError as error:

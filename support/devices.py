@@ -49,8 +49,12 @@ def autocast(device, amp):
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
-def slow_half(device):
-    """Why --amp makes a network slower on the device; None where it is not known to."""
+def slow_half(device, kind=torch.bfloat16):
+    """Why --amp, in half precision of a kind, makes a network slower on the device; None where it is not
+    known to.
+    """
+    if device.type == "cuda" and kind == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+        return "this GPU is older than bfloat16, which is slower than float32 on it; leave it out"
     x86 = platform.machine() in ("x86_64", "AMD64")
     if device.type != "cpu" or not x86 or torch.backends.cpu.get_cpu_capability() == "AVX512":
         return None

@@ -322,7 +322,8 @@ class Experiment:
                 f"--accumulate {parts}; make it a multiple of {processes * parts}"
             )
         if self.args.sync_bn and self.device.type != "cuda":
-            raise UserError(f"--sync_bn: works on CUDA alone, not on {self.device.type}; leave it out")
+            what = "leave it out" if self.args.resume is None else "resume it where there is CUDA"
+            raise UserError(f"--sync_bn: works on CUDA alone, not on {self.device.type}; {what}")
 
     def start(self, **parts):
         """Open the folder, log and TensorBoard, and track `parts`, whose state_dict is saved and loaded.
@@ -458,6 +459,8 @@ class Experiment:
             return
         if self.kind == "eval" and self.device.type == "cpu":
             why = "a training step is slower compiled on a CPU"
+        elif self.args.sync_bn and distributed.size() > 1:
+            why = "--sync_bn would cut the network into pieces at each BatchNorm"
         elif self.kind == "search" and self.records() and not self.args.unrolled:
             why = "a search step that is a CUDA graph is slower compiled"
         else:
@@ -689,6 +692,7 @@ class Experiment:
     def save(self):
         """Write last.pt: all that continuing needs, in plain tensors, numbers and text. Rank 0 does."""
         if not distributed.is_main():
+            self.saved = self.step
             return
         last, previous = (self.folder / file for file in STATES)
         scenes = self.scenes or {}

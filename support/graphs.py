@@ -17,7 +17,8 @@ class Recorded:
         else it reads stays where it is in memory, as weights do, or is told by `constants`. It does not wait
         for the GPU.
     changed: tensors that it changes in place, as BatchNorm's statistics.
-    constants: constants() -> hashable: what else the function depends on, as the epoch's losses.
+    constants: constants() -> hashable: what else the function depends on, as the epoch's losses. What was
+        recorded before it changed is let go.
     """
 
     def __init__(self, function, changed=(), constants=lambda: None):
@@ -30,6 +31,9 @@ class Recorded:
     def __call__(self, batch):
         key = batch.rainy.shape, batch.clean.shape, self.constants()
         if key not in self.graphs:
+            if any(constants != key[-1] for *_, constants in self.graphs):
+                self.graphs.clear()  # they keep the memory of a step, and recording takes that of another
+                self.pool = None
             self.graphs[key] = self.record(batch)
         graph, own, outputs = self.graphs[key]
         for mine, given in zip(own[:3], batch[:3], strict=True):
@@ -77,6 +81,8 @@ class Backward:
 
     def __call__(self, batch):
         if self.recorded:
+            for weight in self.weights:
+                weight.grad = None  # it would keep the memory of a graph that is let go
             loss, gradients = self.recorded(batch)
             for weight, gradient in zip(self.weights, gradients, strict=True):
                 weight.grad = gradient

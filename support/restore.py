@@ -21,6 +21,10 @@ ENSEMBLES = (0, 4, 8)
 log = logging.getLogger(__name__)
 
 
+class NotFinite(UserError):
+    """A network's output that is no picture."""
+
+
 def restore(
     net: nn.Module,
     image: np.ndarray,
@@ -28,7 +32,7 @@ def restore(
     tile: int | None = None,
     overlap: int = OVERLAP,
     self_ensemble: int = 0,
-    amp: bool = False,
+    amp: bool | torch.dtype = False,
 ) -> np.ndarray:
     """Restore one picture.
 
@@ -44,13 +48,13 @@ def restore(
             it nearest to a tile's cut edge is thrown away; seams are blended linearly over the middle half.
         self_ensemble: 4: average over the 4 flips, in which rain still falls upright; 8: over all 8 flips and
             rotations (Timofte et al., CVPR 2016), for a network trained on quarter turns too; 0: neither.
-        amp: automatic mixed precision: float16 on CUDA, bfloat16 on a CPU.
+        amp: automatic mixed precision: float16 on CUDA, bfloat16 on a CPU, or of this type.
 
     Returns:
         the output, clamped to [0, 1] and rounded to the bits of `image`: same shape and type.
 
     Raises:
-        UserError: a tile or overlap that is not allowed; a network whose output is not finite.
+        UserError: a tile or overlap that is not allowed; NotFinite for a network whose output is not finite.
         ValueError: `image` is anything else, or `net` is in training mode.
         torch.cuda.OutOfMemoryError: not even tiles of `SMALLEST_TILE` fit.
     """
@@ -164,14 +168,16 @@ def _windows(length: int, tile: int, overlap: int) -> list[tuple[int, np.ndarray
 
 
 @torch.inference_mode()
-def _forward(net: nn.Module, patch: np.ndarray, device: torch.device, self_ensemble: int, amp: bool):
+def _forward(
+    net: nn.Module, patch: np.ndarray, device: torch.device, self_ensemble: int, amp: bool | torch.dtype
+):
     """HxWx3 uint8 or uint16 to HxWx3 float32 in [0, 1]."""
     x = torch.from_numpy(patch.astype(np.float32) / np.iinfo(patch.dtype).max)
     x = x.to(device).permute(2, 0, 1)[None]  # channels last in memory, as it comes
-    with torch.autocast(device.type, enabled=amp):
+    with torch.autocast(device.type, amp if isinstance(amp, torch.dtype) else None, enabled=bool(amp)):
         y = _mean_of(self_ensemble, net, x) if self_ensemble else net(x).float()
     if not torch.isfinite(y).all():
-        raise UserError("the network's output is not finite; run it without --amp, or check its checkpoint")
+        raise NotFinite("the network's output is not finite; run it without --amp, or check its checkpoint")
     return y.clamp(0, 1)[0].permute(1, 2, 0).cpu().numpy()
 
 

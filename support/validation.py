@@ -6,7 +6,7 @@ import dataset
 from losses import external, ssim
 from support.devices import autocast
 from support.errors import UserError
-from support.restore import WHOLE_PIXELS, restore
+from support.restore import WHOLE_PIXELS, NotFinite, restore
 
 
 def validate(net, scenes, device):
@@ -56,9 +56,14 @@ def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
 
 
 def output(net, image, device, amp):
-    """1x3xHxW of a 3xHxW image in [0, 1]; of a large one in tiles, rounded to 8 bits and on the CPU."""
+    """1x3xHxW of a 3xHxW image in [0, 1]; of a large one in tiles, rounded to 8 bits and on the CPU, and all
+    of it NaN where some is not finite.
+    """
     if image[0].numel() > WHOLE_PIXELS:
         picture = (image * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-        return dataset.to_tensor(restore(net, picture, device, amp=amp)[None])
+        try:
+            return dataset.to_tensor(restore(net, picture, device, amp=amp and torch.bfloat16)[None])
+        except NotFinite:
+            return torch.full_like(image, torch.nan)[None]
     with autocast(device, amp):
         return net(image[None].to(device)).float()

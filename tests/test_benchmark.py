@@ -160,6 +160,15 @@ def test_a_form_that_computes_something_else_gives_exit_status_1(capsys, monkeyp
         assert json.loads(capsys.readouterr().out)[0]["name"] == name
 
 
+def test_a_process_of_its_own_records_its_graphs_on_the_gpu_that_is_asked_for(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(benchmark.devices, "pick_device", chosen.append)
+    monkeypatch.setattr(benchmark, "steps", lambda *args, **options: chosen * 2)
+    with pytest.raises(TypeError, match="'str' object is not callable"):  # the step is what was chosen before
+        benchmark.serve(None, "training_step", None, torch.device("cuda:1"), False, False, 1)
+    assert chosen == ["cuda:1"]
+
+
 class Nothing:
     """A process that answers 1 to whatever it is asked, and its pipe."""
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import test_view
 import train_model_batch
@@ -93,6 +94,24 @@ def test_a_users_mistake_is_one_line_and_status_2_and_a_stop_130(capsys, monkeyp
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("train.py: ")
         assert line.endswith("bad")
+
+
+def test_a_gpu_without_memory_is_one_line_that_names_what_needs_less(capsys, monkeypatch):
+    def main(args):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total\nof 8"
+        )
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    parser = command.Parser(prog="train.py")
+    parser.add_argument("--batch_size")
+    with pytest.raises(SystemExit) as stop:
+        command.run(main, parser)
+    assert stop.value.code == 2
+    expected = (
+        "train.py: error: CUDA out of memory. Tried to allocate 2.00 GiB. To need less, see --batch_size\n"
+    )
+    assert capsys.readouterr().err == expected
 
 
 def test_ctrl_c_while_a_command_begins_is_one_line(capsys, monkeypatch):

@@ -237,20 +237,22 @@ def test_a_search_without_a_compiler_says_so_and_goes_on(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "records", "unrolled", "said"),
+    ("kind", "records", "unrolled", "sync_bn", "said"),
     [
-        ("search", True, False, "CUDA graph is slower compiled"),
-        ("search", True, True, ""),  # an unrolled step is no graph
-        ("search", False, False, ""),
-        ("eval", True, False, ""),
+        ("search", True, False, False, "CUDA graph is slower compiled"),
+        ("search", True, True, False, ""),  # an unrolled step is no graph
+        ("search", False, False, False, ""),
+        ("eval", True, False, False, ""),
+        ("eval", False, False, True, "--sync_bn would cut the network into pieces"),
     ],
 )
-def test_on_a_gpu_what_gains_by_it_is_compiled(kind, records, unrolled, said, monkeypatch, caplog):
+def test_on_a_gpu_what_gains_by_it_is_compiled(kind, records, unrolled, sync_bn, said, monkeypatch, caplog):
     compiled, net = [], nn.Identity()
     monkeypatch.setattr(experiment, "no_compiler", lambda device: None)
     monkeypatch.setattr(experiment, "compile_edges", lambda net: compiled.append(("search", net)))
     monkeypatch.setattr(experiment, "compile_network", lambda net: compiled.append(("eval", net)))
-    args = SimpleNamespace(compile=True, unrolled=unrolled)
+    monkeypatch.setattr(experiment.distributed, "size", lambda: 2 if sync_bn else 1)
+    args = SimpleNamespace(compile=True, unrolled=unrolled, sync_bn=sync_bn)
     run = SimpleNamespace(kind=kind, device=torch.device("cuda"), args=args)
     run.records = lambda: records
     experiment.Experiment.compile(run, net)

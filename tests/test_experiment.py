@@ -653,3 +653,18 @@ def test_a_full_disk_while_logging_is_one_line_too(folder, full, monkeypatch, ca
     assert "cannot be written: File too large; " in line
     assert line.endswith(" bytes are free")
     assert f"run/{full}" in line
+
+
+def test_a_rank_that_does_not_write_knows_of_which_step_the_state_is(monkeypatch):
+    """Else two ranks name two of them where --max_bad_steps ends a run."""
+    monkeypatch.setattr(experiment.distributed, "is_main", lambda: False)
+    run = SimpleNamespace(step=3, saved=0)
+    Experiment.save(run)
+    assert run.saved == 3
+
+
+@pytest.mark.parametrize("resume, words", [(None, "leave it out"), ("run", "resume it where there is CUDA")])
+def test_sync_bn_is_for_cuda_and_a_resumed_run_cannot_leave_it_out(resume, words):
+    args = SimpleNamespace(sync_bn=True, resume=resume, accumulate=1, batch_size=1)
+    with pytest.raises(UserError, match=f"--sync_bn: works on CUDA alone, not on cpu; {words}"):
+        Experiment._check_division(SimpleNamespace(args=args, device=torch.device("cpu")))

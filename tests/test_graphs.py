@@ -109,6 +109,29 @@ def test_what_the_caller_says_changes_is_recorded_anew():
     assert double(batch).item() == pytest.approx(2 * batch.clean.sum().item())
 
 
+def test_when_what_a_step_depends_on_changes_old_graphs_are_let_go_before_one_is_recorded(monkeypatch):
+    """Else the memory of two steps would be needed, in the sixth epoch of a run. Of another shape they stay."""
+    constants, seen = ["first"], []
+
+    def record(self, batch):
+        seen.append((len(self.graphs), self.pool))
+        self.pool = "of a graph"
+        return SimpleNamespace(replay=lambda: None), batch, (batch.clean.sum(), [batch.clean[0, 0, 0]])
+
+    monkeypatch.setattr(Recorded, "record", record)
+    weight = torch.zeros(16)
+    backward = Backward(None, [weight], None, recorded=True, constants=lambda: constants[0])
+    for scenes in (2, 3, 2):
+        backward(batch_of(scenes))
+    assert seen == [(0, None), (1, "of a graph")] and weight.grad is not None
+    constants[0] = "second"
+    monkeypatch.setattr(
+        Recorded, "record", lambda self, batch: seen.append(weight.grad) or record(self, batch)
+    )
+    backward(batch_of(2))
+    assert seen[2:] == [None, (0, None)]
+
+
 @cuda
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_with_graphs_logs_the_losses_of_one_without(name, folder, monkeypatch):

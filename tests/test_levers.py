@@ -95,7 +95,14 @@ def test_that_bfloat16_is_slow_on_a_processor_is_said_where_it_is_asked_for(
     assert ("--amp: this processor has no AVX-512" in capsys.readouterr().out) == slow
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert devices.slow_half(torch.device("cpu")) is None
-    assert devices.slow_half(torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("capability, slow", [((7, 5), True), ((8, 0), False), ((9, 0), False)])
+def test_that_bfloat16_is_slow_on_an_old_gpu_is_said_and_float16_is_not(monkeypatch, capability, slow):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda = torch.device("cuda")
+    assert bool(devices.slow_half(cuda)) == slow
+    assert devices.slow_half(cuda, torch.float16) is None
 
 
 def test_that_bfloat16_is_slow_on_a_processor_is_in_the_log_of_a_run(trained, monkeypatch):

@@ -223,6 +223,8 @@ def test_amp_computes_in_half_precision():
     image = picture(32, 32)
     full, half = restore(net, image), restore(net, image, amp=True)
     assert seen == [torch.float32, torch.bfloat16]
+    restore(net, image, amp=torch.float16)
+    assert seen[2:] == [torch.float16]
     assert half.dtype == np.uint8 and apart(full, half) <= 4
 
 

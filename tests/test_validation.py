@@ -54,6 +54,27 @@ def test_large_pictures_go_through_in_tiles_as_they_do_in_test_view(folder, monk
     assert loss.item() == pytest.approx(1 - similarity.item() + 10 ** (-psnr.item() / 10), abs=1e-4)
 
 
+def test_what_is_not_finite_has_no_score_and_ends_no_run_whatever_the_size(folder, monkeypatch):
+    """And half precision is that of the training, in tiles too."""
+    kinds, autocast = [], torch.autocast
+
+    def noted(device, dtype=None, enabled=True):
+        kinds.append((dtype, enabled))
+        return autocast(device, dtype, enabled)
+
+    for module in (support.restore, support.validation):
+        monkeypatch.setattr(module, "WHOLE_PIXELS", 9000)
+    write_pairs(Path("pairs"), 1, "right")
+    write_image("large/0.png", np.hstack([photograph(1, 150, 130), photograph(0, 150, 130)]))
+    scenes = [scene for name in ("pairs", "large") for scene in dataset.find(name, "right").scenes]
+    net = Restoring().eval()
+    torch.nn.init.constant_(net.norm.bias, torch.nan)
+    monkeypatch.setattr(torch, "autocast", noted)
+    measured, _ = measure(net, scenes, torch.device("cpu"), amp=True)
+    assert all(value.isnan().all() for of_scene in measured for value in of_scene)
+    assert set(kinds) == {(torch.bfloat16, True)} and len(measured) == 2
+
+
 def test_validation_agrees_with_the_scores_of_saved_pictures(folder):
     for i in range(2):
         clean = photograph(i, 37, 50)
