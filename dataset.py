@@ -103,8 +103,8 @@ def find(path, clean_side=None):
         return _flat(path.parent, [path], clean_side)
     if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
         raise UserError(f"{path}: neither a picture nor a folder that can be read")
-    if density_folders := _density_folders(path):
-        return _densities(path, density_folders, clean_side or "right")
+    if by_density := density_folders(path):
+        return _densities(path, by_density, clean_side or "right")
     rainy = [child for child in _folders(path) if child.name.lower() in RAINY_FOLDERS]
     clean = [child for child in _folders(path) if child.name.lower() in CLEAN_FOLDERS]
     if rainy and clean:
@@ -137,7 +137,7 @@ def find_training(paths, clean_sides=()):
         root = Path(path)
         if os.path.isdir(root / TRAINING):
             root = root / TRAINING
-        if one_for_all and _density_folders(root):
+        if one_for_all and density_folders(root):
             side = None  # it is for the folders that need one, and DID-MDN's sides are known
         found = find(root, side)
         if found.unpaired:
@@ -155,13 +155,15 @@ def find_training(paths, clean_sides=()):
 
 
 def _folders(path):
-    return [child for child in path.iterdir() if child.is_dir()]
+    return [child for child in path.iterdir() if os.path.isdir(child)]
 
 
-def _density_folders(path):
+def density_folders(path):
+    """{density: folder of its images} of a folder in DID-MDN's training layout, else {}."""
     folders = {density: path / f"Rain_{density}" for density in DENSITIES}
     inner = {density: folder / "train2018new" for density, folder in folders.items()}
-    return {d: inner[d] if inner[d].is_dir() else folders[d] for d in DENSITIES if folders[d].is_dir()}
+    is_dir = os.path.isdir  # of what may not be looked into False, where pathlib raises
+    return {d: inner[d] if is_dir(inner[d]) else folders[d] for d in DENSITIES if is_dir(folders[d])}
 
 
 def _densities(path, folders, side):
@@ -319,7 +321,9 @@ def split(scenes, seed=0):
     backgrounds.
     """
     keys = background_keys(scenes)
-    order = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    order = sorted(
+        set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode(errors="surrogateescape")).digest()
+    )
     if len(order) < len(PARTS):
         raise UserError(f"--data: {len(order)} different backgrounds found; the three parts need at least 3")
     validation = max(1, round(PARTS["validation"] * len(order)))

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from dataset import DENSITIES, SIDES, Half, Scene, cut, find, same_pictures, thumbnail
+from dataset import DENSITIES, SIDES, Half, Scene, cut, density_folders, find, same_pictures, thumbnail
 from losses import SSIM_WINDOW
 from support.command import Parser
 from support.errors import UserError
@@ -329,7 +329,7 @@ def get_args_parser():
         nargs="+",
         default=[],
         choices=SIDES,
-        help="the clean half of side-by-side files: one for all folders, or one a folder",
+        help="the clean half of side-by-side files: one for all folders but DID-MDN's own, or one a folder",
     )
     return parser
 
@@ -342,8 +342,11 @@ def main(args):
         raise UserError(
             f"--clean_side: {len(sides)} given for {len(given)} folder; give one, or one a folder"
         )
+    one_for_all = len(given) > 1 == len(sides)
     sides *= len(given) // len(sides)
     folders = [(part, side) for path, side in zip(given, sides, strict=True) for part in parts(path)]
+    if one_for_all:  # that need one; DID-MDN's own sides are known
+        folders = [(part, None if _is_did_mdn(part) else side) for part, side in folders]
     found = [find(folder, side) for folder, side in folders]  # all, before any takes its time
     checked, wrong = [], 0
     for (folder, _), what in zip(folders, found, strict=True):
@@ -362,6 +365,10 @@ def main(args):
 def parts(path):
     """The folders that `path` stands for: DID-MDN's two where it holds them, training first."""
     return [Path(path, name) for name in DID_MDN if Path(path, name).is_dir()] or [Path(path)]
+
+
+def _is_did_mdn(folder):
+    return folder.name in DID_MDN or bool(density_folders(folder))
 
 
 def report(title, findings):

@@ -12,6 +12,7 @@ import re
 import shutil
 import struct
 import tempfile
+import threading
 import uuid
 import warnings
 import zlib
@@ -33,7 +34,8 @@ VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".mpeg", ".w
 _CODECS = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}
 
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # as Pillow names them
-_WIDTH, _HEIGHT, _BITS, _ORIENTATION = 256, 257, 258, 274  # numbers of the tags in TIFF and EXIF
+# Numbers of the tags in TIFF and EXIF.
+_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _PLANES = 256, 257, 258, 262, 274, 277, 284
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # those that carry no segment are left out
 _JPEG_END = re.compile(rb"\xff[^\x00\x01\xff]")  # of coded pixels: a restart, or any other marker
 _whole_jpegs = set()  # length and checksum of those seen to be whole
@@ -67,6 +69,7 @@ class _Header(NamedTuple):
     bits: int | None  # a channel; of TIFF only
     size: tuple[int, int]  # height, width, upright
     orientation: int  # 1 to 8; 1 is upright
+    odd: bool  # a TIFF with white as zero, or a plane a colour: where they have 16 bits, OpenCV misreads them
     frames: int  # pages of a TIFF, frames of an animation; what else a JPEG file may hold does not count
 
 
@@ -193,32 +196,43 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
 def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     """The image files of a folder, told by extension, in natural order of relative path: 2.png before 10.png.
 
-    Hidden files are left out: they are other systems' side files or an interrupted run's. May be empty.
-    Raises UserError if `folder` is not a folder.
+    Hidden files and folders are left out: they are other systems' side files, thumbnails, or an interrupted
+    run's. May be empty. Raises UserError if `folder` is not a folder, or one cannot be read.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
-    found = walk(folder) if recursive else folder.iterdir()
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: {'is not a folder' if os.path.exists(folder) else 'no such folder'}")
+    found = walk(folder) if recursive else (folder / name for name in _names_in(folder))
     images = [p for p in found if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and os.path.isfile(p)]
     return sorted(images, key=lambda p: _natural(p.relative_to(folder).as_posix()))
 
 
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise _cannot_read(error) from None
+
+
+def _cannot_read(error: OSError) -> UserError:
+    return UserError(f"{error.filename}: cannot be read: {error.strerror}")
+
+
 def walk(folder: str | Path) -> Iterator[Path]:
-    """The files in a folder and in all below it, linked ones included, in no order.
+    """The files in a folder and in all below it that are not hidden, linked ones included, in no order.
 
     Raises UserError naming a folder that cannot be read.
     """
 
     def unreadable(error):
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
+        raise _cannot_read(error)
 
     above = {str(folder): {os.path.realpath(folder)}}  # the places that a folder was reached through
     for root, folders, files in os.walk(str(folder), onerror=unreadable, followlinks=True):
         for name in [*folders]:
             below, place = os.path.join(root, name), os.path.realpath(os.path.join(root, name))
             above[below] = above[root] | {place}
-            if place in above[root]:  # a link leads back
+            if name[0] == "." or place in above[root]:  # a link leads back
                 folders.remove(name)
         yield from (Path(root, file) for file in files)
 
@@ -266,6 +280,7 @@ def _parse_header(image: Image.Image) -> _Header:
         bits=tags.get(_BITS, (1,))[0] if tiff else None,
         size=(width, height) if orientation >= 5 else (height, width),
         orientation=orientation,
+        odd=tiff and (tags.get(_PHOTOMETRIC) == 0 or (tags.get(_PLANES) == 2 and tags.get(_SAMPLES, 1) > 1)),
         frames=1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1),
     )
 
@@ -320,10 +335,15 @@ def _decode(path: str | Path, data: bytes, header: _Header) -> np.ndarray:
         # OpenCV leaves strips that are damaged black, without a word; it multiplies such a file's colours by
         # its alpha, drops grey's alpha, and makes up CMYK's.
         return _decode_with_pillow(path, data)
+    if header.odd:
+        raise UserError(
+            f"{path}: a {header.bits}-bit TIFF with white as zero, or a plane for each colour, is not read; "
+            f"convert it"
+        )
     if header.format == "JPEG":
         _check_coded_pixels(path, data)
     try:
-        with _opencv_silent():
+        with _quiet:
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
         raise UserError(f"{path}: is truncated or damaged ({str(error).splitlines()[0]})") from error
@@ -389,22 +409,47 @@ def _decode_with_pillow(path: str | Path, data: bytes) -> np.ndarray:
 def _pillow(path: str | Path):
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound is below large cameras' pictures; ours takes its place
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damage that matters, an error tells
+        with _quiet:
             yield
     except Exception as error:  # Pillow's parsers raise whatever a damaged file leads them to
         raise UserError(f"{path}: is no JPEG, PNG, BMP, TIFF or WebP image, or is damaged") from error
 
 
 @contextmanager
-def _opencv_silent():
+def _no_words():
+    """Neither Pillow nor OpenCV speaks of files: of damage that matters, an error tells."""
     logger = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # moved in OpenCV 5
     level = logger.getLogLevel()
-    logger.setLogLevel(0)  # it prints about files that we report
+    logger.setLogLevel(0)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLogLevel(level)
+
+
+class _Shared:
+    """A context of the whole process, which the first thread enters and the last one leaves."""
+
+    def __init__(self, make):
+        self.make, self.users, self.lock = make, 0, threading.Lock()
+
+    def __enter__(self):
+        with self.lock:
+            if not self.users:
+                self.context = self.make()
+                self.context.__enter__()
+            self.users += 1
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                self.context.__exit__(None, None, None)
+
+
+_quiet = _Shared(_no_words)
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -436,7 +481,7 @@ def _encode(path: Path, image: np.ndarray, quality: int) -> bytes:
         image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR if channels == 3 else cv2.COLOR_RGBA2BGRA)
     flags = [_QUALITY[suffix], quality] if suffix in _QUALITY else []
     try:
-        with _opencv_silent():
+        with _quiet:
             done, encoded = cv2.imencode(suffix, image, flags)
     except cv2.error:
         done = False
@@ -469,7 +514,7 @@ class Video:
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such file")
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong with a file, we say
-        with _opencv_silent():
+        with _quiet:
             self.capture = cv2.VideoCapture(str(path))
         self.fps = self.capture.get(cv2.CAP_PROP_FPS)
         self.frames = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))
@@ -486,7 +531,7 @@ class Video:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         count = 0
-        with _opencv_silent():
+        with _quiet:
             while True:
                 found, frame = self.capture.read()
                 if not found:
@@ -535,7 +580,7 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> N
                     raise EndsEarly(f"{path}: ends early, after {count} frames: the disk is full")
                 if writer is None:
                     code = cv2.VideoWriter_fourcc(*_CODECS[path.suffix.lower()])
-                    with _opencv_silent():
+                    with _quiet:
                         writer = cv2.VideoWriter(str(partial), code, rate, frame.shape[1::-1])
                     if not writer.isOpened():
                         raise OSError("OpenCV has no encoder for it, or the folder cannot be written")
@@ -558,6 +603,7 @@ def _keep(writer, partial, path, count):
         capture, written = cv2.VideoCapture(str(partial)), 0
         while capture.grab():
             written += 1
+        capture.release()  # else Windows does not rename it
         if written != count:
             raise OSError(f"of {count} frames the file holds {written}; the disk may be full")
         os.replace(partial, path)

@@ -327,7 +327,7 @@ def write_scenes(
 
 def _own_rng(seed, name):
     # Seeded by the name, not drawn from one stream: a scene is the same whatever else is in the folder.
-    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return np.random.default_rng([seed, zlib.crc32(name.encode(errors="surrogateescape"))])
 
 
 def _write_scene(scene, clean, out, name, is_test=False) -> None:

@@ -232,6 +232,13 @@ def test_the_wrong_side_is_one_line_that_says_what_to_give(tmp_path, run, given,
     assert f"give --clean_side {right}" in line
 
 
+def test_one_side_is_for_the_folders_but_did_mdns_own(tmp_path, run):
+    write_scenes(tmp_path / "scenes", 6)
+    pairs = write_pairs(tmp_path / "pairs", 4, clean_side="left", first=50)
+    status, report = run(tmp_path / "scenes", pairs, "--clean_side", "left")
+    assert status == 0 and "no background of" in report
+
+
 def test_the_wrong_side_of_scenes_is_one_line(tmp_path, run):
     status, report = run(write_scenes(tmp_path, 4), "--clean_side", "left")
     assert status == 1

@@ -859,3 +859,12 @@ def test_spread_takes_its_scenes_from_every_mixed_folder():
     scenes = [*range(10), *range(100, 105)]
     assert dataset.spread(scenes, 3) == [0, 5, 100]
     assert dataset.spread(scenes) == dataset.spread(scenes, 99) == scenes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no text are Linux's")
+def test_names_that_are_no_text_are_split_and_trained_on(tmp_path):
+    write_pairs(tmp_path, 3)
+    (tmp_path / "1.png").rename(tmp_path / os.fsdecode(b"\xe9t\xe9.png"))
+    parts = dataset.split(dataset.find_training([tmp_path], ["left"]))
+    names = [scene.name for part in parts.values() for scene in part]
+    assert sorted(os.fsencode(name) for name in names) == [b"0", b"2", b"\xe9t\xe9"]

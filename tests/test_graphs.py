@@ -110,7 +110,7 @@ def test_what_the_caller_says_changes_is_recorded_anew():
 
 
 def test_when_what_a_step_depends_on_changes_old_graphs_are_let_go_before_one_is_recorded(monkeypatch):
-    """Else the memory of two steps would be needed, in the sixth epoch of a run. Of another shape they stay."""
+    """Else the sixth epoch of a run would need the memory of two steps. Those of another shape stay."""
     constants, seen = ["first"], []
 
     def record(self, batch):

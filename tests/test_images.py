@@ -6,7 +6,9 @@ import logging
 import os
 import struct
 import sys
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -399,6 +401,49 @@ def test_floating_point_samples_are_refused(tmp_path):
     refused(tmp_path / "x.tif", "float32", readers=(load, read_image))
 
 
+@pytest.mark.parametrize("tag, value", [("photometric", 0), ("planarconfig", 2)])
+def test_16_bit_tiffs_that_opencv_misreads_are_refused(tmp_path, tag, value):
+    """White as zero came out as a negative, planes of colours as three small pictures."""
+    path, picture = tmp_path / "x.tif", smooth(dtype=np.uint16)
+    write_tiff(path, picture[..., 0])
+    assert np.array_equal(load(path).rgb[..., 0], picture[..., 0])
+    samples = picture.transpose(2, 0, 1) if tag == "planarconfig" else picture[..., 0]
+    write_tiff(path, samples, **{tag: value})
+    with pytest.raises(UserError, match=r"x\.tif: a 16-bit TIFF with white as zero, or a plane"):
+        load(path)
+
+
+def write_tiff(path, samples, photometric=None, planarconfig=1):
+    """HxW or, in planes, 3xHxW uint16 samples, one strip a plane."""
+    planes = samples[None] if samples.ndim == 2 else samples
+    count, height, width = planes.shape
+    if photometric is None:
+        photometric = 1 if count == 1 else 2
+    size = planes[0].nbytes
+    tables = (
+        8 + 2 + 12 * 10 + 4
+    )  # after ten entries: offsets and sizes of the strips, and bits of the samples
+    offsets = [tables + 10 * count + i * size for i in range(count)]
+    entries = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, count, tables + 8 * count), (259, 3, 1, 1)]
+    entries += [(262, 3, 1, photometric), (273, 4, count, tables), (277, 3, 1, count), (278, 3, 1, height)]
+    entries += [(279, 4, count, tables + 4 * count), (284, 3, 1, planarconfig)]
+    if count == 1:  # such values stand in the entries themselves
+        values = {258: 16, 273: offsets[0], 279: size}
+        entries = [(tag, kind, number, values.get(tag, value)) for tag, kind, number, value in entries]
+    directory = struct.pack("<H", 10) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    after = struct.pack(f"<{2 * count}I{count}H", *offsets, *[size] * count, *[16] * count)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8) + directory + after + planes.tobytes())
+
+
+def test_what_threads_read_at_once_leaves_warnings_and_opencv_as_they_were(tmp_path):
+    write_image(tmp_path / "x.png", np.zeros((16, 16, 3), np.uint8))
+    logger = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging
+    before = logger.getLogLevel(), list(warnings.filters)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(image_size, [tmp_path / "x.png"] * 2000))
+    assert (logger.getLogLevel(), list(warnings.filters)) == before
+
+
 def test_the_log_level_of_opencv_is_left_as_it_was(tmp_path):
     logger = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging
     before = logger.getLogLevel()
@@ -489,6 +534,8 @@ def test_list_images_sorts_naturally_and_takes_any_case(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / ".thumbnails").mkdir()
+    (tmp_path / ".thumbnails" / "1.png").touch()
     top = ["1.jpeg", "2.PNG", "10.png", "img2.TIFF", "img2b.bmp", "img12.webp"]
     assert list_images(tmp_path) == [tmp_path / name for name in top]
     everything = [p.relative_to(tmp_path).as_posix() for p in list_images(str(tmp_path), recursive=True)]
@@ -515,6 +562,9 @@ def test_linked_folders_are_listed_and_links_that_lead_back_are_not_followed(tmp
     monkeypatch.setattr(os, "scandir", closed)
     with pytest.raises(UserError, match=r"here/link: cannot be read: Permission denied"):
         list_images(tmp_path / "here", recursive=True)
+    monkeypatch.setattr(os, "listdir", lambda path: scandir(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"none: cannot be read: No such file"):
+        list_images(tmp_path / "here")
 
 
 def test_list_images_of_nothing(tmp_path):

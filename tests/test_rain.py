@@ -1,5 +1,6 @@
 """Synthetic rain: its statistics and its files' layout are those of DID-MDN, and a seed repeats it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -336,6 +337,14 @@ def test_pairs_are_rain_left_and_the_same_clean_image_right(photographs, tmp_pat
         assert np.array_equal(pair[:, 97:], pairs[0][:, 97:])
     means = [pair[:, :96].mean() for pair in pairs]
     assert means[0] > means[1] > means[2] > clean.mean()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no text are Linux's")
+def test_names_that_are_no_text_have_rain_too(photographs, tmp_path):
+    name = os.fsdecode(b"\xe9t\xe9")
+    (photographs / "third.jpg").rename(photographs / f"{name}.jpg")
+    assert write_scenes([photographs / f"{name}.jpg"], tmp_path / "out") == []
+    assert len(list((tmp_path / "out").rglob(f"{name}.jpg"))) == 3
 
 
 def test_a_scene_depends_on_its_name_and_the_seed_alone(photographs, tmp_path):
