@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from support import command
 from support.errors import UserError
-from support.images import list_images, read_image, write_image
+from support.images import list_images, read_image, write_bytes, write_image
 
 LEVELS = ("Heavy", "Medium", "Light")
 JPEG_QUALITY = 75  # DID-MDN's, by the quantisation tables of its files
@@ -373,6 +373,7 @@ _DEMO_TRAINING = ("astronaut.png", "motorcycle_left.png", "rocket.jpg", "camera.
 _DEMO_TRAINING += ("brick.png", "grass.png", "gravel.png")
 _DEMO_TEST = ("chelsea.png", "coffee.png")
 _DEMO_VERSION = "demo set 1\n"  # to be counted up with any change of what demo_set writes
+_DEMO_UNFINISHED = f"unfinished {_DEMO_VERSION}"
 
 
 def demo_set(folder: str | Path) -> Path:
@@ -394,14 +395,16 @@ def demo_set(folder: str | Path) -> Path:
     data = Path(skimage.__file__).parent / "data"
     try:
         if marker.is_file():
-            if marker.read_text() == _DEMO_VERSION and all(part.is_dir() for part in parts):
+            made = marker.read_text()
+            if made == _DEMO_VERSION and all(part.is_dir() for part in parts):
                 return folder
-            for part in parts:
+            # An unfinished set may be another process's at work: each file is replaced by an equal one.
+            for part in parts if made != _DEMO_UNFINISHED else ():
                 shutil.rmtree(part, ignore_errors=True)
         elif any(part.exists() for part in parts):
             raise UserError(f"{folder}: holds a data set other than the demo set; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        marker.write_text("unfinished\n")
+        write_bytes(marker, _DEMO_UNFINISHED.encode())
         for file in _DEMO_TRAINING:
             photograph = read_image(data / file)
             for k, crop in enumerate((photograph[:240, :320], photograph[-240:, -320:]), 1):
@@ -410,7 +413,7 @@ def demo_set(folder: str | Path) -> Path:
         for file in _DEMO_TEST:
             name, image = Path(file).stem, _prepare(read_image(data / file), file)
             _write_scene(make_scene(image, _own_rng(0, name)), image, folder, name, is_test=True)
-        marker.write_text(_DEMO_VERSION)
+        write_bytes(marker, _DEMO_VERSION.encode())
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return folder

@@ -434,10 +434,25 @@ def test_demo_set_is_made_once_and_again_if_unfinished(tmp_path):
     before = {f: (folder / f).stat().st_mtime_ns for f in files(folder)}
     demo_set(tmp_path)
     assert {f: (folder / f).stat().st_mtime_ns for f in files(folder)} == before
-    (folder / "demo-set.txt").write_text("unfinished")
+    (folder / "demo-set.txt").write_text("unfinished demo set 0")
     (folder / "DID-MDN-test" / "heavy_coffee.jpg").unlink()
     demo_set(tmp_path)
     assert files(folder) == sorted(before)
+
+
+def test_two_demos_begun_at_once_both_find_the_whole_set(tmp_path, monkeypatch):
+    """The second begins when the first has made a few scenes, whose files it leaves in place."""
+    whole, write, written = files(demo_set(tmp_path / "alone")), support.rain._write_scene, []
+
+    def interrupted(*args, **options):
+        write(*args, **options)
+        written.append(set(files(tmp_path / "shared")))
+        if len(written) == 3:
+            demo_set(tmp_path / "shared")
+            assert written[2] <= written[3] and len(written) == 3 + 16
+
+    monkeypatch.setattr(support.rain, "_write_scene", interrupted)
+    assert files(demo_set(tmp_path / "shared")) == whole
 
 
 def test_demo_set_leaves_other_data_alone(tmp_path):
