@@ -505,7 +505,8 @@ class EndsEarly(UserError):
 class Video:
     """The frames of a video file: iterate over it once for HxWx3 uint8 RGB arrays.
 
-    fps: frames a second; frames: how many the file promises, 0 where it does not say; size: (height, width).
+    fps: frames a second, the mean where it varies; frames: how many the file promises, 0 where it does not
+    say; size: (height, width).
     Raises UserError for a file that is missing or no video, and, after its last frame, EndsEarly.
     """
 
@@ -514,8 +515,7 @@ class Video:
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such file")
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong with a file, we say
-        with _quiet:
-            self.capture = cv2.VideoCapture(str(path))
+        self._open()
         self.fps = self.capture.get(cv2.CAP_PROP_FPS)
         self.frames = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))
         height, width = (
@@ -528,6 +528,24 @@ class Video:
             raise UserError(
                 f"{path}: frames of {width}x{height} pixels; at most {MAX_PIXELS} pixels are read"
             )
+        if self.path.suffix.lower() in (".mkv", ".webm"):
+            self._count()
+
+    def _open(self):
+        with _quiet:
+            self.capture = cv2.VideoCapture(str(self.path))
+
+    def _count(self):
+        """Matroska tells a length and a nominal rate, and OpenCV as many frames as there would be of it."""
+        count, last, length = 0, 0.0, self.frames / self.fps
+        with _quiet:
+            while self.capture.grab():
+                count, last = count + 1, self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        is_whole = count > self.frames or last * count > 0.98 * length * (count - 1)
+        if count > 1 and last > 0 and abs(count - self.frames) > 1 and is_whole:
+            self.frames, self.fps = count, (count - 1) / last
+        self.capture.release()
+        self._open()
 
     def __iter__(self) -> Iterator[np.ndarray]:
         count = 0

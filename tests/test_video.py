@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -33,6 +34,18 @@ def test_slow_motion_keeps_its_rate_as_nearly_as_the_container_can(tmp_path, rat
     write_video(tmp_path / "v.mp4", frames(3, 16, 16), rate)
     assert Video(tmp_path / "v.mp4").fps == pytest.approx(rate, rel=2e-4)
     assert capfd.readouterr().err == ""
+
+
+def test_a_variable_rate_is_its_mean_and_no_frame_is_missed(tmp_path):
+    """30 frames a second for 2 s, and then 10 for 6 s; one that was cut off still ends early."""
+    file = Path(__file__).with_name("variable_rate.webm")
+    video = Video(file)
+    assert (video.frames, video.size) == (120, (48, 64))
+    assert video.fps == pytest.approx(15, abs=0.1)
+    assert len(list(video)) == 120
+    (tmp_path / "cut.webm").write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(EndsEarly, match="cut.webm: ends early"):
+        list(Video(tmp_path / "cut.webm"))
 
 
 def test_odd_sizes_gain_a_row_and_a_column(tmp_path):
