@@ -161,9 +161,18 @@ def read(path):
         measured = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--from {path}: {error}; a file that --json wrote is expected") from None
-    if not (isinstance(measured, dict) and measured.keys() >= {"facts", "points"}):
+    if not (
+        _has(measured, "facts", "points")
+        and _has(measured["facts"], "machine", "torch", "threads", "channels")
+        and isinstance(measured["points"], list)
+        and all(_has(point, "row", "curve", "x") for point in measured["points"])
+    ):
         raise UserError(f"--from {path}: no file that --json wrote")
     return measured
+
+
+def _has(value, *names):
+    return isinstance(value, dict) and value.keys() >= set(names)
 
 
 # --- the rows: generators of points {row, curve, x, and what was measured} ----------------------------------

@@ -290,6 +290,8 @@ def test_one_row_is_measured_anew_and_the_others_are_kept(points, monkeypatch, t
         ("--from no_such.json", "--from no_such.json: "),
         ("--from text.json", "--from text.json: .*--json wrote"),
         ("--from list.json", "--from list.json: no file that --json wrote"),
+        ("--from facts.json", "--from facts.json: no file that --json wrote"),
+        ("--from points.json", "--from points.json: no file that --json wrote"),
         ("--from made.json --svg made.json/a.svg", "made.json"),
     ],
 )
@@ -297,6 +299,8 @@ def test_a_mistake_is_one_line_and_status_2(flags, words, points, monkeypatch, t
     monkeypatch.chdir(tmp_path)
     Path("text.json").write_text("words")
     Path("list.json").write_text("[]")
+    Path("facts.json").write_text(json.dumps({"facts": {"cores": 4}, "points": points}))
+    Path("points.json").write_text(json.dumps({"facts": FACTS, "points": [{"row": "batch"}]}))
     Path("made.json").write_text(json.dumps({"facts": FACTS, "points": points}))
     done = at_the_command_line(growth, *flags.split())
     assert done.returncode == 2
