@@ -38,7 +38,7 @@ import model_train
 from support import command, devices, distributed, experiment, images
 from support.errors import UserError
 from support.fast import Compiled, for_inference, keep_freed_memory, no_compiler
-from support.gallery import FOLDER, MONTAGE, PAGE, Gallery, montage
+from support.gallery import FOLDER, MONTAGE, Gallery, montage
 from support.journal import Journal
 from support.metrics import METRICS, mean_scores, score
 from support.rain import demo_set
@@ -48,7 +48,6 @@ DEFAULT_PATH = "datasets/Rain1200/DID-MDN-test"
 SHIPPED = Path(__file__).parent / "eval-EXP" / "derain.pt"
 COMPILED_FROM = 300_000_000  # pixels
 MOST_COMPILED = 8  # sizes: what PyTorch allows
-TABLES = ("results.csv", "results.json", "result_full.txt")
 COLUMNS = ("name", "density", "height", "width", "seconds", *METRICS, *(f"input_{m}" for m in METRICS))
 
 
@@ -158,7 +157,6 @@ def main(args):
     options = {name: getattr(args, name) for name in ("tile", "self_ensemble", "amp")}
     of = {"data": str(path.resolve()), "clean_side": args.clean_side}
     journal = Journal(out, of | {"sha256": sha256, "options": options})
-    distributed.from_main(partial(check_own, found, source, journal))
     done = {name for name, _ in journal.done()} if args.skip_done else set()
     if done:
         print(f"done already: {sum(name in done for name in names)} of {len(names)} pictures", flush=True)
@@ -196,18 +194,18 @@ def main(args):
     try:  # files first: Ctrl-C ends a `| tee`, too, and then nothing can be printed
         if rows:
             report(rows, out, {"means": means} | facts | {"left_out": failures}, scores)
+        said.append(f"{len(rows)} restored pictures in {out}")
+        if rows:
             shown = {name: facts[name] for name in ("checkpoint", "data", "device")}
             page = gallery.write(shown | {"self-ensemble": args.self_ensemble or "no"}, failures)
+            said.append(f"look at them: {page}")
             if args.montage is not None:
                 montage(gallery.examples(args.montage), out / MONTAGE)
-        else:
-            for file in (*TABLES, PAGE, MONTAGE):  # of another run
-                (out / file).unlink(missing_ok=True)
-        said += [f"{len(rows)} restored pictures in {out}", *([f"look at them: {page}"] if rows else [])]
     except UserError as error:  # the others are to be named all the same
         failures.append(str(error))
         status = status or 1
-    print("\n".join(said))
+    if said:
+        print(*said, sep="\n")
     if failures:
         print(f"{len(failures)} could not be used:", *failures, sep="\n  ", file=sys.stderr)
     return status
@@ -234,17 +232,6 @@ def check_apart(source, out, within):
     results, gallery = out.resolve(), (out / FOLDER).resolve()
     if source in (results, gallery, *(results.parents if within else ())) or gallery in source.parents:
         raise UserError(f"--result_path {out}: lies among the pictures to restore; give another folder")
-
-
-def check_own(found, source, journal):
-    """UserError where a result would take the place of a file, and no run has put its results there yet."""
-    if journal.exists():
-        return
-    for scene in found.scenes:
-        for half, name in zip(scene.rainy, names_of(scene), strict=True):
-            file = journal.out / result_file(scene, half, name, source)
-            if os.path.lexists(file):
-                raise UserError(f"--result_path: {file} is there, and no result; give another folder")
 
 
 def choose_compiled(args, device, net, sizes):
@@ -289,7 +276,7 @@ def sizes_of(found, numbers):
 
 def other_kinds(path):
     """The suffixes of the files in a folder that are no pictures by their names, as .heic and .mp4."""
-    seen = {file.suffix.lower() for file in images.walk(path) if file.name[0] != "." and os.path.isfile(file)}
+    seen = {file.suffix.lower() for file in path.rglob("*") if file.name[0] != "." and os.path.isfile(file)}
     return sorted(seen - {"", *images.EXTENSIONS})
 
 
@@ -297,7 +284,7 @@ def restore_video(run, path, out, choose):
     """Restore a video frame by frame into the folder `out`; returns the exit status."""
     video = images.Video(path)
     target = images.video_name(out / path.name)
-    if out.resolve() == path.resolve().parent:
+    if out.resolve() in (path.parent.resolve(), path.resolve().parent):
         raise UserError(f"--result_path {out}: holds the video to restore; give another folder")
     height, width = video.size
     print(f"data: {path}: a video of {video.frames} frames of {width}x{height}, {video.fps:g} a second")

@@ -368,7 +368,7 @@ def parts(path):
 
 
 def _is_did_mdn(folder):
-    return folder.name in DID_MDN or bool(density_folders(folder))
+    return Path(os.path.abspath(folder)).name in DID_MDN or bool(density_folders(folder))
 
 
 def report(title, findings):

@@ -211,29 +211,27 @@ def _names_in(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
     except OSError as error:
-        raise _cannot_read(error) from None
-
-
-def _cannot_read(error: OSError) -> UserError:
-    return UserError(f"{error.filename}: cannot be read: {error.strerror}")
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
 def walk(folder: str | Path) -> Iterator[Path]:
-    """The files in a folder and in all below it that are not hidden, linked ones included, in no order.
+    """The files in a folder and in all below it that are not hidden, linked ones included, each folder once.
 
-    Raises UserError naming a folder that cannot be read.
+    Of a folder that cannot be read a warning tells.
     """
 
     def unreadable(error):
-        raise _cannot_read(error)
+        log.warning("%s: cannot be read: %s; left out", error.filename, error.strerror)
 
-    above = {str(folder): {os.path.realpath(folder)}}  # the places that a folder was reached through
+    seen = set()
     for root, folders, files in os.walk(str(folder), onerror=unreadable, followlinks=True):
-        for name in [*folders]:
-            below, place = os.path.join(root, name), os.path.realpath(os.path.join(root, name))
-            above[below] = above[root] | {place}
-            if name[0] == "." or place in above[root]:  # a link leads back
-                folders.remove(name)
+        place = os.path.realpath(root)
+        if place in seen:  # a link leads back, or to what has another name
+            folders.clear()
+            continue
+        seen.add(place)
+        visible = [name for name in folders if name[0] != "."]
+        folders[:] = sorted(visible, key=lambda name: (os.path.islink(os.path.join(root, name)), name))
         yield from (Path(root, file) for file in files)
 
 
@@ -433,9 +431,11 @@ class _Shared:
     """A context of the whole process, which the first thread enters and the last one leaves."""
 
     def __init__(self, make):
-        self.make, self.users, self.lock = make, 0, threading.Lock()
+        self.make, self.users, self.lock, self.process = make, 0, threading.Lock(), os.getpid()
 
     def __enter__(self):
+        if self.process != os.getpid():  # a forked one has none of the threads, but may have their lock
+            self.users, self.lock, self.process = 0, threading.Lock(), os.getpid()
         with self.lock:
             if not self.users:
                 self.context = self.make()
@@ -549,13 +549,13 @@ class Video:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         count = 0
-        with _quiet:
-            while True:
+        while True:
+            with _quiet:
                 found, frame = self.capture.read()
-                if not found:
-                    break
-                count += 1
-                yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            if not found:
+                break
+            count += 1
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         self.capture.release()
         # Containers that give their length in seconds may promise a frame more than they hold.
         if not count:

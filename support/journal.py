@@ -34,10 +34,6 @@ class Journal:
         distributed.barrier()  # none writes while others still read
         self.file = self.out / FILES.replace("*", str(distributed.rank()))
 
-    def exists(self):
-        """Whether a run, of whatever key, has put results there."""
-        return any(self.out.glob(FILES))
-
     def add(self, entry, sources):
         """A picture of the gallery is done, its files written. Raises CannotWrite."""
         files = {entry.file, *entry.thumbnails.values(), *entry.shown.values()}
@@ -60,8 +56,12 @@ class Journal:
                 yield entry.row["name"], entry
 
     def last_number(self):
-        """The largest number that a picture of the gallery has, whatever it was made of; 0 without one."""
-        return max((_entry(*line["entry"]).number for line in self._lines()), default=0)
+        """The largest number that is taken in the gallery, by what is done or by pictures of other data; 0
+        without one.
+        """
+        data = json.loads(self.key).get("data")
+        taken = (n for n in self._lines() if n["key"] == self.key or json.loads(n["key"]).get("data") != data)
+        return max((_entry(*line["entry"]).number for line in taken), default=0)
 
     def _lines(self):
         for journal in sorted(self.out.glob(FILES)):

@@ -543,27 +543,31 @@ def test_list_images_sorts_naturally_and_takes_any_case(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links need rights elsewhere")
-def test_linked_folders_are_listed_and_links_that_lead_back_are_not_followed(tmp_path, monkeypatch):
+def test_linked_folders_are_listed_and_links_that_lead_back_are_not_followed(tmp_path, monkeypatch, caplog):
     for name in ("here/a.png", "elsewhere/b.png", "elsewhere/c/d.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "c" / "back").symlink_to(tmp_path / "here")
     (tmp_path / "here" / "self").symlink_to(tmp_path / "here")
-    found = [p.relative_to(tmp_path / "here").as_posix() for p in list_images(tmp_path / "here", True)]
-    assert found == ["a.png", "link/b.png", "link/c/d.png"]
+    (tmp_path / "here" / "again").symlink_to(tmp_path / "elsewhere")
+
+    def listed():
+        return [p.relative_to(tmp_path / "here").as_posix() for p in list_images(tmp_path / "here", True)]
+
+    assert listed() == ["a.png", "again/b.png", "again/c/d.png"]
     scandir = os.scandir
 
     def closed(path):
-        if str(path).endswith("link"):
+        if str(path).endswith("again"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", closed)
-    with pytest.raises(UserError, match=r"here/link: cannot be read: Permission denied"):
-        list_images(tmp_path / "here", recursive=True)
+    assert listed() == ["a.png", "link/b.png", "link/c/d.png"]
+    assert "here/again: cannot be read: Permission denied; left out" in caplog.text
     monkeypatch.setattr(os, "listdir", lambda path: scandir(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"none: cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"here: cannot be read: No such file"):
         list_images(tmp_path / "here")
 
 

@@ -135,8 +135,12 @@ def test_two_data_sets_in_one_folder_keep_their_own_pictures_in_the_gallery(fold
     for i in range(2):
         Path("b", f"{i}.png").rename(Path("b", f"b{i}.png"))
     flags = "--clean_side left --result_path out --skip_done --path"
-    assert [view(f"{flags} {name}") for name in "aba"] == [0, 0, 0]
+    assert [view(f"{flags} {name}") for name in "ab"] == [0, 0]
+    with monkeypatch.context() as patch:
+        again = count_restored(patch)
+        assert view(f"{flags} a") == 0 and not again
     truths = re.findall(r"gallery/\d+-truth\.jpg", Path("out", "index.html").read_text())
+    assert len(set(truths)) == 2
     for i, file in enumerate(dict.fromkeys(truths)):
         assert abs(read_image(Path("out", file)).astype(int) - photograph(i)).mean() < 8  # what JPEG loses
     shutil.rmtree("out/gallery")
