@@ -81,7 +81,8 @@ def load(path: str | Path) -> Picture:
 
     Raises:
         UserError: one line naming the file, if it is missing, empty, not an image, truncated, damaged, has
-            more than `MAX_PIXELS` pixels, or has other than 8 or 16 bits a channel.
+            more than `MAX_PIXELS` pixels, has other than 8 or 16 bits a channel, or is a 16-bit TIFF that
+            OpenCV misreads.
     """
     data, header = _open(path)
     if header.frames > 1:
@@ -197,12 +198,13 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     """The image files of a folder, told by extension, in natural order of relative path: 2.png before 10.png.
 
     Hidden files and folders are left out: they are other systems' side files, thumbnails, or an interrupted
-    run's. May be empty. Raises UserError if `folder` is not a folder, or one cannot be read.
+    run's. May be empty. Raises UserError if `folder` is not a folder that can be read; of folders in it that
+    cannot, a warning tells.
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: {'is not a folder' if os.path.exists(folder) else 'no such folder'}")
-    found = walk(folder) if recursive else (folder / name for name in _names_in(folder))
+    found = _walk(folder) if recursive else (folder / name for name in _names_in(folder))
     images = [p for p in found if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and os.path.isfile(p)]
     return sorted(images, key=lambda p: _natural(p.relative_to(folder).as_posix()))
 
@@ -214,7 +216,7 @@ def _names_in(folder: Path) -> list[str]:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
-def walk(folder: str | Path) -> Iterator[Path]:
+def _walk(folder: str | Path) -> Iterator[Path]:
     """The files in a folder and in all below it that are not hidden, linked ones included, each folder once.
 
     Of a folder that cannot be read a warning tells.

@@ -60,8 +60,14 @@ class Journal:
         without one.
         """
         data = json.loads(self.key).get("data")
-        taken = (n for n in self._lines() if n["key"] == self.key or json.loads(n["key"]).get("data") != data)
-        return max((_entry(*line["entry"]).number for line in taken), default=0)
+        return max(
+            (
+                _entry(*line["entry"]).number
+                for line in self._lines()
+                if line["key"] == self.key or json.loads(line["key"]).get("data") != data
+            ),
+            default=0,
+        )
 
     def _lines(self):
         for journal in sorted(self.out.glob(FILES)):

@@ -4,7 +4,7 @@ import genotypes
 
 
 def append_one(path, number):
-    genotype = next(iter(genotypes.named().values()))
+    (genotype,) = genotypes.draw_random(1, number)
     genotypes.append(f"found_{number}", genotype, "", path)
 
 

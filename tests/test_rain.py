@@ -434,7 +434,7 @@ def test_demo_set_is_made_once_and_again_if_unfinished(tmp_path):
     before = {f: (folder / f).stat().st_mtime_ns for f in files(folder)}
     demo_set(tmp_path)
     assert {f: (folder / f).stat().st_mtime_ns for f in files(folder)} == before
-    (folder / "demo-set.txt").write_text("unfinished demo set 0")
+    (folder / "demo-set.txt").write_text("unfinished")
     (folder / "DID-MDN-test" / "heavy_coffee.jpg").unlink()
     demo_set(tmp_path)
     assert files(folder) == sorted(before)
