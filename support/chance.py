@@ -51,12 +51,12 @@ def get_args_parser():
 
 
 def main(args):
-    groups = {
-        name: group
-        for group, patterns in (("random", args.random), ("searched", args.searched))
-        for pattern in patterns
-        for name in matching(pattern)
-    }
+    groups = {}
+    for group, patterns in (("random", args.random), ("searched", args.searched)):
+        for name in dict.fromkeys(name for pattern in patterns for name in matching(pattern)):
+            if name in groups:
+                raise UserError(f"--searched {name}: is among --random, too; narrow one of them")
+            groups[name] = group
     supernet = load_supernet(args.supernet) if args.supernet else None  # before hours of training
     psnr, parameters = {}, {}
     for seed in args.seeds:  # seed by seed, so that a comparison cut short is a fair one

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -88,11 +89,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main, parser):
-    """Run a script's `main`, which returns the exit status; a user's mistake is one line and status 2."""
+    """Run a script's `main`, which returns the exit status; a user's mistake is one line and status 2. 141 is
+    the shell's for a command whose output nobody reads any more.
+    """
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         status = distributed.recorded(main)(parser.parse_args())
         distributed.end()
+        sys.stdout.flush()
         sys.exit(status)
     except (UserError, GenotypeError, CheckpointError) as error:
         sys.exit(_report(parser, f"error: {error}", 2))
@@ -104,6 +108,11 @@ def run(main, parser):
         sys.exit(_report(parser, f"error: {what} To need less, see {', '.join(flags) or '--help'}", 2))
     except Interrupted as stop:
         sys.exit(_report(parser, str(stop), 130))
+    except BrokenPipeError:  # of `| head`, or of a `| tee` that Ctrl-C has ended as well
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # else Python complains, at its end, of what it cannot print
+            os.dup2(nowhere, stream.fileno())
+        sys.exit(141)
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise

@@ -128,6 +128,13 @@ def assert_same(x, y, where="state"):
         assert x == y, where
 
 
+def state(run, file="last.pt"):
+    """What a run has saved, by pickle itself: reading nothing but weights, as the scripts do, takes twice as
+    long.
+    """
+    return torch.load(Path(run, file), weights_only=False)
+
+
 def random_genotype(seed):
     """Any genotype of the space, `none` only where a node keeps another edge."""
     rng = random.Random(seed)

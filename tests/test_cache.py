@@ -38,6 +38,7 @@ from tests.made import (
     rain_on,
     random_genotype,
     session,
+    state,
     write_pairs,
     write_scenes,
 )
@@ -180,9 +181,6 @@ def test_a_run_is_the_same_with_and_without_and_resumed(folder, script, flags, d
     def run(flags):
         with session():
             script.main(script.get_args_parser().parse_args(flags.split()))
-
-    def state(name):
-        return torch.load(Path(name, "last.pt"), weights_only=True)
 
     run(flags.format("plain"))
     decoded.clear()

@@ -96,3 +96,10 @@ def test_a_supernet_is_loaded_as_it_was_saved(tmp_path):
 def test_an_unknown_name_is_an_error():
     with pytest.raises(UserError, match=r"nobody_\*: no such genotype"):
         chance.matching("nobody_*")
+
+
+def test_a_genotype_is_searched_or_random_and_not_both(monkeypatch):
+    for seed, name in enumerate(("found_0", "found_1", "random_0")):
+        monkeypatch.setattr(genotypes, name, random_genotype(seed), raising=False)
+    with pytest.raises(UserError, match="--searched found_0: is among --random, too"):
+        compare("--searched found_* --random *_0 --runs runs -- --data nowhere")

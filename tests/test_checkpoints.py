@@ -2,8 +2,10 @@
 And what is exported does what the network does.
 """
 
+import copy
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -25,12 +27,20 @@ from tests.made import ROOT, at_the_command_line, random_genotype, warm_batch_no
 from train_search_batch import save_supernet
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A network, which no test changes, and its checkpoint."""
     torch.manual_seed(0)
     net = warm_batch_norm(DerainNetwork(random_genotype(5), (2, 2, 2, 2), residual=True))
-    model_train.save(net, tmp_path / "net.pt")
-    return net, tmp_path / "net.pt"
+    path = tmp_path_factory.mktemp("once") / "net.pt"
+    model_train.save(net, path)
+    return net, path
+
+
+@pytest.fixture
+def saved(once, tmp_path):
+    net, path = once
+    return net, Path(shutil.copy(path, tmp_path))
 
 
 def change(path, entries=None, weights=None):
@@ -96,7 +106,7 @@ def test_the_counters_of_batch_norm_may_be_missing(saved):
 
 def test_channels_last_weights_are_taken(saved):
     net, path = saved
-    model_train.save(net.to(memory_format=torch.channels_last), path)
+    model_train.save(copy.deepcopy(net).to(memory_format=torch.channels_last), path)
     same(path, net, 1e-6)
 
 
@@ -308,10 +318,10 @@ def test_a_checkpoint_of_half_the_size_is_the_same_network_to_float16(saved, tmp
     _, path = saved
     net, small = model_train.load(path), tmp_path / "small.pt"
     model_train.export(net, small)
-    again = model_train.load(small)
+    again = model_train.load(small).state_dict()
     for name, tensor in net.state_dict().items():
         tolerance = 1e-3 if tensor.ndim == 4 else 0
-        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=tolerance, atol=1e-7)
+        torch.testing.assert_close(again[name], tensor, rtol=tolerance, atol=1e-7)
     held = torch.load(small)["weights"]
     assert {weight.dtype for weight in held.values() if weight.ndim == 4} == {torch.float16}
 

@@ -1,6 +1,7 @@
 """The command line of every script: its flags, their errors, its exit status."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -123,3 +124,19 @@ def test_ctrl_c_while_a_command_begins_is_one_line(capsys, monkeypatch):
         command.run(main, command.Parser(prog="train.py"))
     assert stop.value.code == 130
     assert capsys.readouterr().err == "train.py: interrupted\n"
+
+
+def test_what_nobody_reads_any_more_is_no_error(tmp_path, monkeypatch):
+    """As of `| head`. Nor does Python complain of it at its end, when it prints what it still holds."""
+    read, written = os.pipe()
+    os.close(read)
+    with open(written, "w") as pipe, open(tmp_path / "errors", "w") as errors:
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+        monkeypatch.setattr(sys, "stdout", pipe)
+        monkeypatch.setattr(sys, "stderr", errors)
+        with pytest.raises(SystemExit) as stop:
+            command.run(lambda args: print("a line"), command.Parser(prog="train.py"))
+        monkeypatch.undo()
+        pipe.flush()
+    assert stop.value.code == 141
+    assert (tmp_path / "errors").read_text() == ""

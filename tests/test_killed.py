@@ -20,7 +20,16 @@ import train_model_batch
 import train_search_batch
 from support.errors import UserError
 from support.experiment import BEST, STATES, Experiment, _claim
-from tests.made import ROOT, assert_same, random_genotype, scalars, session, write_pairs, write_scenes
+from tests.made import (
+    ROOT,
+    assert_same,
+    random_genotype,
+    scalars,
+    session,
+    state,
+    write_pairs,
+    write_scenes,
+)
 
 SCRIPTS = {"search": train_search_batch, "train": train_model_batch}
 TINY = "--data scenes pairs --clean_side right left --patch_size 16 --batch_size 2 --epochs 2 --val_scenes 1"
@@ -110,12 +119,11 @@ def whole(request, processes, tmp_path_factory):
 
 
 def assert_as_whole(stage, folder, whole):
-    state, expected = (torch.load(place / "run" / "last.pt", weights_only=True) for place in (folder, whole))
+    found, expected = (state(place / "run") for place in (folder, whole))
     for name in ("parts", "best", "totals", "step", "skipped", "bad", "scenes"):
-        assert_same(state[name], expected[name], name)
+        assert_same(found[name], expected[name], name)
     for file in BEST.values():
-        pair = (torch.load(place / "run" / file, weights_only=True) for place in (folder, whole))
-        assert_same(*pair, file)
+        assert_same(*(state(place / "run", file) for place in (folder, whole)), file)
     for file in (whole / "run").glob("genotype*.json"):
         assert (folder / "run" / file.name).read_text() == file.read_text()
     assert sorted_scalars(folder) == sorted_scalars(whole)

@@ -1,7 +1,7 @@
 """What the scripts switch on by themselves, and what --amp and --accumulate make of a step."""
 
 import platform
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,68 +14,72 @@ from model_search import SearchNetwork
 from model_train import DerainNetwork
 from support import devices, experiment
 from support.images import write_image
-from tests.made import photograph, view, write_network, write_scenes
+from tests.made import photograph, session, view, write_network, write_scenes
 
 TINY = "--save run --epochs 1 --steps_per_epoch 2 --batch_size 4 --patch_size 16 --val_scenes 1 --workers 0"
-TINY += " --data data --clean_side right --channels 2 2 2 2 --device cpu"
+TINY += " --data data --clean_side right --channels 2 2 2 2 --device cpu --amp --accumulate 2"
 SCRIPTS = {
     "search": (train_search_batch, SearchNetwork, "--arch_start 1 --demo"),
     "training": (train_model_batch, DerainNetwork, "--arch half_width_mixed_rain"),
 }
 
 
-@pytest.fixture(params=SCRIPTS)
-def trained(request, folder, monkeypatch):
-    """run(flags) of a script, which returns what it did: images of each forward with gradients; dtype of the
-    outputs and autocast at each loss; the network; how often it asked to keep freed memory.
+@pytest.fixture(scope="module", params=SCRIPTS)
+def trained(request, tmp_path_factory):
+    """What a run of a script with --amp and --accumulate 2 did: its steps, of the weights and of alpha and
+    beta; images of each forward with gradients; dtype of the outputs and autocast at each loss; the network;
+    how often it asked to keep freed memory; its log.
     """
     script, kind, more = SCRIPTS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
     write_scenes(folder / "data", 24)
     forward, losses, kept = kind.forward, script.multi_to_one, experiment.keep_freed_memory
-    seen = {"images": [], "losses": [], "nets": [], "kept": 0}
+    seen = SimpleNamespace(images=[], losses=[], nets=[], kept=0, steps=4 if kind is SearchNetwork else 2)
 
     def watched(net, x, *rest):
         if torch.is_grad_enabled():
-            seen["images"].append(len(x))
-        seen["nets"].append(net)
+            seen.images.append(len(x))
+        seen.nets.append(net)
         return forward(net, x, *rest)
 
     def compared(outputs, *rest, **options):
-        seen["losses"].append((outputs.dtype, torch.is_autocast_enabled("cpu")))
+        seen.losses.append((outputs.dtype, torch.is_autocast_enabled("cpu")))
         return losses(outputs, *rest, **options)
 
     def keep():
-        seen["kept"] += 1
+        seen.kept += 1
         kept()
 
-    monkeypatch.setattr(kind, "forward", watched)
-    monkeypatch.setattr(script, "multi_to_one", compared)
-    monkeypatch.setattr(experiment, "keep_freed_memory", keep)
-
-    def run(flags):
-        script.main(script.get_args_parser().parse_args(f"{TINY} {more} {flags}".split()))
-        return seen
-
-    run.steps = 4 if request.param == "search" else 2  # of the weights, and of alpha and beta
-    return run
+    with pytest.MonkeyPatch.context() as patch, session():
+        patch.chdir(folder)
+        patch.setattr(kind, "forward", watched)
+        patch.setattr(script, "multi_to_one", compared)
+        patch.setattr(experiment, "keep_freed_memory", keep)
+        patch.setattr(experiment, "slow_half", lambda device: f"slow on {device.type}")
+        script.main(script.get_args_parser().parse_args(f"{TINY} {more}".split()))
+    seen.log = (folder / "run" / "log.txt").read_text()
+    return seen
 
 
 def test_networks_are_channels_last_and_freed_memory_is_kept(trained):
-    seen = trained("")
-    assert seen["kept"] == 1
-    wide = [p for p in seen["nets"][0].parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    assert trained.kept == 1
+    weights = trained.nets[0].parameters()
+    wide = [p for p in weights if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
     assert wide and all(p.is_contiguous(memory_format=torch.channels_last) for p in wide)
     assert not any(p.is_contiguous() for p in wide)
 
 
 def test_a_batch_in_parts_goes_through_the_network_part_by_part(trained):
     """4 scenes of 3 densities, in 2 parts."""
-    assert trained("--accumulate 2")["images"] == 2 * trained.steps * [6]
+    assert trained.images == 2 * trained.steps * [6]
 
 
 def test_with_amp_outputs_are_float32_again_before_the_loss_and_that_is_not_autocast(trained):
-    seen = trained("--amp")
-    assert seen["losses"] == trained.steps * [(torch.float32, False)]
+    assert trained.losses == 2 * trained.steps * [(torch.float32, False)]
+
+
+def test_that_bfloat16_is_slow_on_a_processor_is_in_the_log_of_a_run(trained):
+    assert "--amp: slow on cpu" in trained.log
 
 
 CAPABILITIES = {"AVX512": False, "AVX2": True, "NO AVX": True}
@@ -103,12 +107,6 @@ def test_that_bfloat16_is_slow_on_an_old_gpu_is_said_and_float16_is_not(monkeypa
     cuda = torch.device("cuda")
     assert bool(devices.slow_half(cuda)) == slow
     assert devices.slow_half(cuda, torch.float16) is None
-
-
-def test_that_bfloat16_is_slow_on_a_processor_is_in_the_log_of_a_run(trained, monkeypatch):
-    monkeypatch.setattr(experiment, "slow_half", lambda device: f"slow on {device.type}")
-    trained("--amp")
-    assert "--amp: slow on cpu" in Path("run/log.txt").read_text()
 
 
 def test_pictures_go_through_a_folded_network_and_freed_memory_is_kept(folder, monkeypatch):

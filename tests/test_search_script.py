@@ -30,7 +30,17 @@ from support.draw import svg
 from support.errors import Interrupted, UserError
 from support.experiment import BEST, LOCK, STATES
 from support.health import ALPHA_ROWS, BETA_ROWS
-from tests.made import ROOT, assert_same, interrupt, scalars, session, spoil, write_pairs, write_scenes
+from tests.made import (
+    ROOT,
+    assert_same,
+    interrupt,
+    scalars,
+    session,
+    spoil,
+    state,
+    write_pairs,
+    write_scenes,
+)
 
 CHANNELS = [2, 2, 2, 2]
 TINY = "--channels 2 2 2 2 --patch_size 16 --batch_size 2 --epochs 2 --steps_per_epoch 2 --val_scenes 1"
@@ -41,10 +51,6 @@ HERE = "--workers 0 --device cpu"
 
 def search(flags, here=HERE):
     return train_search_batch.main(train_search_batch.get_args_parser().parse_args(f"{flags} {here}".split()))
-
-
-def state(run, file="last.pt"):
-    return torch.load(Path(run, file), weights_only=True)
 
 
 def use_copy(monkeypatch, folder):

@@ -32,6 +32,7 @@ from tests.made import (
     random_genotype,
     scalars,
     spoil,
+    state,
     write_pairs,
     write_scenes,
 )
@@ -45,10 +46,6 @@ MIXED = "--data scenes pairs --clean_side right left --arch genotype.json"
 
 def train(flags, here="--workers 0 --device cpu"):
     train_model_batch.main(train_model_batch.get_args_parser().parse_args(f"{flags} {here}".split()))
-
-
-def state(run, file="last.pt"):
-    return torch.load(Path(run, file), weights_only=True)
 
 
 def weights(run):
