@@ -34,8 +34,7 @@ def fast(name):
 
 @cache
 def psnr(name, scene, amp=False):
-    """[(density, PSNR in dB of what a shipped network makes of it, its own)], one a rainy image of the scene.
-    """
+    """[(density, PSNR in dB restored by a shipped network, and as it is)] of the rainy images of a scene."""
     rainy, clean = dataset.read_scene(scene)
     psnrs = [
         [score(x, clean)["psnr_rgb"] for x in (restore(fast(name), image, amp=amp), image)] for image in rainy
