@@ -103,7 +103,7 @@ def find(path, clean_side=None):
         return _flat(path.parent, [path], clean_side)
     if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
         raise UserError(f"{path}: neither a picture nor a folder that can be read")
-    if by_density := density_folders(path):
+    if by_density := _density_folders(path):
         return _densities(path, by_density, clean_side or "right")
     rainy = [child for child in _folders(path) if child.name.lower() in RAINY_FOLDERS]
     clean = [child for child in _folders(path) if child.name.lower() in CLEAN_FOLDERS]
@@ -126,19 +126,10 @@ def find_training(paths, clean_sides=()):
     for all but DID-MDN's. Raises UserError, naming the file, for unpaired images and images that cannot be a
     pair.
     """
-    sides = list(clean_sides) or [None]
-    one_for_all = len(paths) > 1 == len(sides)
-    if len(sides) not in (1, len(paths)):
-        raise UserError(
-            f"--clean_side: {len(sides)} given for {len(paths)} folders; give one, or one a folder"
-        )
     scenes = []
-    for path, side in zip(paths, sides * (len(paths) // len(sides)), strict=True):
-        root = Path(path)
+    for root, side in with_sides(paths, clean_sides):
         if os.path.isdir(root / TRAINING):
             root = root / TRAINING
-        if one_for_all and density_folders(root):
-            side = None  # it is for the folders that need one, and DID-MDN's sides are known
         found = find(root, side)
         if found.unpaired:
             raise UserError(
@@ -154,11 +145,30 @@ def find_training(paths, clean_sides=()):
     return scenes
 
 
+def with_sides(paths, clean_sides):
+    """[(Path, its clean side)] of folders by what --clean_side says: nothing, a side for each, or one for all
+    but DID-MDN's own, whose sides are known. Raises UserError for any other number of sides.
+    """
+    paths, sides = list(map(Path, paths)), list(clean_sides) or [None]
+    if len(sides) == len(paths):
+        return list(zip(paths, sides, strict=True))
+    if len(sides) > 1:
+        folders = "1 folder" if len(paths) == 1 else f"{len(paths)} folders"
+        raise UserError(f"--clean_side: {len(sides)} given for {folders}; give one, or one a folder")
+    return [(path, None if _is_did_mdn(path) else sides[0]) for path in paths]
+
+
+def _is_did_mdn(path):
+    parts = {TRAINING, TEST}
+    named = Path(os.path.abspath(path)).name in parts  # abspath, for "."
+    return named or bool(_density_folders(path)) or any(os.path.isdir(path / part) for part in parts)
+
+
 def _folders(path):
     return [child for child in path.iterdir() if os.path.isdir(child)]
 
 
-def density_folders(path):
+def _density_folders(path):
     """{density: folder of its images} of a folder in DID-MDN's training layout, else {}."""
     folders = {density: path / f"Rain_{density}" for density in DENSITIES}
     inner = {density: folder / "train2018new" for density, folder in folders.items()}

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from dataset import DENSITIES, SIDES, Half, Scene, cut, density_folders, find, same_pictures, thumbnail
+from dataset import DENSITIES, SIDES, Half, Scene, cut, find, same_pictures, thumbnail, with_sides
 from losses import SSIM_WINDOW
 from support.command import Parser
 from support.errors import UserError
@@ -337,16 +337,7 @@ def get_args_parser():
 def main(args):
     """Print the report; returns the exit status, 0 or 1. Raises UserError for a folder that is not there."""
     given = [args.folder, *filter(None, [args.test_folder])]
-    sides = args.clean_side or [None]
-    if len(sides) not in (1, len(given)):
-        raise UserError(
-            f"--clean_side: {len(sides)} given for {len(given)} folder; give one, or one a folder"
-        )
-    one_for_all = len(given) > 1 == len(sides)
-    sides *= len(given) // len(sides)
-    folders = [(part, side) for path, side in zip(given, sides, strict=True) for part in parts(path)]
-    if one_for_all:  # that need one; DID-MDN's own sides are known
-        folders = [(part, None if _is_did_mdn(part) else side) for part, side in folders]
+    folders = [(part, side) for path, side in with_sides(given, args.clean_side) for part in parts(path)]
     found = [find(folder, side) for folder, side in folders]  # all, before any takes its time
     checked, wrong = [], 0
     for (folder, _), what in zip(folders, found, strict=True):
@@ -365,10 +356,6 @@ def main(args):
 def parts(path):
     """The folders that `path` stands for: DID-MDN's two where it holds them, training first."""
     return [Path(path, name) for name in DID_MDN if Path(path, name).is_dir()] or [Path(path)]
-
-
-def _is_did_mdn(folder):
-    return Path(os.path.abspath(folder)).name in DID_MDN or bool(density_folders(folder))
 
 
 def report(title, findings):
