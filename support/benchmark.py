@@ -63,7 +63,14 @@ from support import command, devices
 from support.cache import open_cache
 from support.command import natural, positive
 from support.errors import UserError
-from support.fast import Compiled, compile_edges, compile_network, for_inference, keep_freed_memory
+from support.fast import (
+    Compiled,
+    compile_edges,
+    compile_network,
+    for_inference,
+    keep_freed_memory,
+    no_compiler,
+)
 from support.graphs import Backward, Recorded
 from support.rain import write_scenes
 from support.restore import forwards
@@ -160,6 +167,8 @@ def get_args_parser():
 
 def main(args):
     device = devices.pick_device(args.device)
+    if args.compile and (why_not := no_compiler(device)):
+        raise UserError(f"--compile: {why_not}")
     if args.threads:
         torch.set_num_threads(args.threads)
     search = script_options(train_search_batch, args, device)
@@ -385,7 +394,10 @@ def inference(net, batch, *_):
 
     @torch.inference_mode()
     def step():
-        return ([net(batch.rainy)],)
+        output = net(batch.rainy)
+        if isinstance(net, Compiled) and not net.shapes:
+            raise UserError("--compile: compiling failed, as the warning says; leave it out")
+        return ([output],)
 
     return step
 

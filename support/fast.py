@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import platform
-import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -64,13 +64,20 @@ def no_compiler(device):
     headers = Path(sysconfig.get_path("include"))
     if device.type not in ("cpu", "cuda"):
         return f"it is not for {device.type}"
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler, {compiler}"
+    if not _runs(compiler):
+        return f"there is no C++ compiler that runs, {compiler}"
     if not (headers / "Python.h").exists():
         return f"there is no Python.h in {headers}; install Python's development files"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "there is no package triton"
     return None
+
+
+def _runs(compiler):
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def compile_edges(net):

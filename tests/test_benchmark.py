@@ -129,6 +129,20 @@ def test_compile_adds_a_row_that_says_what_its_first_step_took_where_the_scripts
     assert (1, 3, 32, 40) in nets
 
 
+def test_what_was_not_compiled_is_not_measured_as_if_it_were(monkeypatch):
+    def fails(x):
+        raise torch._dynamo.exc.TorchDynamoException("no kernel")
+
+    flags = ["--rows", "inference_256", "--compile"]
+    monkeypatch.setitem(benchmark.PICTURES, "inference_256", (30, 40))
+    monkeypatch.setattr(torch, "compile", lambda net, **options: fails)
+    with pytest.raises(benchmark.UserError, match="--compile: compiling failed"):
+        benchmark.main(parse(*flags))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(benchmark.UserError, match="--compile: there is no C"):
+        benchmark.main(parse(*flags))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
 def test_scripts_are_measured_against_a_process_that_does_not_keep_memory(capsys):

@@ -227,12 +227,13 @@ TINY = "--save run --epochs 1 --steps_per_epoch 2 --batch_size 1 --patch_size 16
 TINY += " --data data --clean_side right --channels 2 2 2 2 --compile"
 
 
-def test_a_search_without_a_compiler_says_so_and_goes_on(folder, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_a_search_without_a_compiler_that_runs_says_so_and_goes_on(folder, monkeypatch, compiler):
+    monkeypatch.setenv("CXX", compiler)
     monkeypatch.setattr(experiment, "compile_edges", None)
     write_scenes(folder / "data", 24)
     train_search_batch.main(train_search_batch.get_args_parser().parse_args(f"{TINY} --demo".split()))
-    line = "--compile: there is no C++ compiler, no-such-compiler; the run goes on without"
+    line = f"--compile: there is no C++ compiler that runs, {compiler}; the run goes on without"
     assert Path("run", "log.txt").read_text().count(line) == 1
 
 
@@ -431,4 +432,4 @@ def test_results_say_what_was_compiled_and_what_was_asked_for_without_a_compiler
     assert view("--path pairs --clean_side left --compile on") == (0, ["32x24"])
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert view("--path pairs --clean_side left --compile on") == (0, [])
-    assert "not compiled: there is no C++ compiler, no-such-compiler\n" in capsys.readouterr().out
+    assert "not compiled: there is no C++ compiler that runs, no-such-compiler\n" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import dataset
 import test_view
 import train_model_batch
 import train_search_batch
@@ -18,6 +19,7 @@ from tests.made import photograph, session, view, write_network, write_scenes
 
 TINY = "--save run --epochs 1 --steps_per_epoch 2 --batch_size 4 --patch_size 16 --val_scenes 1 --workers 0"
 TINY += " --data data --clean_side right --channels 2 2 2 2 --device cpu --amp --accumulate 2"
+TINY += " --clean_inputs 0.3 --upright"
 SCRIPTS = {
     "search": (train_search_batch, SearchNetwork, "--arch_start 1 --demo"),
     "training": (train_model_batch, DerainNetwork, "--arch half_width_mixed_rain"),
@@ -27,24 +29,32 @@ SCRIPTS = {
 @pytest.fixture(scope="module", params=SCRIPTS)
 def trained(request, tmp_path_factory):
     """What a run of a script with --amp and --accumulate 2 did: its steps, of the weights and of alpha and
-    beta; images of each forward with gradients; dtype of the outputs and autocast at each loss; the network;
-    how often it asked to keep freed memory; its log.
+    beta; images of each forward with gradients; whether each forward had autocast; dtype of the outputs and
+    autocast at each loss; the options of its loaders; the network; how often it asked to keep freed memory;
+    its log.
     """
     script, kind, more = SCRIPTS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     write_scenes(folder / "data", 24)
     forward, losses, kept = kind.forward, script.multi_to_one, experiment.keep_freed_memory
-    seen = SimpleNamespace(images=[], losses=[], nets=[], kept=0, steps=4 if kind is SearchNetwork else 2)
+    batches = dataset.batches
+    seen = SimpleNamespace(images=[], amp=[], losses=[], loaders=[], nets=[], kept=0)
+    seen.steps = 4 if kind is SearchNetwork else 2
 
     def watched(net, x, *rest):
         if torch.is_grad_enabled():
             seen.images.append(len(x))
+        seen.amp.append(torch.is_autocast_enabled("cpu"))
         seen.nets.append(net)
         return forward(net, x, *rest)
 
     def compared(outputs, *rest, **options):
         seen.losses.append((outputs.dtype, torch.is_autocast_enabled("cpu")))
         return losses(outputs, *rest, **options)
+
+    def loaded(scenes, **options):
+        seen.loaders.append(options)
+        return batches(scenes, **options)
 
     def keep():
         seen.kept += 1
@@ -54,6 +64,7 @@ def trained(request, tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(kind, "forward", watched)
         patch.setattr(script, "multi_to_one", compared)
+        patch.setattr(dataset, "batches", loaded)
         patch.setattr(experiment, "keep_freed_memory", keep)
         patch.setattr(experiment, "slow_half", lambda device: f"slow on {device.type}")
         script.main(script.get_args_parser().parse_args(f"{TINY} {more}".split()))
@@ -75,7 +86,14 @@ def test_a_batch_in_parts_goes_through_the_network_part_by_part(trained):
 
 
 def test_with_amp_outputs_are_float32_again_before_the_loss_and_that_is_not_autocast(trained):
+    """In training; in validation the networks are in bfloat16, too."""
+    assert len(trained.amp) > 2 * trained.steps and all(trained.amp)
     assert trained.losses == 2 * trained.steps * [(torch.float32, False)]
+
+
+def test_loaders_are_told_of_dry_inputs_and_of_upright_rain(trained):
+    assert len(trained.loaders) == trained.steps // 2  # of the weights, and of alpha and beta
+    assert {(options["clean_inputs"], options["upright"]) for options in trained.loaders} == {(0.3, True)}
 
 
 def test_that_bfloat16_is_slow_on_a_processor_is_in_the_log_of_a_run(trained):
@@ -109,16 +127,21 @@ def test_that_bfloat16_is_slow_on_an_old_gpu_is_said_and_float16_is_not(monkeypa
     assert devices.slow_half(cuda, torch.float16) is None
 
 
-def test_pictures_go_through_a_folded_network_and_freed_memory_is_kept(folder, monkeypatch):
+def test_pictures_go_through_a_folded_network_as_amp_says_and_freed_memory_is_kept(folder, monkeypatch):
     write_network("net.pt")
     write_image("rain.png", photograph(0))
-    nets, kept, restore = [], [], test_view.restore
-    monkeypatch.setattr(
-        test_view, "restore", lambda net, *args, **options: nets.append(net) or restore(net, *args, **options)
-    )
+    nets, amp, kept, restore = [], [], [], test_view.restore
+
+    def watched(net, *args, **options):
+        nets.append(net)
+        amp.append(options["amp"])
+        return restore(net, *args, **options)
+
+    monkeypatch.setattr(test_view, "restore", watched)
     monkeypatch.setattr(test_view, "keep_freed_memory", lambda: kept.append(1))
-    assert view("--path rain.png --result_path out") == 0
+    assert view("--path rain.png --result_path out") == view("--path rain.png --result_path out --amp") == 0
     modules = [module for net in nets for module in net.net.modules()]
     assert any(isinstance(module, nn.Conv2d) for module in modules)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in modules)
-    assert kept == [1]
+    assert amp == [False, True]
+    assert kept == [1, 1]

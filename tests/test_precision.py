@@ -14,7 +14,7 @@ from architect import Architect
 from losses import multi_to_one
 from model_search import SearchNetwork
 from model_train import DerainNetwork
-from operations import OPERATIONS
+from operations import OPERATIONS, DilatedDepthwise
 from support.benchmark import KINDS, error_in_kind, every_operation, gradients
 from support.devices import autocast
 from support.errors import UserError
@@ -43,6 +43,24 @@ def test_the_gradients_of_every_kind_in_every_mode_are_those_of_float32(kind, si
         for tensors, right in zip(map(together, found), map(together, expected), strict=True):
             assert (tensors - right).norm() <= allowed * right.norm(), mode
         assert error_in_kind(expected, found) <= worst, mode
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_dilated_depthwise_convolution_is_computed_in_float32_on_a_cpu(layout, monkeypatch):
+    """On whatever processor: that its bfloat16 gradient is garbage shows on some only."""
+    computed, convolve = [], DilatedDepthwise._conv_forward
+
+    def watched(self, x, weight, bias):
+        computed.append((x.dtype, weight.dtype, torch.is_autocast_enabled("cpu")))
+        return convolve(self, x, weight, bias)
+
+    monkeypatch.setattr(DilatedDepthwise, "_conv_forward", watched)
+    x = torch.rand(2, CHANNELS, 16, 16).to(memory_format=layout)
+    with autocast(CPU, True):
+        DilatedDepthwise(CHANNELS)(x)
+        DilatedDepthwise(CHANNELS)(x.bfloat16())
+    DilatedDepthwise(CHANNELS).bfloat16()(x.bfloat16())
+    assert computed == 3 * [(torch.float32, torch.float32, False)]
 
 
 def test_a_whole_network_made_bfloat16_has_no_garbage_either():
