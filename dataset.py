@@ -159,9 +159,10 @@ def with_sides(paths, clean_sides):
 
 
 def _is_did_mdn(path):
-    parts = {TRAINING, TEST}
-    named = Path(os.path.abspath(path)).name in parts  # abspath, for "."
-    return named or bool(_density_folders(path)) or any(os.path.isdir(path / part) for part in parts)
+    """Whether it is DID-MDN's training or test set, or holds one of them."""
+    named = Path(os.path.abspath(path)).name == TEST  # abspath, for "."
+    densities = _density_folders(path) or _density_folders(path / TRAINING)
+    return named or bool(densities) or os.path.isdir(path / TEST)
 
 
 def _folders(path):

@@ -238,9 +238,10 @@ def choose_compiled(args, device, net, sizes):
     """Settle for which shapes the network is compiled, by --compile and the (height, width) of all that is to
     be restored, and print it. Not by timing: results are not to depend on how busy a machine is.
     """
-    why_not = no_compiler(device)
     if args.compile == "auto" and device.type != "cpu":
         why_not = f"on {device.type} it is not known to pay"
+    else:
+        why_not = args.compile != "off" and no_compiler(device)
     if args.compile == "off" or why_not:
         net.shapes = set()
     else:

@@ -517,6 +517,7 @@ def measure_scripts(name, options, device, repeats=None, plain=False):
     """The figures of a row of `SCRIPT_ROWS`: the offered step in a process that keeps freed memory, and the
     offered or plain one in a process that does not, taking turns.
     """
+    figures = compare(name, options, device) if plain else {}  # first: what fails is one line here
     spawn = multiprocessing.get_context("spawn")
     processes, ends = [], []
     for keep in (False, True):
@@ -538,9 +539,7 @@ def measure_scripts(name, options, device, repeats=None, plain=False):
         end.send(False)
         process.join()
     plain_ms, ms = map(statistics.median, zip(*turns, strict=True))
-    figures = {"plain_ms": plain_ms, "ms": ms, "ratio": plain_ms / ms}
-    if plain:
-        figures |= compare(name, options, device)
+    figures |= {"plain_ms": plain_ms, "ms": ms, "ratio": plain_ms / ms}
     return dict.fromkeys(COLUMNS) | figures | dict(zip(("plain_mb", "mb"), memory, strict=True))
 
 

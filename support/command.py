@@ -4,6 +4,7 @@ import argparse
 import errno
 import math
 import os
+import select
 import shutil
 import sys
 from pathlib import Path
@@ -108,15 +109,33 @@ def run(main, parser):
         sys.exit(_report(parser, f"error: {what} To need less, see {', '.join(flags) or '--help'}", 2))
     except Interrupted as stop:
         sys.exit(_report(parser, str(stop), 130))
-    except BrokenPipeError:  # of `| head`, or of a `| tee` that Ctrl-C has ended as well
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):  # else Python complains, at its end, of what it cannot print
-            os.dup2(nowhere, stream.fileno())
+    except BrokenPipeError:
+        if not _unread(sys.stdout):
+            raise
+        silence(sys.stdout)
         sys.exit(141)
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
         sys.exit(_report(parser, f"error: {_full_disk(error)}", 2))
+
+
+def _unread(stream):
+    """Whether a stream goes into a pipe that nobody reads any more: of `| head`, or of a `| tee` that Ctrl-C
+    has ended as well.
+    """
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def silence(stream):
+    """Let go what is written to a stream that nobody reads; at its end Python would complain of it again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _full_disk(error):
@@ -128,7 +147,10 @@ def _full_disk(error):
 
 def _report(parser, text, status):
     if distributed.first_to_say(text):
-        print(f"{parser.prog}: {_one_line(text)}", file=sys.stderr, flush=True)
+        try:
+            print(f"{parser.prog}: {_one_line(text)}", file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            silence(sys.stderr)
     return status
 
 

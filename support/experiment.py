@@ -29,7 +29,7 @@ import dataset
 from model_train import CheckpointError, read, write_whole
 from support import distributed
 from support.cache import open_cache
-from support.command import above_zero, announce_demo, even, natural, positive, seed, share
+from support.command import above_zero, announce_demo, even, natural, positive, seed, share, silence
 from support.devices import be_deterministic, pick_device, slow_half
 from support.errors import Interrupted, UserError
 from support.fast import compile_edges, compile_network, keep_freed_memory, no_compiler
@@ -839,11 +839,14 @@ class _FileHandler(logging.FileHandler):
 
 
 class _TqdmHandler(logging.Handler):
-    """Log lines that do not break a progress bar."""
+    """Log lines that do not break a progress bar, and whose reader may go: the log file has them all."""
 
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            silence(sys.stdout)
 
 
 def _text(value):

@@ -75,7 +75,8 @@ def no_compiler(device):
 
 def _runs(compiler):
     try:
-        return subprocess.run([compiler, "--version"], capture_output=True).returncode == 0
+        command = [compiler, "--version"]
+        return not subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode
     except OSError:
         return False
 

@@ -1,6 +1,7 @@
 """The command line of every script: its flags, their errors, its exit status."""
 
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import train_model_batch
 import train_search_batch
 from genotypes import GenotypeError
 from model_train import CheckpointError
-from support import command
+from support import command, experiment
 from support.errors import Interrupted, UserError
 
 SCRIPTS = {"search": train_search_batch, "train": train_model_batch, "view": test_view}
@@ -126,17 +127,50 @@ def test_ctrl_c_while_a_command_begins_is_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "train.py: interrupted\n"
 
 
-def test_what_nobody_reads_any_more_is_no_error(tmp_path, monkeypatch):
-    """As of `| head`. Nor does Python complain of it at its end, when it prints what it still holds."""
+@pytest.fixture
+def unread():
+    """A stream into a pipe that nobody reads; Python writes what it still holds when it is closed."""
     read, written = os.pipe()
     os.close(read)
-    with open(written, "w") as pipe, open(tmp_path / "errors", "w") as errors:
-        monkeypatch.setattr(sys, "argv", ["train.py"])
-        monkeypatch.setattr(sys, "stdout", pipe)
-        monkeypatch.setattr(sys, "stderr", errors)
-        with pytest.raises(SystemExit) as stop:
-            command.run(lambda args: print("a line"), command.Parser(prog="train.py"))
-        monkeypatch.undo()
-        pipe.flush()
+    with open(written, "w") as stream:
+        yield stream
+
+
+def test_what_nobody_reads_any_more_is_no_error(unread, monkeypatch, capsys):
+    """As of `| head`."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(sys, "stdout", unread)
+    with pytest.raises(SystemExit) as stop:
+        command.run(lambda args: print("a line"), command.Parser(prog="train.py"))
     assert stop.value.code == 141
-    assert (tmp_path / "errors").read_text() == ""
+    assert capsys.readouterr().err == ""
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch):
+    def main(args):
+        raise BrokenPipeError("to a process that has died")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with open(os.devnull, "w") as healthy, pytest.raises(BrokenPipeError, match="died"):
+        monkeypatch.setattr(sys, "stdout", healthy)
+        command.run(main, command.Parser(prog="train.py"))
+
+
+def test_a_stop_whose_line_nobody_reads_is_a_stop_all_the_same(unread, monkeypatch):
+    """As of `2>&1 | tee` and Ctrl-C, which ends both."""
+
+    def main(args):
+        raise Interrupted("go on with --resume")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(sys, "stderr", unread)
+    with pytest.raises(SystemExit) as stop:
+        command.run(main, command.Parser(prog="train.py"))
+    assert stop.value.code == 130
+
+
+def test_a_run_logs_on_when_nobody_reads_its_lines(unread, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", unread)
+    handler = experiment._TqdmHandler()
+    for line in ("one", "two"):
+        handler.emit(logging.LogRecord("manas", logging.INFO, "", 0, line, (), None))

@@ -116,6 +116,8 @@ def test_one_side_for_all_folders_leaves_did_mdn_as_published(tmp_path):
     sides = [scene.clean.side for scene in find_training([scenes, pairs], ["left"])]
     assert sides == ["right", "left"]
     assert [scene.clean.side for scene in find_training([scenes], ["left"])] == ["left"]
+    flat = write_pairs(tmp_path / dataset.TRAINING, 1)  # of that name, but not in that layout
+    assert [scene.clean.side for scene in find_training([flat, pairs], ["left"])] == ["left", "left"]
     assert [scene.clean.side for scene in find_training([scenes, pairs], ["left", "left"])] == [
         "left",
         "left",

@@ -33,7 +33,7 @@ def fast(name):
 
 
 @cache
-def psnr(name, scene, amp=False):
+def psnr(name, scene, amp):
     """[(density, PSNR in dB restored by a shipped network, and as it is)] of the rainy images of a scene."""
     rainy, clean = dataset.read_scene(scene)
     psnrs = [
@@ -45,7 +45,7 @@ def psnr(name, scene, amp=False):
 def gains(name, scenes):
     """{density: mean PSNR gain over the input in dB}."""
     found = {}
-    for density, restored, untouched in (row for scene in scenes for row in psnr(name, scene)):
+    for density, restored, untouched in (row for scene in scenes for row in psnr(name, scene, False)):
         found.setdefault(density, []).append(restored - untouched)
     return {density: np.mean(values) for density, values in found.items()}
 
