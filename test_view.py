@@ -238,19 +238,20 @@ def choose_compiled(args, device, net, sizes):
     """Settle for which shapes the network is compiled, by --compile and the (height, width) of all that is to
     be restored, and print it. Not by timing: results are not to depend on how busy a machine is.
     """
+    net.shapes = set()
+    if args.compile == "off":
+        return
     if args.compile == "auto" and device.type != "cpu":
         why_not = f"on {device.type} it is not known to pay"
     else:
-        why_not = args.compile != "off" and no_compiler(device)
-    if args.compile == "off" or why_not:
-        net.shapes = set()
-    else:
+        why_not = no_compiler(device)
+    if not why_not:
         net.shapes = distributed.from_main(partial(worth_compiling, args, sizes))
         why_not = f"it pays from {COMPILED_FROM // 10**6} megapixels of one size on"
     shapes = " ".join(f"{width}x{height}" for height, width in sorted(net.shapes))
     if shapes:
         print(f"compiled, which takes minutes at first: {shapes}", flush=True)
-    elif args.compile != "off":
+    else:
         print(f"not compiled: {why_not}", flush=True)
 
 

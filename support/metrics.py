@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import cv2
 import numpy as np
-import skimage
+import skimage  # whose metrics, and SciPy with them, the first score loads
 
 METRICS = ("psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y")
 SSIM_WINDOW = 11  # pixels a side: of the Gaussian window, so of the smallest image that has an SSIM
@@ -33,8 +33,8 @@ def score(output: np.ndarray, target: np.ndarray) -> dict[str, float]:
     scores = {}
     for name, x, y in (("rgb", output, target), ("y", luma(output), luma(target))):
         with np.errstate(divide="ignore"):  # no error at all: infinite PSNR
-            psnr = skimage.metrics.peak_signal_noise_ratio  # which loads SciPy: not before it is needed
-            scores[f"psnr_{name}"] = float(psnr(y, x, data_range=255))
+            psnr = skimage.metrics.peak_signal_noise_ratio(y, x, data_range=255)
+        scores[f"psnr_{name}"] = float(psnr)
         scores[f"ssim_{name}"] = _ssim(x, y)
     return scores
 
