@@ -1,10 +1,11 @@
 """From files on disk to tensors: scenes (multi-to-one), pairs and single images.
 
 A scene is one clean background and its rainy versions: three densities in DID-MDN, one in a plain pair. The
-layouts that `find` knows, by the names of the folders alone:
+layouts that `find` knows, by the names of folders and files alone:
 
     Rain_Heavy/train2018new/*.jpg  Rain_Medium/...  Rain_Light/...   rain|clean; one name is one scene
     input/*  target/*  (or rain norain, rainy gt, ...)               pairs of two files of one name
+    rain-1.png norain-1.png, or 1_in.png 1_GT.png, ...               pairs told by the files' names
     *.jpg with --clean_side left or right                            clean|rain or rain|clean side by side
     *.jpg                                                            single images, no ground truth
 
@@ -46,6 +47,9 @@ CLEAN_FOLDERS = {
     "gtruth",
     "label",
 }
+CLEAN_NAME = re.compile(
+    r"^norain[-_]|[-_](norain|gt)$|(?<=\d)gt$", re.IGNORECASE
+)  # of a file among rainy ones
 SIDES = ("left", "right")
 PARTS = {"weights": 0.50, "architecture": 0.45, "validation": 0.05}
 GIVE_UP = 100  # scenes in a row that cannot be read: the disk is gone, not some files
@@ -105,18 +109,26 @@ def find(path, clean_side=None):
         raise UserError(f"{path}: neither a picture nor a folder that can be read")
     if by_density := _density_folders(path):
         return _densities(path, by_density, clean_side or "right")
-    rainy = [child for child in _folders(path) if child.name.lower() in RAINY_FOLDERS]
-    clean = [child for child in _folders(path) if child.name.lower() in CLEAN_FOLDERS]
+    rainy, clean = _pair_folders(path)
     if rainy and clean:
         if len(rainy) > 1 or len(clean) > 1:
             names = ", ".join(sorted(child.name for child in [*rainy, *clean]))
             raise UserError(
                 f"{path}: cannot tell which folders make the pairs among {names}; keep two of them"
             )
-        return _paired(path, rainy[0], clean[0])
+        files = [list_images(folder, recursive=True) for folder in (rainy[0], clean[0])]
+        if not any(files):
+            raise UserError(f"{path}: no images in {rainy[0].name} and {clean[0].name}")
+        layout = f"pairs in {rainy[0].name}/ and {clean[0].name}/"
+        return _paired(layout, rainy[0], files[0], clean[0], files[1])
     if Path(os.path.abspath(path)).name == TEST:  # also of "."
         clean_side = clean_side or "right"
-    return _flat(path, list_images(path, recursive=clean_side is None), clean_side)
+    if clean_side is not None:
+        return _flat(path, list_images(path), clean_side)
+    if sets := sorted(child.name for child in _folders(path) if all(_pair_folders(child))):
+        raise UserError(f"{path}: holds sets of pairs, {', '.join(sets)}; give one of them")
+    files = list_images(path, recursive=True)
+    return _told_by_name(path, files) or _flat(path, files, None)
 
 
 def find_training(paths, clean_sides=()):
@@ -166,7 +178,14 @@ def _is_did_mdn(path):
 
 
 def _folders(path):
-    return [child for child in path.iterdir() if os.path.isdir(child)]
+    """The folders in one; none where it may not be looked into."""
+    return [child for child in path.iterdir() if os.path.isdir(child)] if os.access(path, os.R_OK) else []
+
+
+def _pair_folders(path):
+    """The folders in one that by their names hold rainy images, and those that hold clean ones."""
+    kinds = RAINY_FOLDERS, CLEAN_FOLDERS
+    return [[child for child in _folders(path) if child.name.lower() in kind] for kind in kinds]
 
 
 def _density_folders(path):
@@ -199,38 +218,49 @@ def _densities(path, folders, side):
     return Found(f"DID-MDN scenes, {len(files)} densities, clean half {side}", scenes, unpaired)
 
 
-def _paired(path, rainy_folder, clean_folder):
-    clean = {}
-    for file in list_images(clean_folder, recursive=True):
-        key = _pair_key(file, clean_folder)
-        if key in clean:
-            raise UserError(f"{file}: two clean images of one name ({clean[key].name}); rename one")
-        clean[key] = file
+def _paired(layout, rainy_root, rainy, clean_root, clean):
+    """Pairs of two lists of files by their names below the folders `rainy_root` and `clean_root`."""
+    by_key = {}
+    for file in clean:
+        key = _pair_key(file, clean_root)
+        if key in by_key:
+            raise UserError(f"{file}: two clean images of one name ({by_key[key].name}); rename one")
+        by_key[key] = file
     scenes, unpaired, used = [], [], set()
-    rainy = list_images(rainy_folder, recursive=True)
-    keys = {file: _pair_key(file, rainy_folder) for file in rainy}
+    keys = {file: _pair_key(file, rainy_root) for file in rainy}
     taken = set(keys.values())
-    for name, (file, key) in zip(_names(rainy_folder, rainy), keys.items(), strict=True):
-        # Several rainy versions of one clean image: 7_1.png, 7_2.png, ... of 7.png. But beside a rainy 7.png,
-        # 7_2.png is a picture of its own.
-        shared = re.sub(r"_[a-z]*\d+$", "", key)
-        partner = key if key in clean or shared in taken else shared
-        if partner in clean:
-            used.add(partner)
-            scenes.append(Scene(name, (Half(file),), Half(clean[partner])))
-        else:
+    for name, (file, key) in zip(_names(rainy_root, rainy), keys.items(), strict=True):
+        partners = [key, *(other for other in _less_exact(key) if other not in taken)]
+        partner = next((other for other in partners if other in by_key), None)
+        if partner is None:
             unpaired.append(file)
-    unpaired += [file for key, file in clean.items() if key not in used]
-    if not scenes and not unpaired:
-        raise UserError(f"{path}: no images in {rainy_folder.name} and {clean_folder.name}")
-    return Found(f"pairs in {rainy_folder.name}/ and {clean_folder.name}/", scenes, unpaired)
+        else:
+            used.add(partner)
+            scenes.append(Scene(name, (Half(file),), Half(by_key[partner])))
+    unpaired += [file for key, file in by_key.items() if key not in used]
+    return Found(layout, scenes, unpaired)
 
 
 def _pair_key(file, folder):
     """What two files of a pair share: the relative name without suffix, rain-/norain- or _rain/_clean/_gt."""
     key = file.relative_to(folder).with_suffix("").as_posix().lower()
     key = re.sub(r"(^|/)(no)?rain[-_]", r"\1", key)
-    return re.sub(r"[-_](rain|rainy|norain|clean|gt)$", "", key)
+    return re.sub(r"[-_](rain|rainy|norain|in|clean|gt)$|(?<=\d)gt$", "", key)
+
+
+def _less_exact(key):
+    """Keys of the clean image that several rainy ones may share: 7 of 7_1, 7_2, 7x2, heavy/7 and light/7."""
+    for name in (key, key.rpartition("/")[2]):
+        yield name
+        yield re.sub(r"_[a-z]*\d+$|(?<=\d)x\d$", "", name)
+
+
+def _told_by_name(path, files):
+    """The pairs among files whose own names say which are clean, if most of them belong to one; else None."""
+    clean = [file for file in files if CLEAN_NAME.search(file.stem)]
+    rainy = [file for file in files if not CLEAN_NAME.search(file.stem)]
+    found = _paired("pairs told by their names", path, rainy, path, clean)
+    return found if len(found.unpaired) < len(files) / 2 else None
 
 
 def _flat(root, files, side):

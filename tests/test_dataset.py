@@ -135,6 +135,13 @@ def test_one_side_for_all_folders_leaves_did_mdn_as_published(tmp_path):
         ("data", "gt", "7_rain.png", "7_clean.png"),
         ("rain", "norain", "heavy/rain-1.png", "heavy/norain-1.png"),
         ("lq", "clean", "im_s30.png", "im.png"),
+        ("rain", "norain", "X2/norain-001x2.png", "norain-001.png"),
+        ("rain", "gt", "000.png", "000gt.png"),
+        ("rain", "gt", "heavy/7.png", "7.png"),
+        ("rainy", ".", "rain-001.png", "norain-001.png"),
+        (".", ".", "rain-1.png", "norain-1.png"),
+        (".", ".", "001_in.png", "001_GT.png"),
+        ("Rain12", "Rain12", "park.png", "park-gt.bmp"),
     ],
 )
 def test_paired_folders_are_matched_by_name(tmp_path, rainy_folder, clean_folder, rainy_name, clean_name):
@@ -142,6 +149,7 @@ def test_paired_folders_are_matched_by_name(tmp_path, rainy_folder, clean_folder
     write_image(tmp_path / clean_folder / clean_name, coordinates(BLUE["clean"]))
     found = find(tmp_path)
     assert not found.unpaired
+    assert find_training([tmp_path]) == found.scenes
     (scene,) = found.scenes
     (rainy,), clean = read_scene(scene)
     assert rainy[0, 0, 2] == BLUE["Heavy"]
@@ -167,6 +175,28 @@ def test_a_picture_whose_clean_one_is_missing_does_not_take_that_of_another(tmp_
     found = find(tmp_path)
     assert [scene.name for scene in found.scenes] == ["walk", "walk_1"]
     assert found.unpaired == [tmp_path / "rain" / "walk_2.png"]
+
+
+def test_pictures_that_are_not_mostly_pairs_by_their_names_are_single_images(tmp_path):
+    for name in ("rain-1", "norain-1", "2", "3_gt"):
+        write_image(tmp_path / f"{name}.png", photograph(0))
+    found = find(tmp_path)
+    assert found.layout == "single images"
+    assert len(found.scenes) == 4
+    (tmp_path / "2.png").unlink()
+    found = find(tmp_path)
+    assert [scene.name for scene in found.scenes] == ["rain-1"]
+    assert found.unpaired == [tmp_path / "3_gt.png"]
+
+
+def test_a_folder_of_sets_is_refused_by_their_names(tmp_path):
+    """Its clean images would be restored like rainy ones, and nothing scored."""
+    for name in ("A/input/1", "A/target/1", "B/rain/1", "B/norain/1", "C/input/1"):
+        write_image(tmp_path / f"{name}.png", photograph(0))
+    with pytest.raises(UserError, match=r"holds sets of pairs, A, B; give one of them$"):
+        find(tmp_path)
+    (scene,) = find(tmp_path / "B").scenes
+    assert scene.clean.path == tmp_path / "B/norain/1.png"
 
 
 def test_single_images_have_no_ground_truth(tmp_path):

@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import genotypes
 import model_train
 import test_view
 from support.fast import for_inference
-from support.images import write_image
+from support.images import read_image, write_image
 from support.metrics import score
 from support.rain import demo_set
 from support.restore import restore
@@ -48,6 +50,18 @@ def gains(name, scenes):
     for density, restored, untouched in (row for scene in scenes for row in psnr(name, scene, False)):
         found.setdefault(density, []).append(restored - untouched)
     return {density: np.mean(values) for density, values in found.items()}
+
+
+def test_the_lines_of_python_in_the_readme_restore_a_picture(tmp_path, monkeypatch):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    paragraphs = readme.split("\nFrom Python,")[1].split("\n\n")
+    lines = "\n\n".join(takewhile(lambda text: text.startswith("    "), paragraphs[1:]))
+    write_image(tmp_path / "photo.jpg", rain_on(photograph(0, 48, 64), 0))
+    (tmp_path / "eval-EXP").symlink_to(test_view.SHIPPED.parent.resolve())
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(lines).replace('"cuda"', '"cpu"'), {})
+    expected = restore(model_train.load("eval-EXP/derain.pt"), read_image("photo.jpg"))
+    assert np.array_equal(read_image("restored.png"), expected)
 
 
 @pytest.mark.parametrize("name, megabytes", [*zip(NAMES, (20, 8), strict=True)])
