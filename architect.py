@@ -148,6 +148,6 @@ class Architect:
         """The loss of a batch with the given weights in place of the network's own."""
         given = {id(own): w for own, w in zip(self.net.weights(), weights, strict=True)}
         state = {name: given.get(id(p), p) for name, p in self.net.named_parameters()}
-        # BatchNorm updates its statistics in place: it gets copies, so that the network's stay as they were.
-        state |= {name: buffer.clone() for name, buffer in self.net.named_buffers()}
+        if self.net.training:  # then BatchNorm updates its statistics in place: those of copies
+            state |= {name: buffer.clone() for name, buffer in self.net.named_buffers()}
         return self.loss(lambda x: functional_call(self.net, state, (x,)), batch)
