@@ -100,7 +100,14 @@ class Backward:
         """(loss, gradients), these laid out as the weights are, which fused optimizers want."""
         loss = self.loss(self.forward, batch)
         gradients = torch.autograd.grad(loss, self.weights)
-        pairs = zip(gradients, self.weights, strict=True)
-        return loss.detach(), [
-            g if g.stride() == w.stride() else torch.empty_like(w).copy_(g) for g, w in pairs
-        ]
+        return loss.detach(), [laid_out_as(w, g) for g, w in zip(gradients, self.weights, strict=True)]
+
+
+def laid_out_as(weight, gradient):
+    """The gradient with the strides of its weight: a copy only where they say something else in memory. Those
+    of a dimension of size 1, as most weights have here, do not.
+    """
+    pairs = zip(weight.shape, weight.stride(), gradient.stride(), strict=True)
+    if all(size == 1 or ours == given for size, ours, given in pairs):
+        return gradient.as_strided(weight.shape, weight.stride())
+    return torch.empty_like(weight).copy_(gradient)

@@ -13,7 +13,7 @@ from model_search import SearchNetwork
 from model_train import DerainNetwork
 from support.benchmark import every_operation
 from support.experiment import Experiment
-from support.graphs import Backward, Recorded
+from support.graphs import Backward, Recorded, laid_out_as
 from tests.made import scalars, write_scenes
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -73,6 +73,18 @@ def test_gradients_are_laid_out_as_the_weights_and_summed_over_the_parts(kind):
         summed = Backward(net, weights, loss, parts)(batch)
         torch.testing.assert_close(summed, value)
         assert_same([w.grad for w in weights], gradients)
+
+
+@pytest.mark.parametrize(
+    "shape, copied", [((4, 3, 3, 3), True), ((4, 3, 1, 1), False), ((4, 1, 3, 3), False)]
+)
+def test_a_gradient_is_copied_only_where_memory_has_another_order(shape, copied):
+    """Each copy is a kernel; a search has 691 weights, most of them 1x1 or depthwise."""
+    weight = torch.zeros(shape).to(memory_format=torch.channels_last)
+    gradient = torch.rand(shape)
+    found = laid_out_as(weight, gradient)
+    assert found.stride() == weight.stride() and torch.equal(found, gradient)
+    assert (found.data_ptr() != gradient.data_ptr()) == copied
 
 
 @cuda
