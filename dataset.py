@@ -47,9 +47,8 @@ CLEAN_FOLDERS = {
     "gtruth",
     "label",
 }
-CLEAN_NAME = re.compile(
-    r"^norain[-_]|[-_](norain|gt)$|(?<=\d)gt$", re.IGNORECASE
-)  # of a file among rainy ones
+# Of a clean file among rainy ones: norain-1, 1_GT, 1gt.
+CLEAN_NAME = re.compile(r"^norain[-_]|[-_](norain|gt)$|(?<=\d)gt$", re.IGNORECASE)
 SIDES = ("left", "right")
 PARTS = {"weights": 0.50, "architecture": 0.45, "validation": 0.05}
 GIVE_UP = 100  # scenes in a row that cannot be read: the disk is gone, not some files
@@ -258,6 +257,8 @@ def _less_exact(key):
 def _told_by_name(path, files):
     """The pairs among files whose own names say which are clean, if most of them belong to one; else None."""
     clean = [file for file in files if CLEAN_NAME.search(file.stem)]
+    if not clean:
+        return None
     rainy = [file for file in files if not CLEAN_NAME.search(file.stem)]
     found = _paired("pairs told by their names", path, rainy, path, clean)
     return found if len(found.unpaired) < len(files) / 2 else None
