@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import threading
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -35,18 +36,11 @@ from support.images import image_size, list_images, read_image
 
 DENSITIES = ("Heavy", "Medium", "Light")
 TRAINING, TEST = "DID-MDN-training", "DID-MDN-test"  # DID-MDN's folders
-RAINY_FOLDERS = {"input", "inputs", "rain", "rainy", "rainy_image", "rain_image", "lq", "data", "degraded"}
-CLEAN_FOLDERS = {
-    "target",
-    "targets",
-    "norain",
-    "clean",
-    "gt",
-    "ground_truth",
-    "groundtruth",
-    "gtruth",
-    "label",
-}
+# By lower-case names without an ending "_image", "-images", "_imgs", "_crops".
+RAINY_FOLDERS = set("input inputs in rain rainy lq data degraded real_world".split())
+CLEAN_FOLDERS = set(
+    "target targets norain clean clear gt hq ground_truth groundtruth gtruth label real_world_gt".split()
+)
 # Of a clean file among rainy ones: norain-1, 1_GT, 1gt.
 CLEAN_NAME = re.compile(r"^norain[-_]|[-_](norain|gt)$|(?<=\d)gt$", re.IGNORECASE)
 SIDES = ("left", "right")
@@ -122,33 +116,35 @@ def find(path, clean_side=None):
         return _paired(layout, rainy[0], files[0], clean[0], files[1])
     if Path(os.path.abspath(path)).name == TEST:  # also of "."
         clean_side = clean_side or "right"
-    if clean_side is not None:
-        return _flat(path, list_images(path), clean_side)
-    if sets := sorted(child.name for child in _folders(path) if all(_pair_folders(child))):
+    files = list_images(path, recursive=clean_side is None)
+    if any(CLEAN_NAME.search(file.stem) for file in files) and (found := _told_by_name(path)):
+        return found
+    if clean_side is None and (sets := _sets(path, files)):
         raise UserError(f"{path}: holds sets of pairs, {', '.join(sets)}; give one of them")
-    files = list_images(path, recursive=True)
-    return _told_by_name(path, files) or _flat(path, files, None)
+    return _flat(path, files, clean_side)
 
 
-def find_training(paths, clean_sides=()):
+def find_training(paths, clean_sides=(), say=lambda line: None):
     """Scenes of one or several training folders, every one with its clean image.
 
     paths: folders; one that holds `DID-MDN-training` stands for it. clean_sides: none, one a folder, or one
-    for all but DID-MDN's. Raises UserError, naming the file, for unpaired images and images that cannot be a
-    pair.
+    for all but DID-MDN's. say(line) is told what each folder was found to be. Raises UserError, naming the
+    file, for unpaired images and images that cannot be a pair.
     """
     scenes = []
     for root, side in with_sides(paths, clean_sides):
         if os.path.isdir(root / TRAINING):
             root = root / TRAINING
         found = find(root, side)
+        say(f"{root}: {len(found.scenes):,} {found.layout}")
         if found.unpaired:
             raise UserError(
                 f"{found.unpaired[0]}: has no partner{_and_more(found.unpaired)} ({found.layout})"
             )
         if any(scene.clean is None for scene in found.scenes):
             raise UserError(
-                f"{root}: holds single images; for side-by-side pairs give --clean_side left or right"
+                f"{root}: holds single images: pairs are told by folders such as input and target, or names "
+                "such as rain-1 and norain-1; or, side by side, by --clean_side left or right"
             )
         scenes += found.scenes
     for scene in dict.fromkeys(scenes):
@@ -183,8 +179,20 @@ def _folders(path):
 
 def _pair_folders(path):
     """The folders in one that by their names hold rainy images, and those that hold clean ones."""
+    folders = _folders(path)
+    return [[child for child in folders if _is_kind(child, kind)] for kind in (RAINY_FOLDERS, CLEAN_FOLDERS)]
+
+
+def _is_kind(folder, kind):
+    return re.sub(r"[-_](images?|imgs?|crops)$", "", folder.name.lower()) in kind
+
+
+def _sets(path, files):
+    """The folders below `path` with files in a folder of rainy images and in one of clean: relative names."""
+    folders = {folder for file in files for folder in file.relative_to(path).parents}
     kinds = RAINY_FOLDERS, CLEAN_FOLDERS
-    return [[child for child in _folders(path) if child.name.lower() in kind] for kind in kinds]
+    rainy, clean = ({folder.parent for folder in folders if _is_kind(folder, kind)} for kind in kinds)
+    return sorted(map(str, rainy & clean))
 
 
 def _density_folders(path):
@@ -242,7 +250,7 @@ def _paired(layout, rainy_root, rainy, clean_root, clean):
 
 def _pair_key(file, folder):
     """What two files of a pair share: the relative name without suffix, rain-/norain- or _rain/_clean/_gt."""
-    key = file.relative_to(folder).with_suffix("").as_posix().lower()
+    key = unicodedata.normalize("NFC", file.relative_to(folder).with_suffix("").as_posix().lower())
     key = re.sub(r"(^|/)(no)?rain[-_]", r"\1", key)
     return re.sub(r"[-_](rain|rainy|norain|in|clean|gt)$|(?<=\d)gt$", "", key)
 
@@ -254,14 +262,23 @@ def _less_exact(key):
         yield re.sub(r"_[a-z]*\d+$|(?<=\d)x\d$", "", name)
 
 
-def _told_by_name(path, files):
-    """The pairs among files whose own names say which are clean, if most of them belong to one; else None."""
+def _told_by_name(path):
+    """The pairs of a folder where the clean images' own names tell them; None where most of the images that
+    could be in one are not. Rainy ones are beside them or in a folder named so: `rainy`, not `results`.
+    """
+    files = list_images(path, recursive=True)
     clean = [file for file in files if CLEAN_NAME.search(file.stem)]
-    if not clean:
-        return None
-    rainy = [file for file in files if not CLEAN_NAME.search(file.stem)]
+    beside = {file.parent for file in clean}
+    rainy, others = [], []
+    for file in files:
+        if not CLEAN_NAME.search(file.stem):
+            folders = file.relative_to(path).parents
+            known = file.parent in beside or any(_is_kind(folder, RAINY_FOLDERS) for folder in folders)
+            (rainy if known else others).append(file)
     found = _paired("pairs told by their names", path, rainy, path, clean)
-    return found if len(found.unpaired) < len(files) / 2 else None
+    if len(found.unpaired) > (len(rainy) + len(clean)) / 2:
+        return None
+    return found._replace(unpaired=[*found.unpaired, *others])
 
 
 def _flat(root, files, side):

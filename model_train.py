@@ -409,6 +409,7 @@ def export(net, path):
     with _config.patch(backed_size_oblivious=True), torch.no_grad():
         program = torch.export.export(net, (torch.rand(2, 3, 41, 53),), dynamic_shapes=free)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    _write_nothing(temporary, path)  # torch.export raises an error of its own where it cannot write
     try:
         if path.suffix == ".onnx":
             axes = ({0: "batch", 2: "height", 3: "width"},)
@@ -427,6 +428,13 @@ def export(net, path):
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_nothing(temporary, path):
+    try:
+        temporary.touch()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def get_args_parser():

@@ -238,7 +238,7 @@ OPERATIONS = {
     "SE_A_M": lambda channels: ChannelGate(channels, 4, use_max=True),
     "CBAM": cbam,
 }
-assert tuple(OPERATIONS) == PRIMITIVES
+assert tuple(OPERATIONS) == PRIMITIVES, "OPERATIONS and genotypes.PRIMITIVES name the same, in one order"
 
 
 # --- the attention module -----------------------------------------------------------------------------------

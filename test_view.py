@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import dataset
 import model_train
-from support import command, devices, distributed, experiment, images
+from support import check, command, devices, distributed, experiment, images
 from support.errors import UserError
 from support.fast import Compiled, for_inference, keep_freed_memory, no_compiler
 from support.gallery import FOLDER, MONTAGE, Gallery, montage
@@ -132,6 +132,8 @@ def main(args):
     )
     path = choose_path(args)
     out = Path(args.result_path)
+    if out.suffix.lower() in {*images.EXTENSIONS, *images.VIDEO_EXTENSIONS} and not out.is_dir():
+        raise UserError(f"--result_path {out}: is to be a folder, in which results keep their names")
     images.check_folder(out)
     if path.suffix.lower() in images.VIDEO_EXTENSIONS:
         if distributed.size() > 1:
@@ -142,6 +144,12 @@ def main(args):
     found = dataset.find(path, args.clean_side)
     alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
     print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}", flush=True)
+    if all(scene.clean is None for scene in found.scenes):
+        told = distributed.from_main(partial(check.hint, found.scenes))
+        print(
+            f"without ground truth, so nothing is scored{told and f'; of a few looked at, {told}'}",
+            flush=True,
+        )
     if path.is_dir() and (others := other_kinds(path)):
         print(f"left alone: files of other kinds ({', '.join(others)})", flush=True)
 

@@ -100,7 +100,7 @@ def main(args):
     net = build(run)
     print(f"data: {' '.join(args.data)}", flush=True)
     parts = run.scenes or distributed.from_main(
-        lambda: dataset.split(dataset.find_training(args.data, args.clean_side), args.split_seed)
+        lambda: dataset.split(dataset.find_training(args.data, args.clean_side, print), args.split_seed)
     )
     run.decode_once(parts)
 

@@ -15,6 +15,7 @@ its log and TensorBoard: support/health.py.
 
 import argparse
 import json
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,8 @@ DEMO = {
     "arch_start": 2,
     "val_scenes": 1,
 }
+
+DEFAULT_NAME = re.compile(r"search_\d{8}_\d{6}")
 
 # The unrolled step's double backward goes over the batch in so many parts: it would take 2.6 times the memory
 # of a first-order step in one.
@@ -146,7 +149,7 @@ def main(args):
     print(f"genotype: {'in the run folder (demo)' if args.demo else args.name}")
     print(f"data: {' '.join(args.data)}", flush=True)
     parts = run.scenes or distributed.from_main(
-        lambda: dataset.split(dataset.find_training(args.data, args.clean_side), args.split_seed)
+        lambda: dataset.split(dataset.find_training(args.data, args.clean_side, print), args.split_seed)
     )
     run.decode_once(parts)
 
@@ -261,15 +264,30 @@ def main(args):
     genotypes.write_json(genotype, run.folder / "genotype.json")
     draw_genotype(genotype, run.folder / "genotype.svg", args.name, args.channels)
     log.info("derived architecture:\n%s = %s", args.name, genotypes.literal(genotype))
-    arch = args.name
-    if args.demo:
-        arch = run.folder / "genotype.json"
-    else:
-        genotypes.append(args.name, genotype, origin)
+    arch = run.folder / "genotype.json" if args.demo else add_to_vocabulary(run, genotype, origin)
     gap = discretisation_gap(run, net, genotype, validation)
     run.finish(genotype=genotype._asdict(), collapse=health.collapse, validation_psnr=gap)
     log.info("retrain it with: python train_model_batch.py --arch %s", arch)
     return 0
+
+
+def add_to_vocabulary(run, genotype, origin):
+    """Append the genotype to genotypes.py; returns its name there, which is --name. A default one, which a
+    search begun in the same second has too, is numbered where that one was faster.
+    """
+    stem = run.args.name
+    names = [stem]
+    if DEFAULT_NAME.fullmatch(stem):
+        names += [f"{stem}_{number}" for number in range(2, 100)]
+    for name in names:
+        try:
+            genotypes.append(name, genotype, origin)
+            return name
+        except genotypes.GenotypeError as error:
+            problem = error
+    raise UserError(
+        f"{problem}: --resume {run.folder} --name OTHER; {run.folder}/genotype.json is what it found"
+    )
 
 
 def provenance(run):

@@ -51,9 +51,10 @@ def main(args):
     keep_freed_memory()
     device = devices.pick_device(args.device)
     nets = {str(path): for_inference(load(path, device)) for path in args.ckt_path}
-    scenes = [
-        scene for folder in args.folders for scene in dataset.find(Path(folder), args.clean_side).scenes
-    ]
+    scenes = []
+    for folder in map(Path, args.folders):
+        inner = folder / dataset.TRAINING
+        scenes += dataset.find(inner if inner.is_dir() else folder, args.clean_side).scenes
     scenes = scenes[:: args.every]
     changes = {path: {} for path in nets}
     unusable = []

@@ -28,6 +28,7 @@ MATCH = 0.3  # all pairs are above 0.48; 99.9 % of clean images beside another's
 SWAPPED = -0.1  # all pairs are above -0.05; swapped, 99.6 % of them are below -0.1
 SAME_CLEAN = 4.0  # mean absolute difference, grey levels, between clean images of one scene; 0 in DID-MDN
 NAMED = 5  # files a line
+HINT_FROM = 8  # pictures
 CLEAN_DIFFERS = "clean half differs from the other densities'"
 DID_MDN = {"DID-MDN-training": 4000, "DID-MDN-test": 1200}  # scenes of three densities; pairs
 
@@ -237,12 +238,29 @@ def swapped(looks, folder):
 
 def side_by_side(looks):
     """A note where single images look like pairs: which side is clean is a flag, so it is not acted upon."""
-    single = [look for look in looks if look.scene.clean is None]
-    pairs = [look for look in single if look.rain and look.match >= MATCH]
-    if len(pairs) > len(single) / 2:
-        side = "left" if np.median([look.rain[0] for look in pairs]) > 0 else "right"
-        text = f"{len(pairs):,} look like side-by-side pairs, clean half {side}: give --clean_side {side}"
+    single = [(look.rain, look.match) for look in looks if look.scene.clean is None]
+    if text := _of_pairs(single):
         yield Finding(text, wrong=False)
+
+
+def hint(scenes):
+    """The same of a few of many single images, as a line; "" where they do not look like pairs."""
+    halves = []
+    for scene in scenes[:: max(1, len(scenes) // HINT_FROM)]:
+        try:
+            halves.append(_halves(read_image(scene.rainy[0].path)))
+        except UserError:  # restoring it will say so
+            continue
+    return _of_pairs(halves)
+
+
+def _of_pairs(halves):
+    """What to say of single images by their `_halves`."""
+    rain = [rain for rain, matches in halves if rain and matches >= MATCH]
+    if len(rain) <= len(halves) / 2:
+        return ""
+    side = "left" if np.median(rain) > 0 else "right"
+    return f"{len(rain):,} look like side-by-side pairs, clean half {side}: give --clean_side {side}"
 
 
 def duplicates(looks):

@@ -48,6 +48,11 @@ WIDTH = MARGIN + STEM + CELLS * (TRANSITION + CELL) + 14 + HEAD + 62 + MARGIN
 HEIGHT = TOP + ROW * len(SCALES) + MARGIN
 
 
+def shown_as(operation):
+    """Label, colour and colour of the label; an operation that was added to the search space is grey."""
+    return OPERATIONS.get(operation, (operation, LINE, INK))
+
+
 class Page:
     """Shapes on an SVG page."""
 
@@ -90,7 +95,7 @@ class Page:
 
     def pill(self, x, y, name, width=84):
         """An operation's label, centred."""
-        label, fill, ink = OPERATIONS[name]
+        label, fill, ink = shown_as(name)
         self.box(x - width / 2, y - 11, width, 22, fill, radius=11)
         self.text(x, y, label, 14, ink)
 
@@ -198,7 +203,7 @@ def _attention(page, x, y, edges):
             if edges[index] == "none":
                 page.line((a, b), tip, stroke=LINE, width=1.5, stroke_dasharray="2 5")
                 continue
-            colour = OPERATIONS[edges[index]][1]
+            colour = shown_as(edges[index])[1]
             page.arrow((a, b), tip, stroke=colour, width=3)
             page.pill(middle if level else right, (b + d) / 2, edges[index])
     for name, (a, b) in zip(("F1", "F2"), (starts[0], starts[1]), strict=True):

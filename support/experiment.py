@@ -247,7 +247,8 @@ class Experiment:
         self.steps_in_all = self.args.epochs * self.args.steps_per_epoch
         self.clock = time.monotonic()
         if self.state and self.done() and (self.folder / "summary.json").exists():
-            raise UserError(f"--resume {self.folder}: this run has finished, with step {self.step}")
+            more = f"; train on with --weights {self.folder}/{BEST['psnr']}" if self.kind == "eval" else ""
+            raise UserError(f"--resume {self.folder}: this run has finished, with step {self.step}{more}")
         self._check_division()
         distributed.barrier()  # rank 0 does not touch the folder while others still look at it
 
@@ -304,7 +305,10 @@ class Experiment:
         if self.state.get("scenes"):
             missing = [folder for folder in begun.data if not Path(folder).exists()]
             if missing:
-                raise UserError(f"{missing[0]}: no such file or folder")
+                raise UserError(
+                    f"{missing[0]}: no such file or folder: the --data of this run; where that is relative, "
+                    "resume it in the folder where it was begun"
+                )
             self.scenes = {
                 part: [dataset.from_plain(fields) for fields in scenes]
                 for part, scenes in self.state["scenes"].items()

@@ -412,7 +412,9 @@ def _pillow(path: str | Path):
         with _quiet:
             yield
     except Exception as error:  # Pillow's parsers raise whatever a damaged file leads them to
-        raise UserError(f"{path}: is no JPEG, PNG, BMP, TIFF or WebP image, or is damaged") from error
+        raise UserError(
+            f"{path}: is no JPEG, PNG, BMP, TIFF or WebP image of 8 or 16 bits, or is damaged"
+        ) from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from support.errors import UserError
 from support.images import write_image
 from support.restore import restore
 from support.tiling import worst_block
-from tests.made import photograph, random_genotype, write_pairs
+from tests.made import photograph, random_genotype, write_pairs, write_scenes
 
 
 def change(flags, capsys):
@@ -76,3 +76,13 @@ def test_a_bad_file_is_named_and_the_rest_is_reported(checkpoints, tmp_path, cap
     (tmp_path / "p" / "bad.png").write_bytes(b"no picture")
     status, said = change([tmp_path / "p", "--ckt_path", checkpoints[1]], capsys)
     assert status == 1 and "1 pictures" in said.out and "bad.png" in said.err
+
+
+def test_did_mdns_folder_stands_for_its_training_set(checkpoints, tmp_path, capsys):
+    """And its rainy halves are looked at, not whole files."""
+    write_scenes(tmp_path / "set", 2)
+    said = [
+        change([tmp_path / name, "--ckt_path", *checkpoints], capsys)
+        for name in ("set", "set/DID-MDN-training")
+    ]
+    assert said[0] == said[1] and "6 pictures" in said[0][1].out

@@ -364,6 +364,8 @@ def test_what_cannot_be_exported_is_one_line(saved, tmp_path, monkeypatch):
         model_train.export(net, tmp_path / "net.txt")
     with pytest.raises(CheckpointError, match="there is no folder"):
         model_train.export(net, tmp_path / "none" / "net.pt2")
+    with pytest.raises(CheckpointError, match="x.pt2: cannot be written: File name too long"):
+        model_train.export(net, tmp_path / f"{300 * 'x'}.pt2")
     command = [sys.executable, "model_train.py", "missing.pt", "net.onnx"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""

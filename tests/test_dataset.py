@@ -142,6 +142,10 @@ def test_one_side_for_all_folders_leaves_did_mdn_as_published(tmp_path):
         (".", ".", "rain-1.png", "norain-1.png"),
         (".", ".", "001_in.png", "001_GT.png"),
         ("Rain12", "Rain12", "park.png", "park-gt.bmp"),
+        ("rainy_images", "clean-images", "1.png", "1.png"),
+        ("input_crops", "target_crops", "1.png", "1.png"),
+        ("lq", "hq", "caf\u00e9.png", "cafe\u0301.png"),
+        ("real_world", "real_world_gt", "1_2.png", "1.png"),
     ],
 )
 def test_paired_folders_are_matched_by_name(tmp_path, rainy_folder, clean_folder, rainy_name, clean_name):
@@ -178,25 +182,59 @@ def test_a_picture_whose_clean_one_is_missing_does_not_take_that_of_another(tmp_
 
 
 def test_pictures_that_are_not_mostly_pairs_by_their_names_are_single_images(tmp_path):
-    for name in ("rain-1", "norain-1", "2", "3_gt"):
+    for name in ("rain-1", "norain-1", "2", "3_gt", "4"):
         write_image(tmp_path / f"{name}.png", photograph(0))
     found = find(tmp_path)
     assert found.layout == "single images"
-    assert len(found.scenes) == 4
+    assert len(found.scenes) == 5
     (tmp_path / "2.png").unlink()
     found = find(tmp_path)
     assert [scene.name for scene in found.scenes] == ["rain-1"]
-    assert found.unpaired == [tmp_path / "3_gt.png"]
+    assert found.unpaired == [tmp_path / "4.png", tmp_path / "3_gt.png"]
+
+
+def test_what_lies_beside_pairs_told_by_their_names_is_in_none(tmp_path):
+    """Streaks and other methods' results have the names of rainy images: they would be scored as such."""
+    for name in ("norain-1", "rainy/rain-1", "rainstreak/rain-1", "PReNet/rain-1", "PReNet/2"):
+        write_image(tmp_path / f"{name}.png", photograph(0))
+    found = find(tmp_path)
+    assert [str(scene.rainy[0].path.relative_to(tmp_path)) for scene in found.scenes] == ["rainy/rain-1.png"]
+    assert {file.parent.name for file in found.unpaired} == {"rainstreak", "PReNet"}
+    with pytest.raises(UserError, match="has no partner"):
+        find_training([tmp_path])
+
+
+def test_half_of_the_pictures_may_be_of_other_kinds_where_names_tell_pairs(tmp_path):
+    for kind in ("rain", "norain", "rainregion", "rainstreak"):
+        write_image(tmp_path / f"{kind}-1.png", photograph(0))
+    found = find(tmp_path)
+    assert [scene.name for scene in found.scenes] == ["rain-1"]
+    assert [file.stem for file in found.unpaired] == ["rainregion-1", "rainstreak-1"]
+
+
+def test_pairs_told_by_their_names_are_not_cut_in_half(tmp_path):
+    """One --clean_side for several folders is for the side-by-side ones among them."""
+    for name in ("rain-1", "norain-1"):
+        write_image(tmp_path / "names" / f"{name}.png", photograph(0))
+    write_image(tmp_path / "folders" / "rainy" / "rain-1.png", photograph(0))
+    write_image(tmp_path / "folders" / "norain-1.png", photograph(0))
+    write_pairs(tmp_path / "sides", 1)
+    said = []
+    paths = [tmp_path / name for name in ("names", "folders", "sides")]
+    scenes = find_training(paths, ["left"], said.append)
+    assert [scene.clean.side for scene in scenes] == [None, None, "left"]
+    layouts = 2 * ["1 pairs told by their names"] + ["1 side-by-side pairs, clean half left"]
+    assert said == [f"{path}: {layout}" for path, layout in zip(paths, layouts, strict=True)]
 
 
 def test_a_folder_of_sets_is_refused_by_their_names(tmp_path):
     """Its clean images would be restored like rainy ones, and nothing scored."""
-    for name in ("A/input/1", "A/target/1", "B/rain/1", "B/norain/1", "C/input/1"):
+    for name in ("A/input/1", "A/target/1", "b/B/rain/heavy/1", "b/B/norain/1", "C/input/1"):
         write_image(tmp_path / f"{name}.png", photograph(0))
-    with pytest.raises(UserError, match=r"holds sets of pairs, A, B; give one of them$"):
+    with pytest.raises(UserError, match=r"holds sets of pairs, A, b/B; give one of them$"):
         find(tmp_path)
-    (scene,) = find(tmp_path / "B").scenes
-    assert scene.clean.path == tmp_path / "B/norain/1.png"
+    (scene,) = find(tmp_path / "b" / "B").scenes
+    assert scene.clean.path == tmp_path / "b/B/norain/1.png"
 
 
 def test_single_images_have_no_ground_truth(tmp_path):

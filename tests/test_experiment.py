@@ -441,7 +441,7 @@ def test_a_run_that_has_finished_says_so_when_it_is_resumed(folder):
     run.start(net=net)
     assert train(run, net) == {}
     run.finish()
-    with pytest.raises(UserError, match="--resume run: this run has finished, with step 2"):
+    with pytest.raises(UserError, match="finished, with step 2; train on with --weights run/best_psnr.pt"):
         resumed("--resume", "run")
 
 

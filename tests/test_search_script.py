@@ -552,6 +552,41 @@ def test_a_search_whose_name_was_taken_meanwhile_goes_on_under_another(vocabular
         search("--resume run")
 
 
+def test_searches_begun_in_the_same_second_both_keep_what_they_found(vocabulary, monkeypatch):
+    """Each was told that its name is free. A given name is not changed, but the run says how to go on."""
+    write_pairs(Path("pairs"), 6)
+    clock = SimpleNamespace(strftime=lambda form: "search_20260101_120000")
+    monkeypatch.setattr(train_search_batch, "time", clock)
+    search(f"--data pairs --clean_side left {ONE_STEP} --save run")
+    first = vocabulary.read_text(encoding="utf-8")
+    check = genotypes.check_new_name
+    monkeypatch.setattr(genotypes, "check_new_name", taken_at_the_end(check))
+    search(f"--data pairs --clean_side left {ONE_STEP} --seed 1 --save second")
+    text = vocabulary.read_text(encoding="utf-8")
+    assert "\nsearch_20260101_120000 = " in first and text.startswith(first.rstrip("\n"))
+    assert "\nsearch_20260101_120000_2 = " in text
+    monkeypatch.setattr(genotypes, "check_new_name", taken_at_the_end(check))
+    name = "search_20260101_120000_2"
+    with pytest.raises(
+        UserError, match=f"{name}: already taken .*: --resume third --name OTHER; third/genotype"
+    ):
+        search(f"--data pairs --clean_side left {ONE_STEP} --seed 2 --name {name} --save third")
+    search("--resume third --name other")
+    assert "\nother = " in vocabulary.read_text(encoding="utf-8")
+
+
+def taken_at_the_end(check):
+    """`check_new_name` for which every name is free when it is first asked."""
+    asked = []
+
+    def wrapped(*arguments):
+        asked.append(arguments)
+        if len(asked) > 1:
+            check(*arguments)
+
+    return wrapped
+
+
 # --- refused before anything is written ---
 
 

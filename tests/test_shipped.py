@@ -54,7 +54,7 @@ def gains(name, scenes):
 
 def test_the_lines_of_python_in_the_readme_restore_a_picture(tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    paragraphs = readme.split("\nFrom Python,")[1].split("\n\n")
+    paragraphs = readme.split("\nFrom Python ")[1].split("\n\n")
     lines = "\n\n".join(takewhile(lambda text: text.startswith("    "), paragraphs[1:]))
     write_image(tmp_path / "photo.jpg", rain_on(photograph(0, 48, 64), 0))
     (tmp_path / "eval-EXP").symlink_to(test_view.SHIPPED.parent.resolve())

@@ -18,7 +18,7 @@ import dataset
 import model_train
 import test_view
 from model_train import CheckpointError, DerainNetwork
-from support import experiment
+from support import check, experiment
 from support.errors import UserError
 from support.images import Video, read_image, write_image, write_video
 from support.metrics import METRICS, mean_scores, score
@@ -148,6 +148,29 @@ def test_paired_folders_are_scored(network):
             write_image(Path("set", "input", f"{i}_{k}.png"), expected[f"{i}_{k}"][0])
     assert view("--path set --result_path out") == 0
     assert_scored(network, expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_files_that_look_like_pairs_side_by_side_are_restored_whole_and_the_flag_is_named(
+    network, side, capsys, monkeypatch
+):
+    monkeypatch.setattr(check, "rain_score", lambda rainy, clean: float(rainy.mean() - clean.mean()))
+    write_pairs(Path("pairs"), 3, side)
+    write_image("pairs/x.png", photograph(5))
+    assert view("--path pairs --result_path out") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == "data: pairs: 4 single images"
+    assert printed[2] == (
+        "without ground truth, so nothing is scored; of a few looked at, 3 look like side-by-side pairs, "
+        f"clean half {side}: give --clean_side {side}"
+    )
+    assert read_image("out/0.png").shape[1] == 2 * photograph(0).shape[1]
+
+
+def test_results_go_to_a_folder_and_not_to_a_file(network):
+    write_image("a.png", photograph(0))
+    with pytest.raises(UserError, match="--result_path b.png: is to be a folder"):
+        view("--path a.png --result_path b.png")
 
 
 def test_a_folder_without_ground_truth_is_restored_and_not_scored(network, capsys):
