@@ -36,11 +36,21 @@ from support.images import image_size, list_images, read_image
 
 DENSITIES = ("Heavy", "Medium", "Light")
 TRAINING, TEST = "DID-MDN-training", "DID-MDN-test"  # DID-MDN's folders
-# By lower-case names without an ending "_image", "-images", "_imgs", "_crops".
-RAINY_FOLDERS = set("input inputs in rain rainy lq data degraded real_world".split())
-CLEAN_FOLDERS = set(
-    "target targets norain clean clear gt hq ground_truth groundtruth gtruth label real_world_gt".split()
-)
+RAINY_FOLDERS = {"input", "inputs", "rain", "rainy", "rainy_image", "rain_image", "lq", "data", "degraded"}
+CLEAN_FOLDERS = {
+    "target",
+    "targets",
+    "norain",
+    "clean",
+    "gt",
+    "ground_truth",
+    "groundtruth",
+    "gtruth",
+    "label",
+}
+# Taken for such only where files in them pair, as photographs are sorted into folders of these names, too.
+PERHAPS_RAINY = {"in", "real_world"}
+PERHAPS_CLEAN = {"hq", "clear", "real_world_gt"}
 # Of a clean file among rainy ones: norain-1, 1_GT, 1gt.
 CLEAN_NAME = re.compile(r"^norain[-_]|[-_](norain|gt)$|(?<=\d)gt$", re.IGNORECASE)
 SIDES = ("left", "right")
@@ -89,9 +99,9 @@ class Found(NamedTuple):
 def find(path, clean_side=None):
     """The scenes under `path`, a folder in one of the layouts above or a single image file.
 
-    clean_side: which half of a side-by-side file is clean, "left" or "right"; None where `path` is no folder
-    of such files. DID-MDN's own folders are rain|clean as published. Raises UserError for a path that is
-    missing, empty, or paired ambiguously.
+    clean_side: which half of a side-by-side file is clean, "left" or "right"; not heeded where pairs are told
+    by names. DID-MDN's own folders are rain|clean as published. Raises UserError for a path that is missing,
+    empty, paired ambiguously, or holds several sets of pairs.
     """
     path = Path(path)
     if not os.path.exists(path):
@@ -102,25 +112,16 @@ def find(path, clean_side=None):
         raise UserError(f"{path}: neither a picture nor a folder that can be read")
     if by_density := _density_folders(path):
         return _densities(path, by_density, clean_side or "right")
-    rainy, clean = _pair_folders(path)
-    if rainy and clean:
-        if len(rainy) > 1 or len(clean) > 1:
-            names = ", ".join(sorted(child.name for child in [*rainy, *clean]))
-            raise UserError(
-                f"{path}: cannot tell which folders make the pairs among {names}; keep two of them"
-            )
-        files = [list_images(folder, recursive=True) for folder in (rainy[0], clean[0])]
-        if not any(files):
-            raise UserError(f"{path}: no images in {rainy[0].name} and {clean[0].name}")
-        layout = f"pairs in {rainy[0].name}/ and {clean[0].name}/"
-        return _paired(layout, rainy[0], files[0], clean[0], files[1])
+    if found := _in_folders(path):
+        return found
     if Path(os.path.abspath(path)).name == TEST:  # also of "."
         clean_side = clean_side or "right"
     files = list_images(path, recursive=clean_side is None)
+    if clean_side is None and (sets := _sets(path, files)):
+        more = f" and {len(sets) - 3} more" if len(sets) > 3 else ""
+        raise UserError(f"{path}: holds sets of pairs, {', '.join(sets[:3])}{more}; give them one by one")
     if any(CLEAN_NAME.search(file.stem) for file in files) and (found := _told_by_name(path)):
         return found
-    if clean_side is None and (sets := _sets(path, files)):
-        raise UserError(f"{path}: holds sets of pairs, {', '.join(sets)}; give one of them")
     return _flat(path, files, clean_side)
 
 
@@ -177,22 +178,56 @@ def _folders(path):
     return [child for child in path.iterdir() if os.path.isdir(child)] if os.access(path, os.R_OK) else []
 
 
-def _pair_folders(path):
-    """The folders in one that by their names hold rainy images, and those that hold clean ones."""
-    folders = _folders(path)
-    return [[child for child in folders if _is_kind(child, kind)] for kind in (RAINY_FOLDERS, CLEAN_FOLDERS)]
+def _pair_folders(path, perhaps=False):
+    """The folders in one that by their names hold rainy images, and clean ones; or perhaps do."""
+    kinds = RAINY_FOLDERS, CLEAN_FOLDERS
+    if perhaps:
+        kinds = RAINY_FOLDERS | PERHAPS_RAINY, CLEAN_FOLDERS | PERHAPS_CLEAN
+    names = {folder: folder.name.lower() for folder in _folders(path)}
+    if perhaps:  # rainy_images, input_crops
+        names = {folder: re.sub(r"[-_](images?|imgs?|crops)$", "", name) for folder, name in names.items()}
+    return [[folder for folder, name in names.items() if name in kind] for kind in kinds]
 
 
-def _is_kind(folder, kind):
-    return re.sub(r"[-_](images?|imgs?|crops)$", "", folder.name.lower()) in kind
+def _in_folders(path):
+    """The pairs of a folder of rainy and one of clean images in `path`; None where there are not both."""
+    for perhaps in (False, True):
+        rainy, clean = _pair_folders(path, perhaps)
+        if not (rainy and clean):
+            continue
+        if len(rainy) > 1 or len(clean) > 1:
+            if perhaps:
+                return None
+            names = ", ".join(sorted(child.name for child in [*rainy, *clean]))
+            raise UserError(
+                f"{path}: cannot tell which folders make the pairs among {names}; keep two of them"
+            )
+        keys = [
+            {file: _pair_key(file, folder) for file in list_images(folder, recursive=True)}
+            for folder in (rainy[0], clean[0])
+        ]
+        if not perhaps and not any(keys):
+            raise UserError(f"{path}: no images in {rainy[0].name} and {clean[0].name}")
+        found = _paired(f"pairs in {rainy[0].name}/ and {clean[0].name}/", rainy[0], *keys)
+        if found.scenes or not perhaps:
+            return found
+    return None
 
 
 def _sets(path, files):
-    """The folders below `path` with files in a folder of rainy images and in one of clean: relative names."""
-    folders = {folder for file in files for folder in file.relative_to(path).parents}
+    """The folders below `path` with pairs among `files`, in two folders: relative names."""
+    below = {folder for file in files for folder in file.relative_to(path).parents}
     kinds = RAINY_FOLDERS, CLEAN_FOLDERS
-    rainy, clean = ({folder.parent for folder in folders if _is_kind(folder, kind)} for kind in kinds)
-    return sorted(map(str, rainy & clean))
+    rainy, clean = ({f.parent for f in below if f.name.lower() in kind} for kind in kinds)
+    return sorted(str(folder) for folder in rainy & clean if _holds_pairs(path / folder))
+
+
+def _holds_pairs(path):
+    try:
+        found = _in_folders(path)
+    except UserError:  # it does, and something is wrong with them
+        return True
+    return bool(found and found.scenes)
 
 
 def _density_folders(path):
@@ -225,26 +260,30 @@ def _densities(path, folders, side):
     return Found(f"DID-MDN scenes, {len(files)} densities, clean half {side}", scenes, unpaired)
 
 
-def _paired(layout, rainy_root, rainy, clean_root, clean):
-    """Pairs of two lists of files by their names below the folders `rainy_root` and `clean_root`."""
+def _paired(layout, rainy_root, rainy, clean):
+    """Pairs of rainy and clean files, {file: key}; their names are relative to `rainy_root`."""
     by_key = {}
-    for file in clean:
-        key = _pair_key(file, clean_root)
+    for file, key in clean.items():
         if key in by_key:
             raise UserError(f"{file}: two clean images of one name ({by_key[key].name}); rename one")
         by_key[key] = file
+    for file, key in clean.items():  # 1gt.png of 1.png
+        by_key.setdefault(re.sub(r"(?<=\d)gt$", "", key), file)
     scenes, unpaired, used = [], [], set()
-    keys = {file: _pair_key(file, rainy_root) for file in rainy}
-    taken = set(keys.values())
-    for name, (file, key) in zip(_names(rainy_root, rainy), keys.items(), strict=True):
-        partners = [key, *(other for other in _less_exact(key) if other not in taken)]
-        partner = next((other for other in partners if other in by_key), None)
+    taken = set(rainy.values())
+    for name, (file, key) in zip(_names(rainy_root, rainy), rainy.items(), strict=True):
+        partner = by_key.get(key)
+        for other in _less_exact(key) if partner is None else ():
+            if other in taken:  # beside a rainy 7.png, 7_2.png is a picture of its own
+                break
+            if partner := by_key.get(other):
+                break
         if partner is None:
             unpaired.append(file)
         else:
             used.add(partner)
-            scenes.append(Scene(name, (Half(file),), Half(by_key[partner])))
-    unpaired += [file for key, file in by_key.items() if key not in used]
+            scenes.append(Scene(name, (Half(file),), Half(partner)))
+    unpaired += [file for file in clean if file not in used]
     return Found(layout, scenes, unpaired)
 
 
@@ -252,33 +291,36 @@ def _pair_key(file, folder):
     """What two files of a pair share: the relative name without suffix, rain-/norain- or _rain/_clean/_gt."""
     key = unicodedata.normalize("NFC", file.relative_to(folder).with_suffix("").as_posix().lower())
     key = re.sub(r"(^|/)(no)?rain[-_]", r"\1", key)
-    return re.sub(r"[-_](rain|rainy|norain|in|clean|gt)$|(?<=\d)gt$", "", key)
+    return re.sub(r"[-_](rain|rainy|norain|clean|gt)$", "", key)
 
 
 def _less_exact(key):
-    """Keys of the clean image that several rainy ones may share: 7 of 7_1, 7_2, 7x2, heavy/7 and light/7."""
-    for name in (key, key.rpartition("/")[2]):
-        yield name
-        yield re.sub(r"_[a-z]*\d+$|(?<=\d)x\d$", "", name)
+    """Keys that the clean image of a rainy one may have: 7 for 7_in, 7_1, 7_2, 7x2, heavy/7, light/7_1."""
+    for ending in (r"_in$", r"_[a-z]*\d+$|(?<=\d)x\d$", r"^(x\d|heavy|medium|light|small|large)/"):
+        shorter = re.sub(ending, "", key)
+        if shorter != key:
+            yield shorter
+            key = shorter
 
 
 def _told_by_name(path):
-    """The pairs of a folder where the clean images' own names tell them; None where most of the images that
-    could be in one are not. Rainy ones are beside them or in a folder named so: `rainy`, not `results`.
+    """The pairs of a folder where the clean images' own names tell them: norain-1.png of rain-1.png beside it
+    or in a folder `rainy` there. None where more than half of the images are in no pair.
     """
     files = list_images(path, recursive=True)
-    clean = [file for file in files if CLEAN_NAME.search(file.stem)]
-    beside = {file.parent for file in clean}
-    rainy, others = [], []
+    rainy, clean = {}, {}
     for file in files:
-        if not CLEAN_NAME.search(file.stem):
-            folders = file.relative_to(path).parents
-            known = file.parent in beside or any(_is_kind(folder, RAINY_FOLDERS) for folder in folders)
-            (rainy if known else others).append(file)
-    found = _paired("pairs told by their names", path, rainy, path, clean)
-    if len(found.unpaired) > (len(rainy) + len(clean)) / 2:
-        return None
-    return found._replace(unpaired=[*found.unpaired, *others])
+        key = _pair_key(file, path)
+        if CLEAN_NAME.search(file.stem):
+            clean |= {} if key in clean.values() else {file: key}
+        elif file.parent.name.lower() in RAINY_FOLDERS and file.parent != path:
+            rainy[file] = re.sub(r"[^/]+/([^/]+)$", r"\1", key)
+        else:
+            rainy[file] = key
+    found = _paired("pairs told by their names", path, rainy, clean)
+    in_pairs = {half.path for scene in found.scenes for half in (*scene.rainy, scene.clean)}
+    unpaired = [file for file in files if file not in in_pairs]
+    return found._replace(unpaired=unpaired) if len(unpaired) <= len(files) / 2 else None
 
 
 def _flat(root, files, side):

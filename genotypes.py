@@ -47,6 +47,10 @@ class GenotypeError(ValueError):
     """A genotype that is malformed, unknown, or already there: a mistake that one line explains."""
 
 
+class NameTaken(GenotypeError):
+    """There is something of that name in the file of genotypes."""
+
+
 class Genotype(NamedTuple):
     """An architecture of the search space.
 
@@ -209,7 +213,7 @@ def check_new_name(name, path=None):
     taken = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     taken |= {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     if name in taken or name in globals() or hasattr(builtins, name):
-        raise GenotypeError(f"--name {name}: already taken in {path.name}; choose another name")
+        raise NameTaken(f"--name {name}: already taken in {path.name}; choose another name")
     if not os.access(path.parent, os.W_OK):
         raise GenotypeError(f"--name {name}: {path} cannot be written; run in a copy that can be")
 

@@ -144,10 +144,10 @@ def main(args):
     found = dataset.find(path, args.clean_side)
     alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
     print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}", flush=True)
-    if all(scene.clean is None for scene in found.scenes):
+    if found.scenes and all(scene.clean is None for scene in found.scenes):
         told = distributed.from_main(partial(check.hint, found.scenes))
         print(
-            f"without ground truth, so nothing is scored{told and f'; of a few looked at, {told}'}",
+            f"without ground truth, so nothing is scored{told and f'; {told}'}",
             flush=True,
         )
     if path.is_dir() and (others := other_kinds(path)):

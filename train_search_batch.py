@@ -276,17 +276,15 @@ def add_to_vocabulary(run, genotype, origin):
     search begun in the same second has too, is numbered where that one was faster.
     """
     stem = run.args.name
-    names = [stem]
-    if DEFAULT_NAME.fullmatch(stem):
-        names += [f"{stem}_{number}" for number in range(2, 100)]
-    for name in names:
+    numbered = [f"{stem}_{number}" for number in range(2, 100)] if DEFAULT_NAME.fullmatch(stem) else []
+    for name in (stem, *numbered):
         try:
             genotypes.append(name, genotype, origin)
             return name
-        except genotypes.GenotypeError as error:
-            problem = error
+        except genotypes.NameTaken as error:
+            taken = error
     raise UserError(
-        f"{problem}: --resume {run.folder} --name OTHER; {run.folder}/genotype.json is what it found"
+        f"{taken}: --resume {run.folder} --name OTHER; {run.folder}/genotype.json is what it found"
     )
 
 

@@ -10,7 +10,6 @@ in grey levels, the median of the pictures and the worst of them by name: where 
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio
@@ -52,9 +51,9 @@ def main(args):
     device = devices.pick_device(args.device)
     nets = {str(path): for_inference(load(path, device)) for path in args.ckt_path}
     scenes = []
-    for folder in map(Path, args.folders):
+    for folder, side in dataset.with_sides(args.folders, [args.clean_side] if args.clean_side else []):
         inner = folder / dataset.TRAINING
-        scenes += dataset.find(inner if inner.is_dir() else folder, args.clean_side).scenes
+        scenes += dataset.find(inner if inner.is_dir() else folder, side).scenes
     scenes = scenes[:: args.every]
     changes = {path: {} for path in nets}
     unusable = []

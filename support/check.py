@@ -22,13 +22,16 @@ from dataset import DENSITIES, SIDES, Half, Scene, cut, find, same_pictures, thu
 from losses import SSIM_WINDOW
 from support.command import Parser
 from support.errors import UserError
-from support.images import read_image
+from support.images import header_size, read_image
 
 MATCH = 0.3  # all pairs are above 0.48; 99.9 % of clean images beside another's rain are below 0.24
 SWAPPED = -0.1  # all pairs are above -0.05; swapped, 99.6 % of them are below -0.1
 SAME_CLEAN = 4.0  # mean absolute difference, grey levels, between clean images of one scene; 0 in DID-MDN
 NAMED = 5  # files a line
-HINT_FROM = 8  # pictures
+HINT_FROM = (
+    8  # pictures; of pairs, match and rain score are above .9 and .24, of photographs below .48 and .11
+)
+HINT_MATCH, HINT_RAIN = 0.6, 0.15
 CLEAN_DIFFERS = "clean half differs from the other densities'"
 DID_MDN = {"DID-MDN-training": 4000, "DID-MDN-test": 1200}  # scenes of three densities; pairs
 
@@ -238,29 +241,34 @@ def swapped(looks, folder):
 
 def side_by_side(looks):
     """A note where single images look like pairs: which side is clean is a flag, so it is not acted upon."""
-    single = [(look.rain, look.match) for look in looks if look.scene.clean is None]
-    if text := _of_pairs(single):
+    single = [look for look in looks if look.scene.clean is None]
+    rain = [look.rain[0] for look in single if look.rain and look.match >= MATCH]
+    if len(rain) > len(single) / 2:
+        text = f"{len(rain):,} look like side-by-side pairs, {_flag(rain)}"
         yield Finding(text, wrong=False)
 
 
 def hint(scenes):
-    """The same of a few of many single images, as a line; "" where they do not look like pairs."""
-    halves = []
-    for scene in scenes[:: max(1, len(scenes) // HINT_FROM)]:
+    """A line for a user who did not ask: whether most of a few single images look like pairs; "" if not."""
+    wide, rain = [], []
+    for scene in scenes[:: -(-len(scenes) // HINT_FROM)]:
         try:
-            halves.append(_halves(read_image(scene.rainy[0].path)))
+            height, width = header_size(scene.rainy[0].path)
+            if width > height:  # as two pictures side by side are, but for very narrow ones
+                wide.append(scene)
+                of_pair, matches = _halves(read_image(scene.rainy[0].path))
+                if HINT_MATCH < matches < 1 and abs(of_pair[0]) > HINT_RAIN:  # 1: one half is flat
+                    rain += of_pair
         except UserError:  # restoring it will say so
             continue
-    return _of_pairs(halves)
-
-
-def _of_pairs(halves):
-    """What to say of single images by their `_halves`."""
-    rain = [rain for rain, matches in halves if rain and matches >= MATCH]
-    if len(rain) <= len(halves) / 2:
+    if not rain or len(rain) <= len(wide) / 2:
         return ""
+    return f"{len(rain)} of {len(wide)} looked at seem to be side-by-side pairs, {_flag(rain)}"
+
+
+def _flag(rain):
     side = "left" if np.median(rain) > 0 else "right"
-    return f"{len(rain):,} look like side-by-side pairs, clean half {side}: give --clean_side {side}"
+    return f"clean half {side}: give --clean_side {side}"
 
 
 def duplicates(looks):

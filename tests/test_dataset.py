@@ -190,18 +190,68 @@ def test_pictures_that_are_not_mostly_pairs_by_their_names_are_single_images(tmp
     (tmp_path / "2.png").unlink()
     found = find(tmp_path)
     assert [scene.name for scene in found.scenes] == ["rain-1"]
-    assert found.unpaired == [tmp_path / "4.png", tmp_path / "3_gt.png"]
+    assert found.unpaired == [tmp_path / "3_gt.png", tmp_path / "4.png"]
 
 
-def test_what_lies_beside_pairs_told_by_their_names_is_in_none(tmp_path):
+@pytest.mark.parametrize(
+    "beside", ["rainstreak/rain", "PReNet/rain", "results/rainy/rain", "PReNet/input/rain"]
+)
+def test_what_lies_beside_pairs_told_by_their_names_is_in_none(tmp_path, beside):
     """Streaks and other methods' results have the names of rainy images: they would be scored as such."""
-    for name in ("norain-1", "rainy/rain-1", "rainstreak/rain-1", "PReNet/rain-1", "PReNet/2"):
+    for name in ("norain-1", "norain-2", "rainy/rain-1", "rainy/rain-2", f"{beside}-1", f"{beside}-2"):
         write_image(tmp_path / f"{name}.png", photograph(0))
     found = find(tmp_path)
-    assert [str(scene.rainy[0].path.relative_to(tmp_path)) for scene in found.scenes] == ["rainy/rain-1.png"]
-    assert {file.parent.name for file in found.unpaired} == {"rainstreak", "PReNet"}
+    assert [scene.rainy[0].path.parent.name for scene in found.scenes] == ["rainy", "rainy"]
+    assert found.unpaired == [tmp_path / f"{beside}-1.png", tmp_path / f"{beside}-2.png"]
     with pytest.raises(UserError, match="has no partner"):
         find_training([tmp_path])
+
+
+def test_pairs_told_by_their_names_stay_in_their_folders(tmp_path):
+    for name in ("norain-1", "rainy/rain-1", "test/norain-1", "test/rainy/rain-1"):
+        write_image(tmp_path / f"{name}.png", photograph(0))
+    found = find(tmp_path)
+    assert not found.unpaired
+    for scene in found.scenes:
+        assert scene.clean.path.parent == scene.rainy[0].path.parents[1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "rainy", "unpaired"),
+    [
+        ("rain/walk rain/walk-in norain/walk norain/walk-in", "walk walk-in", ""),
+        ("rain/4 rain/4gt norain/4 norain/4gt", "4 4gt", ""),
+        ("input/1 input/1_in target/1", "1", "1_in"),
+        ("rain/heavy/walk rain/heavy/walk_2 norain/walk", "heavy/walk", "walk_2"),
+        ("rain/parkA/1 rain/parkB/1 norain/1", "", "1 1 1"),
+        ("input/1 target/1 in/1 target_crops/1 hq/1", "1", ""),
+    ],
+)
+def test_a_less_exact_name_never_takes_the_partner_of_an_exact_one(tmp_path, layout, rainy, unpaired):
+    for name in layout.split():
+        write_image(tmp_path / f"{name}.png", photograph(0))
+    found = find(tmp_path)
+    assert sorted(scene.name for scene in found.scenes) == rainy.split()
+    assert [file.stem for file in found.unpaired] == unpaired.split()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "2020/0 2020/1 2020/2 samples/rain-1 samples/norain-1",
+        "rain/a clear/b fog/c",
+        "in/a hq/b",
+        "2020/rain/a 2020/clean/b 2020/c",
+        "ford_gt ford-gt a b c",
+        "real_world/a real_world_gt/b",
+    ],
+)
+def test_photographs_whose_names_say_something_by_chance_are_single_images(tmp_path, layout):
+    for name in layout.split():
+        write_image(tmp_path / f"{name}.png", photograph(0))
+    found = find(tmp_path)
+    assert found.layout == "single images" and not found.unpaired
+    assert len(found.scenes) == len(layout.split())
 
 
 def test_half_of_the_pictures_may_be_of_other_kinds_where_names_tell_pairs(tmp_path):
@@ -229,9 +279,9 @@ def test_pairs_told_by_their_names_are_not_cut_in_half(tmp_path):
 
 def test_a_folder_of_sets_is_refused_by_their_names(tmp_path):
     """Its clean images would be restored like rainy ones, and nothing scored."""
-    for name in ("A/input/1", "A/target/1", "b/B/rain/heavy/1", "b/B/norain/1", "C/input/1"):
+    for name in ("A/input/1", "A/target/1", "b/B/rain/heavy/1", "b/B/norain/1", "C/input/1", "1", "norain-1"):
         write_image(tmp_path / f"{name}.png", photograph(0))
-    with pytest.raises(UserError, match=r"holds sets of pairs, A, b/B; give one of them$"):
+    with pytest.raises(UserError, match=r"holds sets of pairs, A, b/B; give them one by one$"):
         find(tmp_path)
     (scene,) = find(tmp_path / "b" / "B").scenes
     assert scene.clean.path == tmp_path / "b/B/norain/1.png"

@@ -155,16 +155,19 @@ def test_files_that_look_like_pairs_side_by_side_are_restored_whole_and_the_flag
     network, side, capsys, monkeypatch
 ):
     monkeypatch.setattr(check, "rain_score", lambda rainy, clean: float(rainy.mean() - clean.mean()))
-    write_pairs(Path("pairs"), 3, side)
-    write_image("pairs/x.png", photograph(5))
+    for i in range(3):
+        clean = photograph(i, 96, 128)
+        halves = [clean, rain_on(clean, i)]
+        write_image(f"pairs/{i}.png", np.hstack(halves if side == "left" else halves[::-1]))
+    write_image("pairs/x.png", photograph(5, 96, 128))
     assert view("--path pairs --result_path out") == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[1] == "data: pairs: 4 single images"
     assert printed[2] == (
-        "without ground truth, so nothing is scored; of a few looked at, 3 look like side-by-side pairs, "
+        "without ground truth, so nothing is scored; 3 of 4 looked at seem to be side-by-side pairs, "
         f"clean half {side}: give --clean_side {side}"
     )
-    assert read_image("out/0.png").shape[1] == 2 * photograph(0).shape[1]
+    assert read_image("out/0.png").shape == (96, 256, 3)
 
 
 def test_results_go_to_a_folder_and_not_to_a_file(network):
