@@ -143,13 +143,11 @@ def main(args):
         return restore_video(run, path, out, partial(choose_compiled, args, device, fast))
     found = dataset.find(path, args.clean_side)
     alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
-    print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}", flush=True)
-    if found.scenes and all(scene.clean is None for scene in found.scenes):
-        told = distributed.from_main(partial(check.hint, found.scenes))
-        print(
-            f"without ground truth, so nothing is scored{told and f'; {told}'}",
-            flush=True,
-        )
+    unscored = bool(found.scenes) and all(scene.clean is None for scene in found.scenes)
+    truth = "; without ground truth, so nothing is scored" if unscored else ""
+    print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}{truth}", flush=True)
+    if unscored and (hint := distributed.from_main(partial(check.hint, found.scenes))):
+        print(hint, flush=True)
     if path.is_dir() and (others := other_kinds(path)):
         print(f"left alone: files of other kinds ({', '.join(others)})", flush=True)
 

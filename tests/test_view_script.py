@@ -162,10 +162,9 @@ def test_files_that_look_like_pairs_side_by_side_are_restored_whole_and_the_flag
     write_image("pairs/x.png", photograph(5, 96, 128))
     assert view("--path pairs --result_path out") == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1] == "data: pairs: 4 single images"
+    assert printed[1] == "data: pairs: 4 single images; without ground truth, so nothing is scored"
     assert printed[2] == (
-        "without ground truth, so nothing is scored; 3 of 4 looked at seem to be side-by-side pairs, "
-        f"clean half {side}: give --clean_side {side}"
+        f"3 of 4 looked at seem to be side-by-side pairs, clean half {side}: give --clean_side {side}"
     )
     assert read_image("out/0.png").shape == (96, 256, 3)
 
