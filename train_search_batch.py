@@ -263,10 +263,11 @@ def main(args):
         origin += f"; collapsed, genotype of epoch {health.healthy}"
     genotypes.write_json(genotype, run.folder / "genotype.json")
     draw_genotype(genotype, run.folder / "genotype.svg", args.name, args.channels)
-    log.info("derived architecture:\n%s = %s", args.name, genotypes.literal(genotype))
-    arch = run.folder / "genotype.json" if args.demo else add_to_vocabulary(run, genotype, origin)
+    name = args.name if args.demo else add_to_vocabulary(run, genotype, origin)
+    log.info("derived architecture:\n%s = %s", name, genotypes.literal(genotype))
     gap = discretisation_gap(run, net, genotype, validation)
     run.finish(genotype=genotype._asdict(), collapse=health.collapse, validation_psnr=gap)
+    arch = run.folder / "genotype.json" if args.demo else name
     log.info("retrain it with: python train_model_batch.py --arch %s", arch)
     return 0
 

@@ -34,6 +34,7 @@ from tests.made import (
     ROOT,
     assert_same,
     interrupt,
+    random_genotype,
     scalars,
     session,
     spoil,
@@ -552,39 +553,24 @@ def test_a_search_whose_name_was_taken_meanwhile_goes_on_under_another(vocabular
         search("--resume run")
 
 
-def test_searches_begun_in_the_same_second_both_keep_what_they_found(vocabulary, monkeypatch):
+def test_searches_begun_in_the_same_second_all_keep_what_they_found(vocabulary):
     """Each was told that its name is free. A given name is not changed, but the run says how to go on."""
-    write_pairs(Path("pairs"), 6)
-    clock = SimpleNamespace(strftime=lambda form: "search_20260101_120000")
-    monkeypatch.setattr(train_search_batch, "time", clock)
-    search(f"--data pairs --clean_side left {ONE_STEP} --save run")
-    first = vocabulary.read_text(encoding="utf-8")
-    check = genotypes.check_new_name
-    monkeypatch.setattr(genotypes, "check_new_name", taken_at_the_end(check))
-    search(f"--data pairs --clean_side left {ONE_STEP} --seed 1 --save second")
+
+    def add(name, seed):
+        run = SimpleNamespace(args=SimpleNamespace(name=name), folder=Path("run"))
+        return train_search_batch.add_to_vocabulary(run, random_genotype(seed), "somewhere")
+
+    name = "search_20260101_120000"
+    assert [add(name, seed) for seed in (0, 1, 2)] == [name, f"{name}_2", f"{name}_3"]
     text = vocabulary.read_text(encoding="utf-8")
-    assert "\nsearch_20260101_120000 = " in first and text.startswith(first.rstrip("\n"))
-    assert "\nsearch_20260101_120000_2 = " in text
-    monkeypatch.setattr(genotypes, "check_new_name", taken_at_the_end(check))
-    name = "search_20260101_120000_2"
+    assert add(name, 1) == f"{name}_2"  # killed right after it, and resumed
     with pytest.raises(
-        UserError, match=f"{name}: already taken .*: --resume third --name OTHER; third/genotype"
+        UserError, match=f"{name}_2: already taken .*: --resume run --name OTHER; run/genotype"
     ):
-        search(f"--data pairs --clean_side left {ONE_STEP} --seed 2 --name {name} --save third")
-    search("--resume third --name other")
-    assert "\nother = " in vocabulary.read_text(encoding="utf-8")
-
-
-def taken_at_the_end(check):
-    """`check_new_name` for which every name is free when it is first asked."""
-    asked = []
-
-    def wrapped(*arguments):
-        asked.append(arguments)
-        if len(asked) > 1:
-            check(*arguments)
-
-    return wrapped
+        add(f"{name}_2", 3)
+    with pytest.raises(GenotypeError, match="--name not-a-name: not a Python identifier"):
+        add("not-a-name", 3)
+    assert vocabulary.read_text(encoding="utf-8") == text
 
 
 # --- refused before anything is written ---
