@@ -262,8 +262,8 @@ def main(args):
         genotype = genotypes.read_json(run.folder / f"genotype_{health.healthy:03d}.json")
         origin += f"; collapsed, genotype of epoch {health.healthy}"
     genotypes.write_json(genotype, run.folder / "genotype.json")
-    draw_genotype(genotype, run.folder / "genotype.svg", args.name, args.channels)
     name = args.name if args.demo else add_to_vocabulary(run, genotype, origin)
+    draw_genotype(genotype, run.folder / "genotype.svg", name, args.channels)
     log.info("derived architecture:\n%s = %s", name, genotypes.literal(genotype))
     gap = discretisation_gap(run, net, genotype, validation)
     run.finish(genotype=genotype._asdict(), collapse=health.collapse, validation_psnr=gap)
