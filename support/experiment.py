@@ -306,8 +306,8 @@ class Experiment:
             missing = [folder for folder in begun.data if not Path(folder).exists()]
             if missing:
                 raise UserError(
-                    f"{missing[0]}: no such file or folder: the --data of this run; where that is relative, "
-                    "resume it in the folder where it was begun"
+                    f"{missing[0]}: no such file or folder: the --data of this run; resume it in the folder "
+                    "where it was begun, or, where the data has moved, put a link (ln -s) in its place"
                 )
             self.scenes = {
                 part: [dataset.from_plain(fields) for fields in scenes]
