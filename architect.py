@@ -24,20 +24,19 @@ from support.distributed import average
 
 
 class Architect:
-    """Steps alpha and beta of a supernet on validation batches.
+    """Steps alpha and beta of a supernet on architecture batches, whose loss is L_val in DARTS.
 
     net: the supernet, with `architecture()` and `weights()`.
     optimizer: Adam over `net.architecture()`.
     loss: loss(forward, batch) -> scalar, where forward(x) is the network's output.
-    penalty: penalty() -> scalar on alpha and beta alone, added to the validation loss (regulariser,
-        complexity).
+    penalty: penalty() -> scalar on alpha and beta alone, added to L_val (regulariser, complexity).
     weight_optimizer: the SGD of the weights, for the unrolled step; None means first order.
-    divide: divide(batch) -> list of (share, part), the batch's loss being the sum of share * the part's.
-        Where BatchNorm keeps its running statistics the images do not see each other, and the double
-        backward, which takes about 2.6 times a gradient's memory, is summed over such parts.
-    parts: likewise, for every other gradient, whatever BatchNorm does; its statistics are then of the parts.
     batch_statistics: BatchNorm normalises by the batch in this step; else by its running statistics, as the
         released code does. Neither changes the running statistics.
+    parts: every gradient is summed over so many parts of a batch (`dataset.Batch.parts`), which needs less
+        memory. With batch_statistics these are then of the parts.
+    hessian_parts: so many for the double backward, which takes about 2.6 times a gradient's memory; `parts`
+        with batch_statistics, since the images of a batch then see each other.
 
     Of several processes each has its share of a batch: every gradient, the virtual step's and the product's
     included, is averaged over them where it is taken, which makes it that of the whole batch.
@@ -51,8 +50,8 @@ class Architect:
         penalty=None,
         weight_optimizer=None,
         batch_statistics=False,
-        divide=None,
-        parts=lambda batch: [(1.0, batch)],
+        parts=1,
+        hessian_parts=1,
     ):
         self.net = net
         self.optimizer = optimizer
@@ -61,14 +60,14 @@ class Architect:
         self.weight_optimizer = weight_optimizer
         self.batch_statistics = batch_statistics
         self.parts = parts
-        self.divide = parts if batch_statistics or divide is None else divide
+        self.hessian_parts = parts if batch_statistics else max(parts, hessian_parts)
 
-    def step(self, batch, training_batch=None, allow=None):
-        """One step of the optimizer; returns the validation loss before it, penalty included, as a tensor.
+    def step(self, batch, training_batch=None, accept=None):
+        """One step of the optimizer; returns L_val before it, penalty included, as a tensor.
 
         The gradients and values of the weights and BatchNorm's statistics are left as they were.
         training_batch is the batch of the virtual step, needed by the unrolled step only. Where
-        allow(arch_loss=, arch_gradient_norm=) is given and false, alpha and beta are left as they were too.
+        accept(arch_loss=, arch_gradient_norm=) is given and false, alpha and beta are left as they were too.
         """
         was_training = self.net.training
         self.net.train(self.batch_statistics)
@@ -79,7 +78,7 @@ class Architect:
                 loss, gradient = self.unrolled(batch, training_batch)
         finally:
             self.net.train(was_training)
-        if allow is None or allow(arch_loss=loss, arch_gradient_norm=get_total_norm(gradient)):
+        if accept is None or accept(arch_loss=loss, arch_gradient_norm=get_total_norm(gradient)):
             for parameter, g in zip(self.net.architecture(), gradient, strict=True):
                 parameter.grad = g
             self.optimizer.step()
@@ -108,7 +107,7 @@ class Architect:
         """w' = w - xi * (mu * v + grad_w L_train + lambda * w), as leaves that require a gradient."""
         group = self.weight_optimizer.param_groups[0]
         weights = self.net.weights()
-        _, gradient = self.gradient(partial(self.training_loss, weights), training_batch, weights)
+        _, gradient = self.gradient(partial(self.loss_at, weights), training_batch, weights)
         virtual = []
         for w, g in zip(weights, gradient, strict=True):
             momentum = self.weight_optimizer.state.get(w, {}).get("momentum_buffer")
@@ -123,8 +122,8 @@ class Architect:
         """grad_a [ grad_w L_train(w, a) . vector ] for alpha and beta, part by part of the batch."""
         weights = self.net.weights()
         products = []
-        for share, part in self.divide(training_batch):
-            gradient = torch.autograd.grad(self.training_loss(weights, part), weights, create_graph=True)
+        for share, part in in_parts(training_batch, self.hessian_parts):
+            gradient = torch.autograd.grad(self.loss_at(weights, part), weights, create_graph=True)
             product = share * sum((g * v).sum() for g, v in zip(gradient, vector, strict=True))
             del gradient
             products.append(torch.autograd.grad(product, self.net.architecture()))
@@ -133,7 +132,7 @@ class Architect:
     def gradient(self, loss, batch, inputs):
         """(loss(batch), its gradient by the inputs), summed over the parts of the batch."""
         value, summed = 0.0, None
-        for share, part in self.parts(batch):
+        for share, part in in_parts(batch, self.parts):
             part_loss = share * loss(part)
             gradient = torch.autograd.grad(part_loss, inputs)
             value = value + part_loss.detach()
@@ -141,13 +140,19 @@ class Architect:
         return value, average(summed)
 
     def validation_loss(self, weights, batch):
-        loss = self.training_loss(weights, batch)
+        """L_val(w, a) of a batch: its loss with the given weights, and the penalty."""
+        loss = self.loss_at(weights, batch)
         return loss if self.penalty is None else loss + self.penalty()
 
-    def training_loss(self, weights, batch):
+    def loss_at(self, weights, batch):
         """The loss of a batch with the given weights in place of the network's own."""
         given = {id(own): w for own, w in zip(self.net.weights(), weights, strict=True)}
         state = {name: given.get(id(p), p) for name, p in self.net.named_parameters()}
         if self.net.training:  # then BatchNorm updates its statistics in place: those of copies
             state |= {name: buffer.clone() for name, buffer in self.net.named_buffers()}
         return self.loss(lambda x: functional_call(self.net, state, (x,)), batch)
+
+
+def in_parts(batch, count):
+    """[(share, part), ...], the batch's loss being the sum of share * the part's."""
+    return batch.parts(count) if count > 1 else [(1.0, batch)]

@@ -199,6 +199,11 @@ def read_json(path):
         raise GenotypeError(f"{path}: not a genotype: {error}") from None
 
 
+def plain(genotype):
+    """The genotype as a dictionary of lists, which a checkpoint may hold and `check` takes back."""
+    return {field: [list(of_cell) for of_cell in cells] for field, cells in genotype._asdict().items()}
+
+
 def write_json(genotype, path):
     """Write the genotype to a file that `read_json` reads."""
     _replace(Path(path), json.dumps(check(genotype)._asdict(), indent=1) + "\n")

@@ -118,8 +118,8 @@ def main(args):
         raise UserError("--demo: takes its own pictures; leave out --demo or --path")
     checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
     print(f"checkpoint: {checkpoint}", flush=True)
-    is_demo = not args.ckt_path and experiment.noted(checkpoint.parent, "options.json", "demo")
-    if args.path is not None and is_demo:
+    of_a_demo = not args.ckt_path and experiment.noted(checkpoint.parent, "options.json", "demo")
+    if of_a_demo and not takes_demo(args):
         print(f"that is a demo's, which was hardly trained: --ckt_path {SHIPPED} is better", flush=True)
     device = devices.pick_device(args.device)
     if args.amp and (why := devices.slow_half(device, torch.get_autocast_dtype(device.type))):
@@ -217,6 +217,11 @@ def main(args):
     return status
 
 
+def takes_demo(args):
+    """Whether it restores the demo's pictures: on demand, or where there is nothing else."""
+    return args.demo or (args.path is None and not Path(DEFAULT_PATH).exists())
+
+
 def choose_path(args):
     """The folder or file to restore: --path, else DID-MDN-test, else the demo's test pictures."""
     if args.path == "":
@@ -224,7 +229,7 @@ def choose_path(args):
     if args.path is not None:
         path = Path(args.path)
         return path / "DID-MDN-test" if os.path.isdir(path / "DID-MDN-test") else path
-    if Path(DEFAULT_PATH).exists() and not args.demo:
+    if not takes_demo(args):
         return Path(DEFAULT_PATH)
     if not args.demo:
         command.announce_demo(DEFAULT_PATH, "--path")

@@ -20,7 +20,7 @@ import genotypes
 import model_train
 from losses import multi_to_one
 from model_train import DerainNetwork
-from support import command, devices, distributed, experiment
+from support import command, devices, distributed, experiment, options
 from support.averaging import Averaged
 from support.command import natural, not_negative, patch, positive, share
 from support.errors import UserError
@@ -57,7 +57,7 @@ def get_args_parser():
     train.add_argument("--steps_per_epoch", type=positive, default=500, help="(default: %(default)s)")
     train.add_argument("--batch_size", type=positive, default=32, help="scenes a step (default: 32)")
     train.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: 64)")
-    experiment.add_network_arguments(train)
+    options.add_network_arguments(train)
     train.add_argument("--ema", type=share, default=0.0, help="decay of averaged weights, as 0.999; 0: none")
     train.add_argument(
         "--mse_weight", type=not_negative, default=1.0, help="of the external loss's MSE (default: 1)"
@@ -85,7 +85,7 @@ def get_args_parser():
     adam.add_argument(
         "--grad_clip", type=not_negative, default=5.0, help="largest gradient norm; 0: no limit (default: 5)"
     )
-    experiment.add_arguments(parser)
+    options.add_arguments(parser)
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -98,11 +98,7 @@ def main(args):
     run = Experiment("eval", args, get_args_parser(), DEMO)
     args = run.args
     net = build(run)
-    print(f"data: {' '.join(args.data)}", flush=True)
-    parts = run.scenes or distributed.from_main(
-        lambda: dataset.split(dataset.find_training(args.data, args.clean_side, print), args.split_seed)
-    )
-    run.decode_once(parts)
+    scenes = run.split()
 
     if args.sync_bn:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -115,35 +111,18 @@ def main(args):
         tracked["ema"] = averaged
     run.start(**tracked)
     run.compile(net)
-    run.describe(parts)
-    validation = dataset.spread(parts["validation"], args.val_scenes)
+    run.describe()
+    validation = dataset.spread(scenes["validation"], args.val_scenes)
     if distributed.is_main():
         genotypes.write_json(net.genotype, run.folder / "genotype.json")
 
     forward = distributed.parallel(net)
     weights = list(net.parameters())
     shipped = averaged.module if averaged else net  # what is scored and kept
-    batches = dataset.batches(
-        parts["weights"] + parts["architecture"],
-        patch_size=args.patch_size,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        device=run.device,
-        workers=args.workers,
-        first_step=run.step,
-        clean_inputs=args.clean_inputs,
-        bad=run.bad,
-        cache=run.cache,
-        rank=distributed.rank(),
-        ranks=distributed.size(),
-        upright=args.upright,
-    )
+    batches = run.batches(scenes["weights"] + scenes["architecture"])
 
     def frozen():
         return bool(args.freeze_start) and run.epoch() >= args.freeze_start
-
-    def internal():
-        return run.epoch() >= args.internal_start
 
     def loss(forward, batch):
         with devices.autocast(run.device, args.amp):
@@ -152,7 +131,7 @@ def main(args):
             outputs.float(),
             batch.clean,
             batch.scene,
-            use_internal=internal(),
+            use_internal=run.uses_internal(),
             mse_weight=args.mse_weight,
             psnr_weight=args.psnr_weight,
         )
@@ -164,7 +143,7 @@ def main(args):
         parts=args.accumulate,
         recorded=run.records(),
         changed=net.buffers(),
-        constants=lambda: (frozen(), internal()),
+        constants=lambda: (frozen(), run.uses_internal()),
     )
     for epoch in run.epochs():
         net.train()
@@ -175,18 +154,16 @@ def main(args):
         for step in run.steps(epoch):
             warm = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
             optimizer.param_groups[0]["lr"] = warm * run.cosine(args.learning_rate, args.learning_rate_min)
-            batch = run.draw(batches)
+            batch = run.next_batch(batches)
             training_loss = backward(batch)
             run.share_statistics()
             clipping = experiment.clip(weights, args.grad_clip)
-            if run.allow(batch, loss=training_loss, **clipping):
+            if run.accept(batch, loss=training_loss, **clipping):
                 optimizer.step()
                 if averaged:
                     averaged.update()
 
-        scores, panel = run.validate(shipped, validation)
-        if panel:
-            run.panel(*panel)
+        scores = run.validate(shipped, validation)
         run.finish_epoch(
             epoch, scores, partial(model_train.save, shipped), learning_rate=optimizer.param_groups[0]["lr"]
         )

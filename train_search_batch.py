@@ -7,14 +7,13 @@
     torchrun --nproc_per_node=8 train_search_batch.py              # 8 GPUs, each with an eighth of a batch
     python train_search_batch.py --random 12                       # no search: random genotypes instead
 
-The weights of the supernet are trained on one half of the training scenes; from --arch_start on, every step
-is preceded by one step on alpha and beta on the other half; checkpoints are chosen on a third part. At the
-end the strongest choices are written to genotypes.py under --name. How to tell whether a search is well, from
-its log and TensorBoard: support/health.py.
+The weights of the supernet are trained on half of the training scenes; from --arch_start on, each such step
+is preceded by one on alpha and beta, on another 45 % of them; the last 5 % choose checkpoints. At the end the
+strongest choices are written to genotypes.py under --name. How to tell whether a search is well, from its log
+and TensorBoard: support/health.py.
 """
 
 import argparse
-import json
 import re
 import time
 from functools import partial
@@ -28,11 +27,11 @@ import genotypes
 from architect import Architect
 from losses import MEASURES, architecture_regulariser, choice_sizes, complexity, multi_to_one
 from model_search import SearchNetwork
-from model_train import from_supernet, write_whole
-from support import command, devices, distributed, experiment
+from model_train import SUPERNET, CheckpointError, from_supernet, read, write_whole
+from support import command, devices, distributed, experiment, options
 from support.command import not_negative, patch, positive
 from support.draw import draw_genotype
-from support.errors import UserError
+from support.errors import Interrupted, UserError
 from support.experiment import Experiment, log
 from support.graphs import Backward, Recorded
 from support.health import Health
@@ -74,7 +73,7 @@ def get_args_parser():
     search.add_argument("--steps_per_epoch", type=positive, default=1000, help="(default: %(default)s)")
     search.add_argument("--batch_size", type=positive, default=16, help="scenes a step (default: 16)")
     search.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: 64)")
-    experiment.add_network_arguments(search)
+    options.add_network_arguments(search)
     weights = parser.add_argument_group("weights (SGD, cosine)")
     weights.add_argument(
         "--learning_rate", type=not_negative, default=0.002, help="first (default: %(default)s)"
@@ -121,7 +120,7 @@ def get_args_parser():
     arch.add_argument(
         "--complexity", choices=MEASURES, default="params", help="parameters (default) or multiply-adds"
     )
-    experiment.add_arguments(parser)
+    options.add_arguments(parser)
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -147,11 +146,7 @@ def main(args):
     if not (args.demo or (args.resume is not None and (run.folder / "genotype.json").exists())):
         genotypes.check_new_name(args.name)  # else it may be this run's own, written before it was stopped
     print(f"genotype: {'in the run folder (demo)' if args.demo else args.name}")
-    print(f"data: {' '.join(args.data)}", flush=True)
-    parts = run.scenes or distributed.from_main(
-        lambda: dataset.split(dataset.find_training(args.data, args.clean_side, print), args.split_seed)
-    )
-    run.decode_once(parts)
+    scenes = run.split()
 
     torch.manual_seed(args.seed)
     net = SearchNetwork(args.channels, args.residual)
@@ -162,18 +157,15 @@ def main(args):
     health = Health(args.arch_start)
     run.start(net=net, optimizer=optimizer, arch_optimizer=arch_optimizer, health=health)
     run.compile(net)
-    run.describe(parts)
-    validation = dataset.spread(parts["validation"], args.val_scenes)
+    run.describe()
+    validation = dataset.spread(scenes["validation"], args.val_scenes)
     if args.arch_start > args.epochs:
         log.warning("--arch_start %d is after the last epoch: NOTHING IS SEARCHED", args.arch_start)
-
-    def internal():
-        return run.epoch() >= args.internal_start
 
     def loss(forward, batch):
         with devices.autocast(run.device, args.amp):
             outputs = forward(batch.rainy)
-        return multi_to_one(outputs.float(), batch.clean, batch.scene, internal())
+        return multi_to_one(outputs.float(), batch.clean, batch.scene, run.uses_internal())
 
     architect = Architect(
         net,
@@ -182,11 +174,11 @@ def main(args):
         make_penalty(net, args),
         weight_optimizer=optimizer if args.unrolled else None,
         batch_statistics=args.arch_batch_statistics,
-        divide=lambda batch: batch.parts(max(HESSIAN_PARTS, args.accumulate)),
-        parts=lambda batch: batch.parts(args.accumulate),
+        parts=args.accumulate,
+        hessian_parts=HESSIAN_PARTS,
     )
     if run.records():
-        architect.first_order = Recorded(architect.first_order, constants=internal)
+        architect.first_order = Recorded(architect.first_order, constants=run.uses_internal)
     backward = Backward(
         distributed.parallel(net, ignored=("alpha", "beta")),
         net.weights(),
@@ -194,25 +186,11 @@ def main(args):
         parts=args.accumulate,
         recorded=run.records(),
         changed=net.buffers(),
-        constants=internal,
+        constants=run.uses_internal,
     )
-    draw = partial(
-        dataset.batches,
-        patch_size=args.patch_size,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        device=run.device,
-        workers=args.workers,
-        clean_inputs=args.clean_inputs,
-        bad=run.bad,
-        cache=run.cache,
-        rank=distributed.rank(),
-        ranks=distributed.size(),
-        upright=args.upright,
-    )
-    weight_batches = draw(parts["weights"], first_step=run.step)
     first_arch_step = (args.arch_start - 1) * args.steps_per_epoch
-    arch_batches = draw(parts["architecture"], first_step=max(run.step, first_arch_step))
+    weight_batches = run.batches(scenes["weights"])
+    arch_batches = run.batches(scenes["architecture"], first_arch_step)
 
     for epoch in run.epochs():
         if args.stop_on_collapse and distributed.agree(health.collapse):
@@ -220,19 +198,17 @@ def main(args):
         net.train()
         for _ in run.steps(epoch):
             optimizer.param_groups[0]["lr"] = run.cosine(args.learning_rate, args.learning_rate_min)
-            batch = run.draw(weight_batches)
+            batch = run.next_batch(weight_batches)
             if epoch >= args.arch_start:
-                arch_batch = run.draw(arch_batches)
-                architect.step(arch_batch, batch, allow=partial(run.allow, arch_batch))
+                arch_batch = run.next_batch(arch_batches)
+                architect.step(arch_batch, batch, accept=partial(run.accept, arch_batch))
             training_loss = backward(batch)
             run.share_statistics()
             clipping = experiment.clip(net.weights(), args.grad_clip)
-            if run.allow(batch, loss=training_loss, **clipping):
+            if run.accept(batch, loss=training_loss, **clipping):
                 optimizer.step()
 
-        scores, panel = run.validate(net, validation)
-        if panel:
-            run.panel(*panel)
+        scores = run.validate(net, validation)
         genotype = net.genotype()
         if distributed.is_main():
             genotypes.write_json(genotype, run.folder / f"genotype_{epoch:03d}.json")
@@ -317,8 +293,8 @@ def make_penalty(net, args):
     """The part of the search's loss that depends on alpha and beta alone: regulariser and complexity."""
     choices = net.module_choices(), net.operation_choices()
     inputs = net.choice_inputs(args.patch_size)
-    measure = MEASURES[args.complexity]
-    sizes = [choice_sizes(c, i, measure).to(net.alpha) for c, i in zip(choices, inputs, strict=True)]
+    count = MEASURES[args.complexity]
+    sizes = [choice_sizes(c, i, count).to(net.alpha) for c, i in zip(choices, inputs, strict=True)]
 
     def penalty():
         distributions = [parameter.softmax(-1) for parameter in net.architecture()]
@@ -332,7 +308,9 @@ def discretisation_gap(run, net, genotype, validation):
     """Validation PSNR in dB of the supernet, and of a genotype's network with the supernet's weights."""
     scenes, bad, psnr = [scene for scene in validation if scene.key not in run.bad], [], {}
     for name, network in (("supernet", net), ("chosen", from_supernet(net, genotype))):
-        measured, _ = measure(network, scenes, run.device, bad, amp=run.args.amp, cache=run.cache)
+        measured, _ = measure(network, scenes, run.device, bad, lambda: run.stopping, run.args.amp, run.cache)
+        if run.stopping:  # the state is that of the last step, which this does not change
+            raise Interrupted(f"stopped by {run.stopping} after the last step; {run.how_to_go_on()}")
         psnr[name] = means(measured, bad)["psnr"]
     log.info(
         "discretisation gap %.2f dB: validation psnr %.3f as a supernet, %.3f with the choices made",
@@ -361,16 +339,32 @@ def write_random(args):
 
 
 def save_supernet(net, path):
+    """Write the SearchNetwork to a checkpoint, which `load_supernet` reads."""
     write_whole(
         {
-            "format": "manas-supernet-1",
-            "genotype": json.loads(json.dumps(net.genotype()._asdict())),
+            "format": SUPERNET,
+            "genotype": genotypes.plain(net.genotype()),
             "channels": list(net.channels),
             "residual": net.residual,
             "weights": net.state_dict(),
         },
         path,
     )
+
+
+def load_supernet(path):
+    """The SearchNetwork of a best_*.pt of a search. Raises CheckpointError where it is something else, or one
+    of other operations than there are now.
+    """
+    payload = read(path)
+    if payload.get("format") != SUPERNET:
+        raise CheckpointError(f"{path}: not a supernet; give a best_*.pt of a search")
+    net = SearchNetwork(payload["channels"], payload["residual"])
+    try:
+        net.load_state_dict(payload["weights"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: has other operations than genotypes.py: {error}") from None
+    return net
 
 
 if __name__ == "__main__":

@@ -340,7 +340,7 @@ def search_step(
         loss,
         penalty,
         optimizer if unrolled else None,
-        divide=lambda batch: batch.parts(train_search_batch.HESSIAN_PARTS),
+        hessian_parts=train_search_batch.HESSIAN_PARTS,
     )
     if recorded:
         architect.first_order = Recorded(architect.first_order)

@@ -24,11 +24,11 @@ from torch.optim.swa_utils import update_bn
 import dataset
 import genotypes
 import train_model_batch
-from model_search import SearchNetwork
-from model_train import from_supernet, read
+from model_train import from_supernet
 from support import command, devices, experiment
 from support.errors import UserError
 from support.validation import validate
+from train_search_batch import load_supernet
 
 RECALIBRATION = 16  # batches from which BatchNorm's statistics of a genotype with shared weights are taken
 
@@ -112,16 +112,6 @@ def shared_scores(supernet, names, options):
         update_bn((batch.rainy for batch in islice(batches, RECALIBRATION)), net)
         scores[name] = validate(net, validation, device)[0]["psnr"]
     return scores
-
-
-def load_supernet(path):
-    """The SearchNetwork that train_search_batch.py saved at `path`."""
-    payload = read(path)
-    if payload.get("format") != "manas-supernet-1":
-        raise UserError(f"--supernet {path}: not a supernet; give a best_*.pt of a search")
-    net = SearchNetwork(payload["channels"], payload["residual"])
-    net.load_state_dict(payload["weights"])
-    return net
 
 
 # --- what is said -------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""A run of either training script: its options, folder, log, TensorBoard, device, clock, checkpoints and
-resume.
+"""A run of either training script: its folder, log, TensorBoard, device, clock, data, checkpoints and resume,
+and what it does about files and steps that are bad.
 """
 
 import argparse
@@ -11,10 +11,8 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections import defaultdict
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -28,144 +26,27 @@ from tqdm import tqdm
 import dataset
 from model_train import CheckpointError, read, write_whole
 from support import distributed
+from support.buffers import Buffers
 from support.cache import open_cache
-from support.command import above_zero, announce_demo, even, natural, positive, seed, share, silence
+from support.command import announce_demo
 from support.devices import be_deterministic, pick_device, slow_half
 from support.errors import Interrupted, UserError
 from support.fast import compile_edges, compile_network, keep_freed_memory, no_compiler
 from support.images import write_bytes
+from support.logs import FileHandler, NoWriter, TqdmHandler
+from support.options import DEFAULT_DATA, FREE_OPTIONS, MOST_BAD
 from support.rain import demo_set
 from support.validation import means, measure
 
-DEFAULT_DATA = "datasets/Rain1200"
 DEMO_DATA = "datasets/demo"
 FORMAT = "manas-run-1"
 LOCK = "run.lock"
 STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
-# What may differ when a run is resumed: it changes where, when and how long the run computes, not what.
-FREE_OPTIONS = {"resume", "save", "name", "device", "workers", "save_every", "max_minutes"}
-FREE_OPTIONS |= {"max_bad_steps", "allow_bad", "cache", "compile", "no_graphs"}
-FREE_OPTIONS |= {"accumulate"}  # as the number of processes may: both divide the batch for BatchNorm alone
 # Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
 UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.(json|svg))")
-MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
 
 log = logging.getLogger("manas")
-
-
-def add_network_arguments(group):
-    """Into a script's own group: the network's size and form, and what it is shown, the same for both."""
-    group.add_argument(
-        "--channels",
-        type=even,
-        nargs=4,
-        default=[32, 64, 128, 256],
-        metavar="C",
-        help="widths at scales 1 to 1/8 (default: 32 64 128 256)",
-    )
-    group.add_argument("--residual", action="store_true", help="learn the difference to the input")
-    group.add_argument("--clean_inputs", type=share, default=0.0, help="share of draws with a dry input")
-    group.add_argument(
-        "--upright", action="store_true", help="flip patches, but do not turn them: rain falls"
-    )
-    group.add_argument(
-        "--internal_start", type=positive, default=6, help="first epoch of the internal loss (default: 6)"
-    )
-
-
-def add_arguments(parser):
-    """The flags that both training scripts share."""
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        nargs="+",
-        metavar="DIR",
-        help=f"training folders; several are mixed (default: {DEFAULT_DATA}, else the demo)",
-    )
-    data.add_argument(
-        "--clean_side",
-        nargs="+",
-        default=[],
-        choices=dataset.SIDES,
-        help="the clean half of side-by-side files: one for all folders but DID-MDN's own, or one a folder",
-    )
-    data.add_argument("--demo", action="store_true", help="a small run on photographs at hand; no download")
-    data.add_argument("--split_seed", type=int, default=0, help="of the split into parts (default: 0)")
-    data.add_argument(
-        "--val_scenes",
-        type=positive,
-        help="score only so many validation scenes, evenly spread (default: all)",
-    )
-    cores = os.cpu_count() or 2
-    data.add_argument(
-        "--workers",
-        type=natural,
-        default=min(8, max(1, cores // 2 // distributed.local_size())),
-        help="loader processes; 0: load in the main one (default: half the cores, at most 8). Under torchrun "
-        "each process has so many (default: its share)",
-    )
-    data.add_argument(
-        "--cache",
-        nargs="?",
-        const="",
-        metavar="DIR",
-        help="decode once, into a file in each data folder, or in DIR (12.6 GB for DID-MDN); same batches",
-    )
-    run = parser.add_argument_group("run")
-    run.add_argument("--save", metavar="DIR", help="folder of the run (default: named by the time)")
-    run.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="DIR",
-        help="continue the run in DIR (default: --save, else the newest) with its own options",
-    )
-    run.add_argument("--seed", type=seed, default=0, help="of the weights, crops and flips (default: 0)")
-    run.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
-    run.add_argument(
-        "--amp",
-        action="store_true",
-        help="compute the network in bfloat16 (autocast); weights and losses stay float32",
-    )
-    run.add_argument(
-        "--accumulate",
-        type=positive,
-        default=1,
-        metavar="K",
-        help="sum the gradients of K equal parts of a batch: less memory, BatchNorm by the part (default: 1)",
-    )
-    run.add_argument(
-        "--sync_bn",
-        action="store_true",
-        help="BatchNorm by the batches of all GPUs together, where torchrun started several processes",
-    )
-    run.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="CUDA kernels that repeat to the bit, where there are such; slower",
-    )
-    run.add_argument(
-        "--no_graphs",
-        action="store_true",
-        help="CUDA: launch each kernel by itself (default: steps are recorded and replayed as CUDA graphs)",
-    )
-    run.add_argument("--max_minutes", type=above_zero, help="fit the cosine schedule to this time")
-    run.add_argument(
-        "--save_every", type=above_zero, default=10, help="minutes between checkpoints (default: 10)"
-    )
-    run.add_argument(
-        "--max_bad_steps",
-        type=positive,
-        default=20,
-        metavar="N",
-        help="stop after N steps in a row whose loss or gradient is not finite (default: 20)",
-    )
-    run.add_argument(
-        "--allow_bad",
-        action="store_true",
-        help=f"go on when more than {MOST_BAD:.0%}% of the files turn out to be unreadable",  # argparse's %%
-    )
 
 
 def newest(kind, file, demo=None):
@@ -336,13 +217,13 @@ class Experiment:
         """
         self.parts = parts
         options = {k: v for k, v in vars(self.args).items() if k not in ("resume", "save")}
-        self.writer = _NoWriter()
+        self.writer = NoWriter()
         log.handlers = [logging.NullHandler()]
         self.folder = distributed.from_main(partial(self._open_folder, options))
         if self.state:
             for name, part in parts.items():
                 if name in self.state["parts"]:  # else the run was begun before there was such a part
-                    part.load_state_dict(self.state["parts"][name])
+                    self._load(name, part)
             self.state = None
             if self.damaged:
                 log.warning("%s; going on from %s", self.damaged, self.folder / STATES[1])
@@ -352,9 +233,17 @@ class Experiment:
             log.info("options: %s", " ".join(f"--{k} {_text(v)}" for k, v in options.items()))
         if self.args.amp and (why := slow_half(self.device)):
             log.warning("--amp: %s", why)
-        self.buffers = _Buffers(parts["net"])
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
+        self.buffers = Buffers(parts["net"])
+        self.handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def _load(self, name, part):
+        try:
+            part.load_state_dict(self.state["parts"][name])
+        except RuntimeError as error:
+            raise UserError(
+                f"{self.folder}: its {name} does not fit this code, as that of a search begun with other "
+                f"operations; begin a new run ({error})"
+            ) from None
 
     def _open_folder(self, options):
         """Make the folder, clear it of what is unfinished, and open what is written there; returns it."""
@@ -390,7 +279,7 @@ class Experiment:
 
     def _open_log(self):
         log.setLevel(logging.INFO)
-        log.handlers = [_TqdmHandler(), _FileHandler(self.folder / "log.txt", encoding="utf-8")]
+        log.handlers = [TqdmHandler(), FileHandler(self.folder / "log.txt", encoding="utf-8")]
         for handler in log.handlers:
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         threading.excepthook = self._leave_to_main
@@ -436,10 +325,25 @@ class Experiment:
             os.kill(os.getpid(), number)
         self.stopping = signal.Signals(number).name
 
-    def decode_once(self, parts):
-        """With --cache: have the pictures of all parts as pixels on the disk. Before `start`."""
-        if self.args.cache is None:
-            return
+    def split(self):
+        """{part: its scenes} of --data, as `dataset.split` has them; with --cache decoded. Before `start`.
+
+        A resumed run keeps those that it was begun with, whatever files have come since.
+        """
+        args = self.args
+        print(f"data: {' '.join(args.data)}", flush=True)
+        if self.scenes is None:
+            self.scenes = distributed.from_main(
+                lambda: dataset.split(
+                    dataset.find_training(args.data, args.clean_side, print), args.split_seed
+                )
+            )
+        if args.cache is not None:
+            self._decode_once(self.scenes)
+        return self.scenes
+
+    def _decode_once(self, parts):
+        """Have the pictures of all parts as pixels on the disk."""
         before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             scenes = [scene for scenes in parts.values() for scene in scenes]
@@ -450,12 +354,33 @@ class Experiment:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def describe(self, parts):
-        """Log how many scenes each part of the split has. A resumed run keeps them, whatever files came."""
-        self.scenes = parts
+    def describe(self):
+        """Log over how many processes it is spread, and how many scenes each part of the split has."""
         if distributed.size() > 1:
             log.info("processes: %d, %d scenes a step each", distributed.size(), self.own_scenes())
-        log.info("scenes: %s", ", ".join(f"{len(scenes)} {name}" for name, scenes in parts.items()))
+        log.info("scenes: %s", ", ".join(f"{len(scenes)} {name}" for name, scenes in self.scenes.items()))
+
+    def batches(self, scenes, first_step=0):
+        """`dataset.batches` of these scenes, from the present step on or, if that is later, `first_step`."""
+        return dataset.batches(
+            scenes,
+            patch_size=self.args.patch_size,
+            batch_size=self.args.batch_size,
+            seed=self.args.seed,
+            device=self.device,
+            workers=self.args.workers,
+            first_step=max(self.step, first_step),
+            clean_inputs=self.args.clean_inputs,
+            bad=self.bad,
+            cache=self.cache,
+            rank=distributed.rank(),
+            ranks=distributed.size(),
+            upright=self.args.upright,
+        )
+
+    def uses_internal(self):
+        """Whether the internal loss counts in the present epoch, by --internal_start."""
+        return self.epoch() >= self.args.internal_start
 
     def compile(self, net):
         """With --compile: have what gains by it compiled in place."""
@@ -556,7 +481,7 @@ class Experiment:
 
     # --- what can go wrong ---
 
-    def draw(self, batches):
+    def next_batch(self, batches):
         """The next of the batches. Names, once, the files that it had to do without."""
         try:
             batch = next(batches)
@@ -594,11 +519,12 @@ class Experiment:
             log.warning("left out from now on: %s", why)
         self.bad.update(bad)
 
-    def allow(self, batch, **values):
-        """Whether a step can be taken: its loss and its gradient's norm, scalar tensors, are finite.
+    def accept(self, batch, **values):
+        """Whether a step can be taken: its loss, which comes first and names the kind of step, and its
+        gradient's norm, scalar tensors, are finite.
 
         Then they are counted. If not, the batch's files are logged, BatchNorm's statistics are put back, and
-        --max_bad_steps in a row end the run, without another save. It waits for the GPU, once.
+        --max_bad_steps of that kind in a row end the run, without another save. It waits for the GPU, once.
         """
         kind = next(iter(values))
         values = dict(zip(values, distributed.average([*values.values()]), strict=True))
@@ -625,9 +551,8 @@ class Experiment:
         self.buffers.average_changes()
 
     def validate(self, net, scenes):
-        """As `support.validation.validate`, of the scenes that can be read, shared out to the ranks.
-
-        SIGINT and SIGTERM stop it between two. The panel is this rank's, None where it had nothing to read.
+        """The scores, as of `support.validation.validate`, of the scenes that can be read, shared out to the
+        ranks. SIGINT and SIGTERM stop it between two. TensorBoard gets the first: rain | restored | clean.
         """
         bad = []
         scenes = [s for s in scenes if s.key not in self.bad][distributed.rank() :: distributed.size()]
@@ -642,7 +567,10 @@ class Experiment:
         except UserError as error:
             self.give_up(error)
         self.leave_out(bad)
-        return scores, panel
+        if panel:  # a rank may have had nothing to read
+            strip = make_grid([*panel], nrow=len(panel))
+            self.writer.add_image("rain | restored | clean", strip, self.step)
+        return scores
 
     # --- what is written ---
 
@@ -687,12 +615,6 @@ class Experiment:
                 distributed.from_main(partial(write_best, self.folder / file))
         self.save()
 
-    def panel(self, rainy, restored, clean):
-        """One picture for TensorBoard: rain | restored | clean, each 3xHxW in [0, 1]."""
-        self.writer.add_image(
-            "rain | restored | clean", make_grid([rainy, restored, clean], nrow=3), self.step
-        )
-
     def save(self):
         """Write last.pt: all that continuing needs, in plain tensors, numbers and text. Rank 0 does."""
         if not distributed.is_main():
@@ -722,7 +644,9 @@ class Experiment:
         self.saved = self.step
 
     def finish(self, **summary):
-        """Mark the run as finished: summary.json with the steps, the minutes and the best scores."""
+        """Mark the run as finished: summary.json with the steps, the minutes and the best scores. Signals do
+        from then on what they did before `start`.
+        """
         summary = {
             "steps": self.step,
             "minutes": round(self.seconds() / 60, 1),
@@ -740,6 +664,8 @@ class Experiment:
         )
         if self.skipped or self.bad:
             log.warning("in all %d steps skipped and %d scenes left out", self.skipped, len(self.bad))
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
 def read_state(folder):
@@ -798,59 +724,6 @@ def clip(parameters, largest):
     """
     norm = nn.utils.clip_grad_norm_(parameters, largest or math.inf)
     return {"gradient_norm": norm, "clipped": (norm > (largest or math.inf)).float()}
-
-
-class _Buffers:
-    """The buffers of a network, which a forward pass changes, to be put back when its step was bad."""
-
-    def __init__(self, net):
-        by_type = defaultdict(list)
-        for buffer in net.buffers():
-            by_type[buffer.dtype].append(buffer)
-        self.pairs = [([b.clone() for b in buffers], buffers) for buffers in by_type.values()]
-
-    def keep(self):
-        for kept, buffers in self.pairs:
-            torch._foreach_copy_(kept, buffers)  # a copy each would start a thousand kernels
-
-    def put_back(self):
-        for kept, buffers in self.pairs:
-            torch._foreach_copy_(buffers, kept)
-
-    def average_changes(self):
-        """Add the ranks' mean change since `keep`, which was of equal values on all of them."""
-        for kept, buffers in self.pairs if distributed.size() > 1 else ():
-            if kept[0].is_floating_point():
-                changes = distributed.average(torch._foreach_sub(buffers, kept))
-                torch._foreach_copy_(buffers, torch._foreach_add(kept, changes))
-
-
-class _NoWriter:
-    """TensorBoard's writer of a rank that writes nothing."""
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
-
-
-class _FileHandler(logging.FileHandler):
-    """A full disk ends the run, with one line, where logging would print a traceback and go on."""
-
-    def handleError(self, record):
-        error = sys.exception()
-        if isinstance(error, OSError):
-            error.filename = self.baseFilename
-        raise error
-
-
-class _TqdmHandler(logging.Handler):
-    """Log lines that do not break a progress bar, and whose reader may go: the log file has them all."""
-
-    def emit(self, record):
-        try:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            silence(sys.stdout)
 
 
 def _text(value):

@@ -3,7 +3,6 @@
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 import torch
@@ -120,7 +119,7 @@ def test_the_product_summed_over_parts_of_the_batch_is_the_whole_one(search):
     architect.loss = batch_loss
     expected = architect.hessian_vector_product(vector, whole)
     sizes = []
-    architect.divide = lambda batch: batch.parts(2)
+    architect.hessian_parts = 2
     architect.loss = lambda forward, batch: sizes.append(len(batch.rainy)) or batch_loss(forward, batch)
     assert relative_error(architect.hessian_vector_product(vector, whole), expected) < 1e-12
     assert sizes == [2, 2]
@@ -141,9 +140,8 @@ def test_unrolled_gradient_of_two_ranks_is_that_of_the_whole_batch(search, monke
         return multi_to_one(forward(batch.rainy), batch.clean, batch.scene)
 
     def unrolled(net, optimizer, batch, training_batch, parts):
-        parts = partial(Batch.parts, count=parts)
         adam = torch.optim.Adam(net.architecture())
-        made = Architect(net, adam, batch_loss, weight_optimizer=optimizer, divide=parts, parts=parts)
+        made = Architect(net, adam, batch_loss, weight_optimizer=optimizer, parts=parts)
         return made.unrolled(batch, training_batch)[1]
 
     expected = unrolled(net, optimizer, *batches, parts=1)
@@ -167,10 +165,25 @@ def test_unrolled_gradient_of_two_ranks_is_that_of_the_whole_batch(search, monke
 
 
 def test_a_batch_whose_statistics_count_is_not_divided(search):
-    net, _ = search
-    adam = torch.optim.Adam(net.architecture())
-    architect = Architect(net, adam, loss, batch_statistics=True, divide=lambda batch: [])
-    assert architect.divide("batch") == [(1.0, "batch")]
+    net, optimizer = search
+    whole, sizes = Batch(*make_batch(11, torch.float64), SCENES, ["a", "b"], []), []
+
+    def batch_loss(forward, batch):
+        sizes.append(len(batch.rainy))
+        return multi_to_one(forward(batch.rainy), batch.clean, batch.scene)
+
+    for batch_statistics, expected in ((True, [4]), (False, [2, 2])):
+        adam, sizes[:] = torch.optim.Adam(net.architecture()), []
+        made = Architect(
+            net,
+            adam,
+            batch_loss,
+            weight_optimizer=optimizer,
+            batch_statistics=batch_statistics,
+            hessian_parts=2,
+        )
+        made.hessian_vector_product(net.weights(), whole)
+        assert sizes == expected
 
 
 def test_virtual_step_is_the_optimizers(search):

@@ -26,7 +26,7 @@ import train_model_batch
 import train_search_batch
 from dataset import find_training, read_scene
 from support import cache as caching
-from support import experiment
+from support import options
 from support.cache import open_cache
 from support.errors import Interrupted, UserError
 from support.images import read_image, write_image
@@ -200,7 +200,7 @@ def test_a_run_is_the_same_with_and_without_and_resumed(folder, script, flags, d
 
 
 def test_the_cache_may_differ_when_a_run_is_resumed():
-    assert "cache" in experiment.FREE_OPTIONS
+    assert "cache" in options.FREE_OPTIONS
     for script in (train_search_batch, train_model_batch):
         parse = script.get_args_parser().parse_args
         assert [parse(f.split()).cache for f in ("", "--cache", "--cache X")] == [None, "", "X"]

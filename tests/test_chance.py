@@ -85,12 +85,21 @@ def test_report_gives_mean_spread_interval_and_rank_correlation():
 def test_a_supernet_is_loaded_as_it_was_saved(tmp_path):
     net = SearchNetwork((2, 2, 2, 2), residual=True)
     train_search_batch.save_supernet(net, tmp_path / "net.pt")
-    loaded = chance.load_supernet(tmp_path / "net.pt")
+    loaded = train_search_batch.load_supernet(tmp_path / "net.pt")
     x = torch.rand(1, 3, 16, 16)
     assert torch.equal(from_supernet(loaded).eval()(x), from_supernet(net).eval()(x))
     torch.save({"format": "manas-network-1"}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"other\.pt: not a supernet"):
-        chance.load_supernet(tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"other\.pt: not a supernet"):
+        train_search_batch.load_supernet(tmp_path / "other.pt")
+
+
+def test_a_supernet_of_other_operations_is_refused(tmp_path):
+    net = SearchNetwork((2, 2, 2, 2))
+    net.beta = torch.nn.Parameter(net.beta.detach()[:, 1:])
+    net.genotype = lambda: random_genotype(0)
+    train_search_batch.save_supernet(net, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=r"net\.pt: has other operations than genotypes\.py(.|\n)*beta"):
+        train_search_batch.load_supernet(tmp_path / "net.pt")
 
 
 def test_an_unknown_name_is_an_error():

@@ -14,7 +14,7 @@ import train_model_batch
 import train_search_batch
 from genotypes import GenotypeError
 from model_train import CheckpointError
-from support import command, experiment
+from support import command, logs
 from support.errors import Interrupted, UserError
 
 SCRIPTS = {"search": train_search_batch, "train": train_model_batch, "view": test_view}
@@ -171,6 +171,6 @@ def test_a_stop_whose_line_nobody_reads_is_a_stop_all_the_same(unread, monkeypat
 
 def test_a_run_logs_on_when_nobody_reads_its_lines(unread, monkeypatch):
     monkeypatch.setattr(sys, "stdout", unread)
-    handler = experiment._TqdmHandler()
+    handler = logs.TqdmHandler()
     for line in ("one", "two"):
         handler.emit(logging.LogRecord("manas", logging.INFO, "", 0, line, (), None))

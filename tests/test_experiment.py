@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from model_train import CheckpointError
-from support import command, devices, experiment
+from support import command, devices, experiment, options
 from support.errors import Interrupted, UserError
 from support.experiment import Experiment
 from tests.made import scalars
@@ -28,7 +28,7 @@ def parser():
     made.add_argument("--steps_per_epoch", type=command.positive, default=2)
     made.add_argument("--batch_size", type=command.positive, default=2)
     made.add_argument("--learning_rate", type=float, default=0.1)
-    experiment.add_arguments(made)
+    options.add_arguments(made)
     return made
 
 
@@ -443,6 +443,24 @@ def test_a_run_that_has_finished_says_so_when_it_is_resumed(folder):
     run.finish()
     with pytest.raises(UserError, match="finished, with step 2; train on with --weights run/best_psnr.pt"):
         resumed("--resume", "run")
+
+
+def test_signals_do_what_they_did_before_once_a_run_has_finished(folder):
+    """A script that trains one network after the other, support.chance, is stopped by Ctrl-C between two."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    run, net = begun("--epochs", "1")
+    assert signal.getsignal(signal.SIGINT) != before[signal.SIGINT]
+    train(run, net)
+    run.finish()
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_a_state_of_other_tensors_is_refused_by_name(folder):
+    stopped(0)
+    run = resumed("--resume", "run")
+    with pytest.raises(UserError, match="run: its net does not fit this code, .*; begin a new run") as error:
+        run.start(net=nn.Linear(2, 1))
+    assert "size mismatch for weight" in str(error.value)
 
 
 # --- killed, damaged, full ---

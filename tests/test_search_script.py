@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -347,6 +348,27 @@ def test_a_search_stopped_twice_is_bit_equal_to_one_that_was_not(finished, vocab
         assert Path("run", file).read_text() == (finished.run / file).read_text()
     assert scalars("run") == scalars(finished.run)
     assert "found_in_parts = Genotype(" in vocabulary.read_text(encoding="utf-8")
+
+
+def test_a_search_stopped_while_its_gap_is_measured_ends_there_and_goes_on(vocabulary, monkeypatch):
+    write_pairs(Path("pairs"), 6)
+    measure = train_search_batch.measure
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return measure(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_search_batch, "measure", stopped)
+        with pytest.raises(Interrupted, match="SIGINT after the last step; go on with: .* --resume run"):
+            search(f"--data pairs --clean_side left {ONE_STEP} --name found --save run")
+    assert not Path("run", "summary.json").exists()
+    assert search("--resume run") == 0
+    assert set(json.loads(Path("run", "summary.json").read_text())["validation_psnr"]) == {
+        "supernet",
+        "chosen",
+    }
+    assert vocabulary.read_text(encoding="utf-8").count("found = Genotype(") == 1
 
 
 # --- collapsed ---

@@ -525,6 +525,9 @@ def test_a_demos_network_is_not_taken_for_a_picture_without_a_word(network, caps
         said = capsys.readouterr().out.splitlines()
         assert said[0] == f"checkpoint: eval-EXP-{demo}/best_psnr.pt"
         assert sum(f"hardly trained: --ckt_path {test_view.SHIPPED} is" in line for line in said) == lines
+    write_pairs(Path("datasets/Rain1200/DID-MDN-test"), 1, clean_side="right")
+    assert view("--result_path scored", checkpoint=None) == 0  # nor is DID-MDN scored with it
+    assert f"hardly trained: --ckt_path {test_view.SHIPPED} is" in capsys.readouterr().out
     with pytest.raises(UserError, match="--demo: takes its own pictures; leave out --demo or --path"):
         view("--path photo.png --demo")
 

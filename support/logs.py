@@ -1,0 +1,36 @@
+"""Where a run writes what it says: log lines beside a progress bar, log.txt, and nowhere for other ranks."""
+
+import logging
+import sys
+
+from tqdm import tqdm
+
+from support.command import silence
+
+
+class NoWriter:
+    """TensorBoard's writer of a rank that writes nothing."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+class FileHandler(logging.FileHandler):
+    """A full disk ends the run, with one line, where logging would print a traceback and go on."""
+
+    def handleError(self, record):
+        error = sys.exception()
+        if isinstance(error, OSError):
+            error.filename = self.baseFilename
+        raise error
+
+
+class TqdmHandler(logging.Handler):
+    """Log lines that do not break a progress bar, and whose reader may go: the log file has them all."""
+
+    def emit(self, record):
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            silence(sys.stdout)

@@ -1,0 +1,128 @@
+"""The flags that both training scripts share, and which of them may differ when a run is resumed."""
+
+import os
+
+import dataset
+from support import distributed
+from support.command import above_zero, even, natural, positive, seed, share
+
+DEFAULT_DATA = "datasets/Rain1200"
+MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
+# What may differ when a run is resumed: it changes where, when and how long the run computes, not what.
+FREE_OPTIONS = {"resume", "save", "name", "device", "workers", "save_every", "max_minutes"}
+FREE_OPTIONS |= {"max_bad_steps", "allow_bad", "cache", "compile", "no_graphs"}
+FREE_OPTIONS |= {"accumulate"}  # as the number of processes may: both divide the batch for BatchNorm alone
+
+
+def add_network_arguments(group):
+    """Into a script's own group: the network's size and form, and what it is shown, the same for both."""
+    group.add_argument(
+        "--channels",
+        type=even,
+        nargs=4,
+        default=[32, 64, 128, 256],
+        metavar="C",
+        help="widths at scales 1 to 1/8 (default: 32 64 128 256)",
+    )
+    group.add_argument("--residual", action="store_true", help="learn the difference to the input")
+    group.add_argument("--clean_inputs", type=share, default=0.0, help="share of draws with a dry input")
+    group.add_argument(
+        "--upright", action="store_true", help="flip patches, but do not turn them: rain falls"
+    )
+    group.add_argument(
+        "--internal_start", type=positive, default=6, help="first epoch of the internal loss (default: 6)"
+    )
+
+
+def add_arguments(parser):
+    """The flags that both training scripts share."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        nargs="+",
+        metavar="DIR",
+        help=f"training folders; several are mixed (default: {DEFAULT_DATA}, else the demo)",
+    )
+    data.add_argument(
+        "--clean_side",
+        nargs="+",
+        default=[],
+        choices=dataset.SIDES,
+        help="the clean half of side-by-side files: one for all folders but DID-MDN's own, or one a folder",
+    )
+    data.add_argument("--demo", action="store_true", help="a small run on photographs at hand; no download")
+    data.add_argument("--split_seed", type=int, default=0, help="of the split into parts (default: 0)")
+    data.add_argument(
+        "--val_scenes",
+        type=positive,
+        help="score only so many validation scenes, evenly spread (default: all)",
+    )
+    cores = os.cpu_count() or 2
+    data.add_argument(
+        "--workers",
+        type=natural,
+        default=min(8, max(1, cores // 2 // distributed.local_size())),
+        help="loader processes; 0: load in the main one (default: half the cores, at most 8). Under torchrun "
+        "each process has so many (default: its share)",
+    )
+    data.add_argument(
+        "--cache",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="decode once, into a file in each data folder, or in DIR (12.6 GB for DID-MDN); same batches",
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--save", metavar="DIR", help="folder of the run (default: named by the time)")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="continue the run in DIR (default: --save, else the newest) with its own options",
+    )
+    run.add_argument("--seed", type=seed, default=0, help="of the weights, crops and flips (default: 0)")
+    run.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
+    run.add_argument(
+        "--amp",
+        action="store_true",
+        help="compute the network in bfloat16 (autocast); weights and losses stay float32",
+    )
+    run.add_argument(
+        "--accumulate",
+        type=positive,
+        default=1,
+        metavar="K",
+        help="sum the gradients of K equal parts of a batch: less memory, BatchNorm by the part (default: 1)",
+    )
+    run.add_argument(
+        "--sync_bn",
+        action="store_true",
+        help="BatchNorm by the batches of all GPUs together, where torchrun started several processes",
+    )
+    run.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="CUDA kernels that repeat to the bit, where there are such; slower",
+    )
+    run.add_argument(
+        "--no_graphs",
+        action="store_true",
+        help="CUDA: launch each kernel by itself (default: steps are recorded and replayed as CUDA graphs)",
+    )
+    run.add_argument("--max_minutes", type=above_zero, help="fit the cosine schedule to this time")
+    run.add_argument(
+        "--save_every", type=above_zero, default=10, help="minutes between checkpoints (default: 10)"
+    )
+    run.add_argument(
+        "--max_bad_steps",
+        type=positive,
+        default=20,
+        metavar="N",
+        help="stop after N steps in a row whose loss or gradient is not finite (default: 20)",
+    )
+    run.add_argument(
+        "--allow_bad",
+        action="store_true",
+        help=f"go on when more than {MOST_BAD:.0%}% of the files turn out to be unreadable",  # argparse's %%
+    )
