@@ -312,7 +312,8 @@ def _told_by_name(path):
     for file in files:
         key = _pair_key(file, path)
         if CLEAN_NAME.search(file.stem):
-            clean |= {} if key in clean.values() else {file: key}
+            if key not in clean.values():  # the first of a name; the others have no partner
+                clean[file] = key
         elif file.parent.name.lower() in RAINY_FOLDERS and file.parent != path:
             rainy[file] = re.sub(r"[^/]+/([^/]+)$", r"\1", key)
         else:
@@ -426,7 +427,10 @@ def split(scenes, seed=0):
         set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode(errors="surrogateescape")).digest()
     )
     if len(order) < len(PARTS):
-        raise UserError(f"--data: {len(order)} different backgrounds found; the three parts need at least 3")
+        raise UserError(
+            f"--data: {len(order)} different backgrounds found (scenes of one name count as one); the three "
+            "parts need at least 3"
+        )
     validation = max(1, round(PARTS["validation"] * len(order)))
     architecture = max(1, round(PARTS["architecture"] * len(order)))
     weights = len(order) - architecture - validation
@@ -448,7 +452,8 @@ def spread(scenes, count=None):
 
 
 def background_keys(scenes):
-    """A text per scene that is equal for scenes of one background.
+    """A text per scene that is equal for scenes of one background, and for those of one name in different
+    folders, which nearly always are.
 
     It is the scene's name; where one background stands in several files (as half of Rain800's do), told by
     their clean images, it is the smallest of their names.
@@ -477,7 +482,8 @@ def thumbnail(image):
 
 
 def same_pictures(thumbnails, threshold=0.998):
-    """For each thumbnail the index of the first one that shows the same picture, if by way of others.
+    """For each thumbnail the index of the first one that shows the same picture. Where a is like b and b like
+    c, all three are the same.
 
     In Rain800 copies of a photograph correlate above 0.9996 and different ones below 0.994.
     """
@@ -512,7 +518,7 @@ class Batch(NamedTuple):
     """Whole scenes: rainy Nx3xPxP and clean Sx3xPxP, uint8 from the loader, float32 in [0, 1] after `to`.
 
     scene: N indices into clean. names: the S scenes' names. padded: names of scenes smaller than the patch.
-    files: of the scenes. bad: (key of a scene, why it cannot be read) of those that others took the place of.
+    files: of the scenes. bad: (key, why) of scenes that cannot be read, each replaced by the next one.
     """
 
     rainy: torch.Tensor
@@ -523,9 +529,15 @@ class Batch(NamedTuple):
     files: list[str] = []
     bad: list[tuple[str, str]] = []
 
+    @property
+    def tensors(self):
+        """(rainy, clean, scene)."""
+        return self.rainy, self.clean, self.scene
+
     def to(self, device):
-        rainy, clean, scene = (t.to(device, non_blocking=True) for t in self[:3])
-        rainy = rainy.to(memory_format=torch.channels_last)  # as the networks: the faster layout
+        """The batch on a device, its images in [0, 1] and, as the networks are, channels last."""
+        rainy, clean, scene = (tensor.to(device, non_blocking=True) for tensor in self.tensors)
+        rainy = rainy.to(memory_format=torch.channels_last)
         # In place: on a CPU, two new tensors this large cost 40 times the arithmetic.
         return self._replace(rainy=rainy.float().div_(255), clean=clean.float().div_(255), scene=scene)
 

@@ -32,7 +32,9 @@ from operations import (
 
 
 class MixedModule(nn.Module):
-    """sum over kinds m of alpha_m * m(xs), xs one map a branch; every kind reads the same xs."""
+    """sum over kinds m of alpha_m * m(xs): xs one map a branch, to the same shapes; alpha a weight a kind, 2.
+    Every kind reads the same xs.
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -44,7 +46,7 @@ class MixedModule(nn.Module):
 
 
 class MixedOperation(nn.Module):
-    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW.
+    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW; beta is a weight an operation, 9.
 
     Each operation but `none`, which adds nothing, multiplies x by a gate: the gates are summed, and x, whose
     poolings they share, is multiplied once.
@@ -62,13 +64,14 @@ class MixedOperation(nn.Module):
 
 
 class MixedAttention(AttentionModule):
-    """The attention module with a mixed operation on each of its three edges."""
+    """The attention module with a mixed operation on each of its three edges; beta is 3x9."""
 
     def __init__(self, channels):
         super().__init__(channels, [MixedOperation(channels // NODES) for _ in range(EDGES)])
 
     def forward(self, x, beta):
-        # Copied once, each group is dense for all operations of its edge; and compiled once for all edges.
+        # A group is a slice of x. Its copy is contiguous, which all operations of an edge read faster; and as
+        # all edges then have one layout, they are compiled but once.
         groups = [group.clone() for group in x.chunk(NODES, 1)]
         edges = [partial(edge, beta=b) for edge, b in zip(self.edges, beta, strict=True)]
         return self.attend(x, groups, edges)

@@ -32,6 +32,7 @@ from operations import (
     transitions,
 )
 
+SHIPPED = Path(__file__).parent / "eval-EXP" / "derain.pt"
 FORMAT = "manas-network-1"
 MAX_CHANNELS = 4096  # a checkpoint that claims wider branches is refused before anything is allocated
 MAX_DEPTH, MAX_TUPLE = 20, 1000  # of what a checkpoint nests: its own files reach 12 and 23

@@ -34,7 +34,9 @@ def pad_to_multiple(x):
 
 
 def total(terms):
-    """The sum of a sequence of tensors. Python's own begins with 0 + the first: a pass over memory more."""
+    """The sum of a sequence of tensors. Python's `sum` alone would begin with 0 + the first tensor, which is
+    one more pass over memory.
+    """
     return sum(terms[1:], terms[0])
 
 
@@ -68,7 +70,8 @@ class Zero(nn.Module):
 
 
 class Pooled:
-    """What the gates of one edge see of its x, NxcxHxW: each is computed once, for the first that asks.
+    """The poolings of an edge's input x, NxcxHxW, which all gates of the edge share: each is computed when it
+    is first asked for, and kept.
 
     Not by functools.cached_property, whose lock in Python 3.11 torch.compile cannot trace.
     """
@@ -107,36 +110,44 @@ class Skip(nn.Identity):
 
 
 class Gate(nn.Module):
-    """x * sigmoid(body(x)): the body gives one weight a pixel and channel."""
-
-    def __init__(self, body):
-        super().__init__()
-        self.body = body
+    """x * gate: of NxcxHxW, to the same shape."""
 
     def forward(self, x):
         return x * self.gate(Pooled(x))
 
     def gate(self, pooled):
-        """What x is multiplied by, of a shape that broadcasts to x's."""
+        """What the x of a `Pooled` is multiplied by: weights in (0, 1) of a shape that broadcasts to x's."""
+        raise NotImplementedError
+
+
+class ConvGate(Gate):
+    """x * sigmoid(body(x)): the body, NxcxHxW -> NxcxHxW, weighs each pixel of each channel."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def gate(self, pooled):
         return self.body(pooled.x).sigmoid()
 
 
-class SpatialGate(Gate):
-    """x * sigmoid(body([max, mean over channels])): the body gives one weight a pixel."""
+class SpatialGate(ConvGate):
+    """x * sigmoid(body([max, mean over channels])): the body, Nx2xHxW -> Nx1xHxW, weighs the pixels."""
 
     def gate(self, pooled):
         return self.body(pooled.maps).sigmoid()
 
 
 class ChannelGate(Gate):
-    """x * sigmoid(sum of MLP(pooled) over the poolings): one weight a channel; squeeze-and-excitation.
+    """x * sigmoid(sum of MLP(pooled) over the poolings): one weight a channel. With the average alone it is
+    squeeze-and-excitation (Hu et al. 2018), with the maximum CBAM's channel attention (Woo et al. 2018).
 
     The MLP (reduction r, hidden width max(1, c // r)) is shared by the poolings: the average, and with
     `use_max` the maximum as well.
     """
 
     def __init__(self, channels, reduction, use_max=False, bias=False):
-        nn.Module.__init__(self)
+        super().__init__()
         hidden = max(1, channels // reduction)
         self.mlp = nn.Sequential(
             nn.Conv2d(channels, hidden, 1, bias=bias), nn.ReLU(), nn.Conv2d(hidden, channels, 1, bias=bias)
@@ -149,7 +160,7 @@ class ChannelGate(Gate):
 
 
 class CBAM(nn.Sequential):
-    """A channel gate, and a spatial gate on what it lets pass."""
+    """A channel gate, and a spatial gate on what it lets pass (Woo et al. 2018)."""
 
     def gate(self, pooled):
         channel, spatial = self
@@ -178,8 +189,9 @@ class DilatedDepthwise(nn.Conv2d):
 class MapNorm(nn.BatchNorm2d):
     """BatchNorm of one map a picture, on a CPU in the precision of its statistics.
 
-    There, in bfloat16 with channels last, PyTorch 2.11 and 2.15 sum over a single channel coarsely, and what
-    mean is left in the gradient puts that of the convolutions before it off by up to 0.45 of its norm.
+    There, in bfloat16 with channels last, PyTorch 2.11 and 2.15 sum over a single channel coarsely. So the
+    gradient keeps a mean that should be zero, and the gradients of the convolutions before it are wrong by up
+    to 45 % of their norm.
     """
 
     def __init__(self, **options):
@@ -191,6 +203,7 @@ class MapNorm(nn.BatchNorm2d):
 
 
 def depthwise(channels):
+    """Convolution 3x3 of each channel by itself: NxcxHxW -> NxcxHxW."""
     return nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
 
 
@@ -201,11 +214,11 @@ def separable(inputs, outputs, spread=depthwise):
 
 
 def sep_conv_3x3(channels):
-    return Gate(nn.Sequential(separable(channels, channels), nn.ReLU(), separable(channels, channels)))
+    return ConvGate(nn.Sequential(separable(channels, channels), nn.ReLU(), separable(channels, channels)))
 
 
 def dil_conv_3x3(channels):
-    return Gate(separable(channels, channels, DilatedDepthwise))
+    return ConvGate(separable(channels, channels, DilatedDepthwise))
 
 
 def sep_conv_3x3_spatial(channels):
@@ -264,6 +277,7 @@ class AttentionModule(nn.Module):
         return self.attend(x, x.chunk(NODES, 1), self.edges)
 
     def attend(self, x, groups, edges):
+        """Out, NxCxHxW, of F = x with its K channel groups F_i, each NxC/KxHxW, and a function an edge."""
         nodes = []
         for group, indices in zip(groups, NODE_EDGES, strict=True):
             inputs = [group, *nodes]
@@ -312,7 +326,7 @@ class ResidualBlock(nn.Module):
 
 
 class Parallel(nn.Module):
-    """`parallel`: a residual block on each branch."""
+    """`parallel`: a residual block on each branch; a list of maps to a list of the same shapes."""
 
     def __init__(self, channels):
         super().__init__()
@@ -325,8 +339,8 @@ class Parallel(nn.Module):
 class NearestUpsample(nn.Upsample):
     """Copies of pixels, in the precision that they have.
 
-    On CUDA autocast makes them float32, which all that is added to them would become: a third of what a
-    forward pass reads and writes.
+    Autocast on CUDA would upsample in float32, and every sum with such a map would become float32, too: a
+    third more for a forward pass to read and write.
     """
 
     def forward(self, x):
@@ -337,7 +351,8 @@ class NearestUpsample(nn.Upsample):
 
 
 class Fusion(nn.Module):
-    """`fusion`: each output scale is ReLU of the sum of every input scale brought to it.
+    """`fusion`: each output scale is ReLU of the sum of every input scale brought to it. A list of maps to a
+    list of the same shapes, or of the first `outputs` of them.
 
     channels: of the input scales; outputs: how many scales, finest first, come out (default: all of them).
     """
@@ -376,7 +391,8 @@ MULTI_SCALE = {"parallel": Parallel, "fusion": Fusion}
 
 
 class Transition(nn.Module):
-    """One branch more: the others pass unless their channel count changes, the new one halves the coarsest.
+    """One branch more: a list of maps to a list with one more, half the size of the coarsest. The others
+    pass unless their channel count changes.
 
     inputs: channels of the branches that come in; outputs: of those that go out, one more.
     """

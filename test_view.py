@@ -41,11 +41,12 @@ from support.fast import Compiled, for_inference, keep_freed_memory, no_compiler
 from support.gallery import FOLDER, MONTAGE, Gallery, montage
 from support.journal import Journal
 from support.metrics import METRICS, mean_scores, score
+from support.options import DEFAULT_DATA
 from support.rain import demo_set
 from support.restore import ENSEMBLES, SMALLEST_TILE, forwards, restore
 
-DEFAULT_PATH = "datasets/Rain1200/DID-MDN-test"
-SHIPPED = Path(__file__).parent / "eval-EXP" / "derain.pt"
+DEFAULT_PATH = f"{DEFAULT_DATA}/{dataset.TEST}"
+SHIPPED = model_train.SHIPPED
 COMPILED_FROM = 300_000_000  # pixels
 MOST_COMPILED = 8  # sizes: what PyTorch allows
 COLUMNS = ("name", "density", "height", "width", "seconds", *METRICS, *(f"input_{m}" for m in METRICS))
@@ -228,12 +229,12 @@ def choose_path(args):
         raise UserError("--path: is empty; give a folder or a file, or leave it out")
     if args.path is not None:
         path = Path(args.path)
-        return path / "DID-MDN-test" if os.path.isdir(path / "DID-MDN-test") else path
+        return path / dataset.TEST if os.path.isdir(path / dataset.TEST) else path
     if not takes_demo(args):
         return Path(DEFAULT_PATH)
     if not args.demo:
         command.announce_demo(DEFAULT_PATH, "--path")
-    return distributed.from_main(lambda: demo_set(experiment.DEMO_DATA)) / "DID-MDN-test"
+    return distributed.from_main(lambda: demo_set(experiment.DEMO_DATA)) / dataset.TEST
 
 
 def check_apart(source, out, within):
@@ -289,7 +290,11 @@ def sizes_of(found, numbers):
 
 def other_kinds(path):
     """The suffixes of the files in a folder that are no pictures by their names, as .heic and .mp4."""
-    seen = {file.suffix.lower() for file in path.rglob("*") if file.name[0] != "." and os.path.isfile(file)}
+    seen = set()
+    for file in path.rglob("*"):
+        hidden = any(part[0] == "." for part in file.relative_to(path).parts)
+        if not hidden and os.path.isfile(file):
+            seen.add(file.suffix.lower())
     return sorted(seen - {"", *images.EXTENSIONS})
 
 

@@ -660,7 +660,7 @@ def time_loader(args, options, device, cached):
         with contextlib.redirect_stdout(sys.stderr):  # its notices; here is the table
             cache = open_cache(scenes, folders, args.cache)
         error = max(
-            relative_error([ours[:2]], [theirs[:2]])
+            relative_error([ours.tensors[:2]], [theirs.tensors[:2]])
             for ours, theirs, _ in zip(load(), load(cache=cache), range(3), strict=False)
         )
         turns = [

@@ -16,13 +16,13 @@ from skimage.metrics import peak_signal_noise_ratio
 from tqdm import tqdm
 
 import dataset
-from model_train import load
+from model_train import SHIPPED, load
 from support import command, devices
 from support.command import natural, positive
 from support.errors import UserError
 from support.fast import for_inference, keep_freed_memory
 from support.restore import restore
-from support.tiling import BLOCK, SHIPPED, worst_block
+from support.tiling import BLOCK, worst_block
 
 UNHARMED = 38  # dB
 

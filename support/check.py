@@ -18,7 +18,19 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from dataset import DENSITIES, SIDES, Half, Scene, cut, find, same_pictures, thumbnail, with_sides
+from dataset import (
+    DENSITIES,
+    SIDES,
+    TEST,
+    TRAINING,
+    Half,
+    Scene,
+    cut,
+    find,
+    same_pictures,
+    thumbnail,
+    with_sides,
+)
 from losses import SSIM_WINDOW
 from support.command import Parser
 from support.errors import UserError
@@ -28,12 +40,11 @@ MATCH = 0.3  # all pairs are above 0.48; 99.9 % of clean images beside another's
 SWAPPED = -0.1  # all pairs are above -0.05; swapped, 99.6 % of them are below -0.1
 SAME_CLEAN = 4.0  # mean absolute difference, grey levels, between clean images of one scene; 0 in DID-MDN
 NAMED = 5  # files a line
-HINT_FROM = (
-    8  # pictures; of pairs, match and rain score are above .9 and .24, of photographs below .48 and .11
-)
+# Pictures; of pairs, match and rain score are above .9 and .24, of photographs below .48 and .11.
+HINT_FROM = 8
 HINT_MATCH, HINT_RAIN = 0.6, 0.15
 CLEAN_DIFFERS = "clean half differs from the other densities'"
-DID_MDN = {"DID-MDN-training": 4000, "DID-MDN-test": 1200}  # scenes of three densities; pairs
+DID_MDN = {TRAINING: 4000, TEST: 1200}  # scenes of three densities; pairs
 
 
 class Finding(NamedTuple):
@@ -106,7 +117,8 @@ def examine(scene, root):
         fault(f"under {SSIM_WINDOW} pixels a side, too small to train on", halves[0].path, _wh(size))
     agreed = min(clean, key=lambda image: sum(_apart(image, other) for other in clean))
     rain, matches = [], []
-    for half, image, own in zip(scene.rainy, rainy, clean * (len(rainy) // len(clean)), strict=True):
+    of_each = clean if len(clean) == len(rainy) else clean * len(rainy)  # one for all where not side by side
+    for half, image, own in zip(scene.rainy, rainy, of_each, strict=True):
         # Of a file with swapped sides the rainy half is the agreed image: its rain score, below, tells.
         if min(_apart(own, agreed), _apart(image, agreed)) > SAME_CLEAN:
             fault(CLEAN_DIFFERS, half.path, f"by {_apart(own, agreed):.0f} grey levels")
@@ -198,11 +210,12 @@ def counts(folder, found):
     files = [*(half.path for scene in found.scenes for half in scene.rainy), *found.unpaired]
     by_density = Counter(d for path in files for d in DENSITIES if f"Rain_{d}" in path.parts)
     if not by_density:
-        yield f"{len(found.scenes):,} {'images' if found.layout == 'single images' else 'pairs'}"
+        single = any(scene.clean is None for scene in found.scenes)
+        yield f"{len(found.scenes):,} {'images' if single else 'pairs'}"
     else:
         each = ", ".join(f"{d} {by_density[d]:,}" for d in DENSITIES if d in by_density)
         yield f"{len(found.scenes):,} scenes; files: {each}"
-    expected = DID_MDN.get("DID-MDN-training" if by_density else folder.name)
+    expected = DID_MDN.get(TRAINING if by_density else folder.name)
     if expected and (len(found.scenes) != expected or len(by_density) not in (0, len(DENSITIES))):
         yield f"the whole of DID-MDN has {expected:,} {'scenes in 3 densities' if by_density else 'pairs'}"
 

@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main, parser):
     """Run a script's `main`, which returns the exit status; a user's mistake is one line and status 2. 141 is
-    the shell's for a command whose output nobody reads any more.
+    128 + SIGPIPE: what shells report of a command whose output nobody reads any more.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:

@@ -121,7 +121,9 @@ def gather(value):
 
 
 def join(found):
-    """All ranks' lists as one. Where all are empty, as of mishaps, that costs one number."""
+    """All ranks' lists as one. If all are empty, as lists of errors nearly always are, only one number is
+    exchanged.
+    """
     if size() == 1:
         return found
     count = torch.tensor([len(found)])

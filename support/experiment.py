@@ -669,8 +669,8 @@ class Experiment:
 
 
 def read_state(folder):
-    """(path, state, None) of the run's last.pt or, where that is damaged or gone, (path, state, why it is not
-    last.pt's) of the one before it. CheckpointError where there is neither.
+    """(path, state, None) of a run's last.pt; if that is damaged or gone, (path, state, why) of last.prev.pt.
+    CheckpointError where both are.
     """
     last, previous = (folder / file for file in STATES)
     try:

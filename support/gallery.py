@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from support.errors import UserError
-from support.images import read_image, write_bytes, write_image
+from support.images import read_image, to_8_bits, write_bytes, write_image
 from support.metrics import METRICS, mean_scores
 
 PAGE = "index.html"
@@ -85,7 +85,7 @@ class Gallery:
             UserError: a file cannot be written.
         """
         pictures = {"rain": rainy, "restored": restored, "truth": clean}
-        pictures = {kind: _to_8_bits(image) for kind, image in pictures.items() if image is not None}
+        pictures = {kind: to_8_bits(image) for kind, image in pictures.items() if image is not None}
         file = Path(file).relative_to(self.out)
         number = number or len(self.entries) + 1  # not the name: that may be as long as names get
         thumbnails = {kind: Path(FOLDER, "small", f"{number:05}-{kind}.jpg") for kind in pictures}
@@ -353,10 +353,6 @@ def _url(path):
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
-
-
-def _to_8_bits(image):
-    return cv2.convertScaleAbs(image, alpha=1 / 257) if image.dtype == np.uint16 else image
 
 
 def _at_most(side, image):

@@ -63,10 +63,11 @@ class Health:
         alpha, beta = (parameter.detach().cpu().double().softmax(-1) for parameter in net.architecture())
         scalars = {f"winners/{name}": count for name, count in winners(genotype).items()}
         for letter, rows, distribution in (("alpha", ALPHA_ROWS, alpha), ("beta", BETA_ROWS, beta)):
-            for kind, values in (("entropy", entropy(distribution)), ("margin", margin(distribution))):
+            margins = margin(distribution)
+            for kind, values in (("entropy", entropy(distribution)), ("margin", margins)):
                 scalars |= {f"{kind}_{letter}/{row}": v for row, v in zip(rows, values.tolist(), strict=True)}
                 scalars[f"{kind}_{letter}"] = values.mean().item()
-            scalars[f"margin_{letter}_min"] = values.min().item()
+            scalars[f"margin_{letter}_min"] = margins.min().item()
         changed = ""
         before = run.folder / f"genotype_{epoch - 1:03d}.json"
         if before.exists():
@@ -75,7 +76,9 @@ class Health:
             changed = f", changed {modules} modules {edges} edges"
         for name, value in scalars.items():
             run.writer.add_scalar(name, value, run.step)
-        run.writer.add_image("alpha", heat_map(alpha, ALPHA_ROWS, MODULES, 4), run.step, dataformats="HWC")
+        run.writer.add_image(
+            "alpha", heat_map(alpha, ALPHA_ROWS, MODULES, MODULES_PER_CELL), run.step, dataformats="HWC"
+        )
         run.writer.add_image(
             "beta", heat_map(beta, BETA_ROWS, PRIMITIVES, EDGES), run.step, dataformats="HWC"
         )

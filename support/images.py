@@ -124,7 +124,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
     Grey is repeated, alpha is left out, 16 bits are rounded to 8. Raises UserError as `load` does.
     """
-    return _to_8_bits(load(path).rgb)
+    return to_8_bits(load(path).rgb)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -477,7 +477,7 @@ def _encode(path: Path, image: np.ndarray, quality: int) -> bytes:
         raise ValueError(f"image is {given}; HxW, HxWx3 or HxWx4 of uint8 or uint16 is allowed")
     if image.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
         log.warning("%s: %s holds 8 bits a channel, the picture's 16 are rounded", path, suffix)
-        image = _to_8_bits(image)
+        image = to_8_bits(image)
     if channels == 4 and suffix in (".jpg", ".jpeg"):
         log.warning("%s: %s holds no alpha, the picture's is left out", path, suffix)
         image, channels = image[..., :3], 3
@@ -495,7 +495,8 @@ def _encode(path: Path, image: np.ndarray, quality: int) -> bytes:
     return encoded.tobytes()
 
 
-def _to_8_bits(image: np.ndarray) -> np.ndarray:
+def to_8_bits(image: np.ndarray) -> np.ndarray:
+    """uint16 rounded to uint8; uint8 as it is."""
     return cv2.convertScaleAbs(image, alpha=1 / 257) if image.dtype == np.uint16 else image
 
 

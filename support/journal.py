@@ -30,9 +30,13 @@ class Journal:
     def begin(self, fresh):
         """Before `add`, once all processes are here. fresh: without what was done before."""
         if fresh:
-            distributed.from_main(lambda: [file.unlink() for file in self.out.glob(FILES)] and None)
+            distributed.from_main(self._forget)
         distributed.barrier()  # none writes while others still read
         self.file = self.out / FILES.replace("*", str(distributed.rank()))
+
+    def _forget(self):
+        for file in self.out.glob(FILES):
+            file.unlink()
 
     def add(self, entry, sources):
         """A picture of the gallery is done, its files written. Raises CannotWrite."""

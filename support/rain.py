@@ -32,11 +32,12 @@ import numpy as np
 import skimage
 from tqdm import tqdm
 
+from dataset import DENSITIES, TEST, TRAINING
 from support import command
 from support.errors import UserError
 from support.images import list_images, read_image, write_bytes, write_image
 
-LEVELS = ("Heavy", "Medium", "Light")
+LEVELS = DENSITIES
 JPEG_QUALITY = 75  # DID-MDN's, by the quantisation tables of its files
 
 
@@ -295,7 +296,7 @@ def write_scenes(
             pairs, or `angle` is given beside `rain_of`.
     """
     out = Path(out)
-    for part in ("DID-MDN-training", "DID-MDN-test"):
+    for part in (TRAINING, TEST):
         if (out / part).exists():
             raise UserError(f"{out}: already holds {part}; give another folder, or remove that one")
     if (rain_of is None) != (rain_side is None):
@@ -333,9 +334,9 @@ def _own_rng(seed, name):
 def _write_scene(scene, clean, out, name, is_test=False) -> None:
     for level, rainy in scene.items():
         if is_test:
-            path = out / "DID-MDN-test" / f"{level.lower()}_{name}.jpg"
+            path = out / TEST / f"{level.lower()}_{name}.jpg"
         else:
-            path = out / "DID-MDN-training" / f"Rain_{level}" / "train2018new" / f"{name}.jpg"
+            path = out / TRAINING / f"Rain_{level}" / "train2018new" / f"{name}.jpg"
         write_image(path, np.hstack([rainy, clean]), JPEG_QUALITY)
 
 
@@ -391,7 +392,7 @@ def demo_set(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     marker = folder / "demo-set.txt"
-    parts = [folder / "DID-MDN-training", folder / "DID-MDN-test"]
+    parts = [folder / TRAINING, folder / TEST]
     data = Path(skimage.__file__).parent / "data"
     try:
         if marker.is_file():

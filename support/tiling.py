@@ -11,18 +11,16 @@ beside the whole pictures'.
 
 import argparse
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio
 
-from model_train import load
+from model_train import SHIPPED, load
 from support import command, devices, images
 from support.fast import keep_freed_memory
 from support.restore import OVERLAP, restore
 
-SHIPPED = Path(__file__).parents[1] / "eval-EXP" / "derain.pt"
 BLOCK = 16
 
 

@@ -33,7 +33,8 @@ def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
     """Score a network on whole pictures, one at a time: as `test_view.py` does, large ones in tiles.
 
     Returns ([(RGB PSNR in dB an image, SSIM an image, both as saved in 8 bits, external loss) of each scene],
-    (rainy, restored, clean) of the first image, each 3xHxW in [0, 1], or None where no scene was read).
+    (rainy, restored, clean) of the first image, each 3xHxW in [0, 1], or None where no scene was read). The
+    PSNR is at most 100 dB; the loss is the paper's, whatever weights its terms have in the training.
     bad, cache: as in `dataset.full_images`; amp: see `autocast`. Ends early when stop(), asked after each
     scene, says so.
     """
