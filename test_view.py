@@ -117,41 +117,25 @@ def main(args):
     keep_freed_memory()
     if args.demo and args.path is not None:
         raise UserError("--demo: takes its own pictures; leave out --demo or --path")
-    checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
-    print(f"checkpoint: {checkpoint}", flush=True)
-    of_a_demo = not args.ckt_path and experiment.noted(checkpoint.parent, "options.json", "demo")
-    if of_a_demo and not takes_demo(args):
-        print(f"that is a demo's, which was hardly trained: --ckt_path {SHIPPED} is better", flush=True)
+    checkpoint = choose_checkpoint(args)
     device = devices.pick_device(args.device)
     if args.amp and (why := devices.slow_half(device, torch.get_autocast_dtype(device.type))):
         print(f"--amp: {why}", flush=True)
     net = for_inference(model_train.load(checkpoint, device))
-    fast = Compiled(net)
+    compiled = Compiled(net)
     sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()  # now: a run may replace the file
-    run = partial(
-        restore, fast, device=device, tile=args.tile, self_ensemble=args.self_ensemble, amp=args.amp
-    )
-    path = choose_path(args)
-    out = Path(args.result_path)
+    options = {name: getattr(args, name) for name in ("tile", "self_ensemble", "amp")}
+    restore_one = partial(restore, compiled, device=device, **options)
+    choose_compiled_for = partial(choose_compiled, args, device, compiled)
+    path, out = choose_path(args), Path(args.result_path)
     if out.suffix.lower() in {*images.EXTENSIONS, *images.VIDEO_EXTENSIONS} and not out.is_dir():
         raise UserError(f"--result_path {out}: is to be a folder, in which results keep their names")
     images.check_folder(out)
     if path.suffix.lower() in images.VIDEO_EXTENSIONS:
-        if distributed.size() > 1:
-            raise UserError(f"{path}: a video is restored by one process; leave torchrun out")
-        for name in sorted({"clean_side", "montage", "skip_done"} & args.given):
-            raise UserError(f"--{name}: is for pictures, and {path} is a video; leave it out")
-        return restore_video(run, path, out, partial(choose_compiled, args, device, fast))
-    found = dataset.find(path, args.clean_side)
-    alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
-    unscored = bool(found.scenes) and all(scene.clean is None for scene in found.scenes)
-    truth = "; without ground truth, so nothing is scored" if unscored else ""
-    print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}{truth}", flush=True)
-    if unscored and (hint := distributed.from_main(partial(check.hint, found.scenes))):
-        print(hint, flush=True)
-    if path.is_dir() and (others := other_kinds(path)):
-        print(f"left alone: files of other kinds ({', '.join(others)})", flush=True)
+        check_video(args, path)
+        return restore_video(restore_one, path, out, choose_compiled_for)
 
+    found = find_pictures(args, path)
     source = path if path.is_dir() else path.parent
     check_apart(source.resolve(), out, within=path.is_dir())
     names = [name for scene in found.scenes for name in names_of(scene)]
@@ -161,27 +145,21 @@ def main(args):
                 f"--montage {name}: no picture of that name; there are {', '.join(names[:3])}, ..."
             )
     gallery = Gallery(out)
-    options = {name: getattr(args, name) for name in ("tile", "self_ensemble", "amp")}
-    of = {"data": str(path.resolve()), "clean_side": args.clean_side}
-    journal = Journal(out, of | {"sha256": sha256, "options": options})
-    done = {name for name, _ in journal.done()} if args.skip_done else set()
-    if done:
-        print(f"done already: {sum(name in done for name in names)} of {len(names)} pictures", flush=True)
-    first = 1 + journal.last_number() if args.skip_done else 1
-    left = [name for name in names if name not in done]
-    numbers = {name: number for number, name in enumerate(left, start=first)}
-    choose_compiled(args, device, fast, sizes_of(found, numbers))
+    data = {"data": str(path.resolve()), "clean_side": args.clean_side}
+    journal = Journal(out, data | {"sha256": sha256, "options": options})
+    numbers = to_do(args, names, journal)
+    choose_compiled_for(sizes_of(found, numbers))
     journal.begin(fresh=not args.skip_done)
-    failures, stopped, status = restore_pictures(run, found, source, gallery, journal, numbers)
-    failures, stopped, status = together(failures, stopped, status)
+    failures, stopped, status = together(
+        *restore_pictures(restore_one, found, source, gallery, journal, numbers)
+    )
     if not distributed.is_main():
         return 0  # what follows is done once
     done = dict(journal.done())
     gallery.entries = [done[name] for name in names if name in done]
-    rows = [entry.row for entry in gallery.entries]
     failures = [f"{file}: has no partner, so it is left out" for file in found.unpaired] + failures
     if stopped:
-        failures.append(f"{stopped} {len(rows)} of {len(names)} pictures are done")
+        failures.append(f"{stopped} {len(gallery.entries)} of {len(names)} pictures are done")
     facts = {
         "checkpoint": str(checkpoint),
         "sha256": sha256,
@@ -189,13 +167,21 @@ def main(args):
         "layout": found.layout,
         "pictures": len(names),
         "without_partner": len(found.unpaired),
-        "options": options | {"compile": [f"{width}x{height}" for height, width in sorted(fast.shapes)]},
+        "options": options | {"compile": [f"{width}x{height}" for height, width in sorted(compiled.shapes)]},
         "device": devices.device_name(device),
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, np, cv2, skimage)},
         "command": shlex.join(sys.argv),
         "genotype": net.genotype._asdict(),
     }
+    return conclude(gallery, facts, failures, status, args.montage)
+
+
+def conclude(gallery, facts, failures, status, montage_of):
+    """Write the tables, the gallery and, unless montage_of is None, the montage; print what there is and what
+    could not be used; returns the exit status.
+    """
+    out, rows = gallery.out, [entry.row for entry in gallery.entries]
     means, scores = summarise(rows, facts) if rows and METRICS[0] in rows[0] else ({}, [])
     said = [*scores]
     try:  # files first: Ctrl-C ends a `| tee`, too, and then nothing can be printed
@@ -204,10 +190,10 @@ def main(args):
         said.append(f"{len(rows)} restored pictures in {out}")
         if rows:
             shown = {name: facts[name] for name in ("checkpoint", "data", "device")}
-            page = gallery.write(shown | {"self-ensemble": args.self_ensemble or "no"}, failures)
-            said.append(f"look at them: {page}")
-            if args.montage is not None:
-                montage(gallery.examples(args.montage), out / MONTAGE)
+            shown["self-ensemble"] = facts["options"]["self_ensemble"] or "no"
+            said.append(f"look at them: {gallery.write(shown, failures)}")
+            if montage_of is not None:
+                montage(gallery.examples(montage_of), out / MONTAGE)
     except UserError as error:  # the others are to be named all the same
         failures.append(str(error))
         status = status or 1
@@ -216,6 +202,16 @@ def main(args):
     if failures:
         print(f"{len(failures)} could not be used:", *failures, sep="\n  ", file=sys.stderr)
     return status
+
+
+def choose_checkpoint(args):
+    """The checkpoint's path: --ckt_path, else the newest finished training's, else what ships; prints it."""
+    checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
+    print(f"checkpoint: {checkpoint}", flush=True)
+    of_a_demo = not args.ckt_path and experiment.noted(checkpoint.parent, "options.json", "demo")
+    if of_a_demo and not takes_demo(args):
+        print(f"that is a demo's, which was hardly trained: --ckt_path {SHIPPED} is better", flush=True)
+    return checkpoint
 
 
 def takes_demo(args):
@@ -235,6 +231,39 @@ def choose_path(args):
     if not args.demo:
         command.announce_demo(DEFAULT_PATH, "--path")
     return distributed.from_main(lambda: demo_set(experiment.DEMO_DATA)) / dataset.TEST
+
+
+def find_pictures(args, path):
+    """The `dataset.Found` of a file or folder; prints what that is and what is left alone."""
+    found = dataset.find(path, args.clean_side)
+    alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
+    unscored = bool(found.scenes) and all(scene.clean is None for scene in found.scenes)
+    truth = "; without ground truth, so nothing is scored" if unscored else ""
+    print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}{truth}", flush=True)
+    if unscored and (hint := distributed.from_main(partial(check.hint, found.scenes))):
+        print(hint, flush=True)
+    if path.is_dir() and (others := other_kinds(path)):
+        print(f"left alone: files of other kinds ({', '.join(others)})", flush=True)
+    return found
+
+
+def to_do(args, names, journal):
+    """{name: its number in the gallery} of the pictures to restore: with --skip_done, those not yet done."""
+    if not args.skip_done:
+        return {name: number for number, name in enumerate(names, start=1)}
+    done = {name for name, _ in journal.done()}
+    if done:
+        print(f"done already: {sum(name in done for name in names)} of {len(names)} pictures", flush=True)
+    remaining = [name for name in names if name not in done]
+    return {name: number for number, name in enumerate(remaining, start=1 + journal.last_number())}
+
+
+def check_video(args, path):
+    """UserError where a video is given with what is for pictures."""
+    if distributed.size() > 1:
+        raise UserError(f"{path}: a video is restored by one process; leave torchrun out")
+    for name in sorted({"clean_side", "montage", "skip_done"} & args.given):
+        raise UserError(f"--{name}: is for pictures, and {path} is a video; leave it out")
 
 
 def check_apart(source, out, within):
@@ -298,8 +327,11 @@ def other_kinds(path):
     return sorted(seen - {"", *images.EXTENSIONS})
 
 
-def restore_video(run, path, out, choose):
-    """Restore a video frame by frame into the folder `out`; returns the exit status."""
+def restore_video(restore_one, path, out, choose_compiled_for):
+    """Restore a video frame by frame into the folder `out`; returns the exit status.
+
+    restore_one: rgb -> restored. choose_compiled_for: told the (height, width) of all that is to be restored.
+    """
     video = images.Video(path)
     target = images.video_name(out / path.name)
     if out.resolve() in (path.parent.resolve(), path.resolve().parent):
@@ -308,10 +340,10 @@ def restore_video(run, path, out, choose):
     print(f"data: {path}: a video of {video.frames} frames of {width}x{height}, {video.fps:g} a second")
     print("the sound is not carried over", end="")
     print("; the odd side gains a row or column" if height % 2 or width % 2 else "", flush=True)
-    choose([video.size] * video.frames)
+    choose_compiled_for([video.size] * video.frames)
     frames = tqdm(video, total=video.frames or None, unit="frame", disable=None)
     try:
-        images.write_video(target, map(run, frames), video.fps)
+        images.write_video(target, map(restore_one, frames), video.fps)
     except images.EndsEarly as error:
         print(f"{error}\n{target} holds what came before", file=sys.stderr)
         return 1
@@ -322,21 +354,21 @@ def restore_video(run, path, out, choose):
     return 0
 
 
-def restore_pictures(run, found, source, gallery, journal, numbers):
+def restore_pictures(restore_one, found, source, gallery, journal, numbers):
     """Restore this process's share of the pictures in `numbers`, that is {name: number in the gallery}.
 
     Returns ((place, line) of each scene that cannot be, why it stopped early or "", the exit status).
     """
-    left = [
+    scenes = [
         (n, scene) for n, scene in enumerate(found.scenes) if not numbers.keys().isdisjoint(names_of(scene))
     ]
-    share = left[distributed.rank() :: distributed.size()]
+    share = scenes[distributed.rank() :: distributed.size()]
     failures = []
     total = sum(name in numbers for _, scene in share for name in names_of(scene))
     with tqdm(total=total, unit="image", disable=None if distributed.is_main() else True) as bar:
         for place, scene in share:
             try:
-                for entry in view(run, scene, source, gallery, numbers):
+                for entry in view(restore_one, scene, source, gallery, numbers):
                     journal.add(entry, scene.files)
                     gallery.entries.clear()  # the journal has it
                     bar.update()
@@ -368,7 +400,7 @@ def result_file(scene, half, name, source):
     return half.path.relative_to(source) if scene.clean is None else Path(f"{name}.png")
 
 
-def view(run, scene, source, gallery, numbers):
+def view(restore_one, scene, source, gallery, numbers):
     """Restore and save each rainy image of a scene that has a number, and show it; yields the gallery's entry
     of each, whose row has `COLUMNS`.
     """
@@ -385,7 +417,7 @@ def view(run, scene, source, gallery, numbers):
         if file.parts[0] in (FOLDER, MONTAGE):
             raise UserError(f"{half.path}: its result would take the name of the gallery's {file}; rename it")
         start = time.perf_counter()
-        restored = run(picture.rgb)
+        restored = restore_one(picture.rgb)
         seconds = time.perf_counter() - start
         if picture.grey:
             restored = images.in_grey(restored)
