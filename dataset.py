@@ -603,11 +603,11 @@ class ScenePatches(Dataset):
             scene, rainy, clean, bad = self.read(draw)
         except UserError as error:  # returned, since a loader's worker would wrap it in its own traceback
             return error
-        random = np.random.default_rng((self.seed, draw))
+        rng = np.random.default_rng((self.seed, draw))
         padded = min(clean.shape[:2]) < self.patch_size
-        images = augment(crop([*rainy, clean], self.patch_size, random), random, self.upright)
-        if random.random() < self.clean_inputs:
-            images[random.integers(len(rainy))] = images[-1]
+        images = augment(crop([*rainy, clean], self.patch_size, rng), rng, self.upright)
+        if rng.random() < self.clean_inputs:
+            images[rng.integers(len(rainy))] = images[-1]
         tensor = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
         return Patches(tensor[:-1], tensor[-1], scene, padded, bad)
 
@@ -633,16 +633,16 @@ class ScenePatches(Dataset):
 @lru_cache(maxsize=4)
 def shuffled(seed, shuffle, kinds):
     """Permutation number `shuffle` of a tuple's indices, those of each of its kinds spread evenly over it."""
-    random = np.random.default_rng((seed, shuffle, len(kinds)))
-    order = random.permutation(len(kinds))
+    rng = np.random.default_rng((seed, shuffle, len(kinds)))
+    order = rng.permutation(len(kinds))
     place = np.empty(len(kinds))
     for kind in sorted(set(kinds)):
         same = order[np.equal(kinds, kind)[order]]
-        place[same] = (np.arange(len(same)) + random.random()) / len(same)
+        place[same] = (np.arange(len(same)) + rng.random()) / len(same)
     return order[np.argsort(place[order], kind="stable")]
 
 
-def crop(images, size, random):
+def crop(images, size, rng):
     """A window of K HxWx3 images at a random place, the same in all: K x size x size x 3. Smaller ones are
     padded.
     """
@@ -650,15 +650,15 @@ def crop(images, size, random):
     if any(missing):
         around = [(m // 2, m - m // 2) for m in missing]
         images = [np.pad(image, (*around, (0, 0)), mode="symmetric") for image in images]
-    top, left = (random.integers(side - size + 1) for side in images[0].shape[:2])
+    top, left = (rng.integers(side - size + 1) for side in images[0].shape[:2])
     return np.stack([image[top : top + size, left : left + size] for image in images])
 
 
-def augment(images, random, upright=False):
+def augment(images, rng, upright=False):
     """One of the 8 flips and quarter turns of KxPxPx3 images, the same for all; upright: of the 4 flips."""
-    turns = random.integers(4)
+    turns = rng.integers(4)
     images = np.rot90(images, turns // 2 * 2 if upright else turns, axes=(1, 2))
-    return images[:, ::-1] if random.integers(2) else images
+    return images[:, ::-1] if rng.integers(2) else images
 
 
 class Draws(Sampler):

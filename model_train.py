@@ -131,7 +131,7 @@ def widen(net, channels, seed=0):
     if list(channels) != [factor * c for c in net.channels]:
         raise ValueError(f"{' '.join(map(str, channels))} is no multiple of it")
     wide = DerainNetwork(net.genotype, channels, net.residual).to(next(net.parameters()))
-    random = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     state, expected = {}, wide.state_dict()
     for name, tensor in net.state_dict().items():
         for dimension, size in enumerate(expected[name].shape[:2]):
@@ -140,7 +140,7 @@ def widen(net, channels, seed=0):
                 raise ValueError(f"{name} would grow from {tensor.shape[dimension]} to {size} channels")
             tensor = tensor.repeat_interleave(copies, dimension)
             if dimension == 1 and copies > 1:
-                shares = torch.rand(*tensor.shape[:2], 1, 1, generator=random, dtype=tensor.dtype) + 0.5
+                shares = torch.rand(*tensor.shape[:2], 1, 1, generator=rng, dtype=tensor.dtype) + 0.5
                 shares = shares.unflatten(1, (-1, copies))
                 shares = (shares / shares.sum(2, keepdim=True)).flatten(1, 2)
                 tensor = tensor * shares.to(tensor.device)

@@ -21,7 +21,7 @@ from support.images import write_bytes
 
 # What an operation is called on its edge, its colour and that of its text: gates by convolution are blue,
 # those on the two spatial maps green, those by channel warm.
-OPERATIONS = {
+LOOKS = {
     "none": ("none", "none", "#98a1ab"),
     "skip_connect": ("skip", "#cdd3da", "#24292f"),
     "sep_conv_3x3": ("sep 3×3", "#1f6fb4", "#ffffff"),
@@ -50,7 +50,7 @@ HEIGHT = TOP + ROW * len(SCALES) + MARGIN
 
 def shown_as(operation):
     """Label, colour and colour of the label; an operation that was added to the search space is grey."""
-    return OPERATIONS.get(operation, (operation, LINE, INK))
+    return LOOKS.get(operation, (operation, LINE, INK))
 
 
 class Page:
@@ -244,7 +244,7 @@ def _legend(page):
     page.text(x + 52, y + 124, "into every scale", 14, anchor="start")
     x += 240
     page.text(x, y, "operations of attention edges", 15, anchor="start", font_weight="bold")
-    for number, name in enumerate(OPERATIONS):
+    for number, name in enumerate(LOOKS):
         height = y + 30 + 28 * number
         if name == "none":
             page.line((x, height), (x + 84, height), width=1.5, stroke_dasharray="2 5")

@@ -587,9 +587,9 @@ class Experiment:
         TensorBoard, by tag.
         """
         skipped = self.totals.pop("skipped", (0, 0))[1]
-        means = {name: float(total) / number for name, (total, number) in self.totals.items()}
+        losses = {name: float(total) / number for name, (total, number) in self.totals.items()}
         self.totals = {}
-        for name, value in {**means, **{f"val_{k}": v for k, v in scores.items()}, **scalars}.items():
+        for name, value in {**losses, **{f"val_{k}": v for k, v in scores.items()}, **scalars}.items():
             self.writer.add_scalar(name, value, self.step)
         left = self.seconds() * (1 - self.progress()) / max(self.progress(), 1e-9)
         log.info(
@@ -597,7 +597,7 @@ class Experiment:
             epoch,
             self.step,
             self.steps_in_all,
-            " ".join(f"{name} {value:.4f}" for name, value in means.items()),
+            " ".join(f"{name} {value:.4f}" for name, value in losses.items()),
             scores["psnr"],
             scores["ssim"],
             scores["loss"],

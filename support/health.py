@@ -155,7 +155,7 @@ def changes(before, after):
 
 # --- heat maps ----------------------------------------------------------------------------------------------
 
-CELL = (52, 20)  # width and height of an entry, in pixels
+ENTRY = (52, 20)  # width and height of an entry, in pixels
 FONT = 12
 
 
@@ -168,7 +168,7 @@ def heat_map(distribution, rows, columns, group):
     font = ImageFont.load_default(FONT)
     left = 12 + round(max(font.getlength(name) for name in rows))
     top = 12 + round(max(font.getlength(name) for name in columns))
-    width, height = CELL
+    width, height = ENTRY
     gaps = [6 * (i // group) for i in range(len(rows))]
     size = (left + width * len(columns) + 8, top + height * len(rows) + gaps[-1] + 8)
     canvas = Image.new("RGB", size, "white")

@@ -25,7 +25,7 @@ def test_every_edge_is_named_and_every_module_drawn(seed):
     picture = draw.svg(genotype, "found", (4, 4, 4, 4))
     words = texts(picture)
     edges = [name for cell in genotype.attention for branch in cell for name in branch]
-    for name, (label, _, _) in draw.OPERATIONS.items():
+    for name, (label, _, _) in draw.LOOKS.items():
         legend = 1 if label != name else 2  # its label and its name
         drawn = 0 if name == "none" else edges.count(name) + legend
         assert words.count(label) == (drawn if name != "none" else 1), name
@@ -125,7 +125,7 @@ def test_a_mistake_is_one_line_and_status_2():
 
 def test_an_operation_added_to_the_search_space_is_drawn_by_its_name(monkeypatch):
     """A search draws its architecture after each epoch, and is not to end for want of a colour."""
-    monkeypatch.delitem(draw.OPERATIONS, "SE")
+    monkeypatch.delitem(draw.LOOKS, "SE")
     genotype = random_genotype(0)
     edges = [name for cell in genotype.attention for branch in cell for name in branch]
     assert texts(draw.svg(genotype, "found", (4, 4, 4, 4))).count("SE") == edges.count("SE") > 0

@@ -121,7 +121,7 @@ def test_a_heat_map_has_a_cell_an_entry_and_frames_the_first_choice():
     beta = torch.randn(27, 9, dtype=torch.double).softmax(-1)
     picture = health.heat_map(beta, BETA_ROWS, PRIMITIVES, EDGES)
     assert picture.dtype == np.uint8 and picture.ndim == 3
-    width, height = health.CELL
+    width, height = health.ENTRY
     red = (picture == (255, 0, 0)).all(-1)
     rows, columns = np.nonzero(red)
     left = picture.shape[1] - 8 - 9 * width
@@ -135,6 +135,6 @@ def test_a_heat_map_has_a_cell_an_entry_and_frames_the_first_choice():
 
 def test_a_larger_share_is_brighter():
     picture = health.heat_map(torch.tensor([[0.1, 0.9]]), ["row"], MODULES, 4)
-    width, _ = health.CELL
+    width, _ = health.ENTRY
     corner = [picture[-8 - 4, -8 - width * (2 - j) + 4].astype(int).sum() for j in range(2)]
     assert corner[0] < corner[1]
