@@ -223,10 +223,17 @@ def main(args):
             arch_learning_rate=args.arch_learning_rate if epoch >= args.arch_start else 0.0,
         )
 
-    if not distributed.is_main():
-        return 0  # what follows is done once
+    searched = run.step > first_arch_step
+    return conclude(run, net, health, validation, searched) if distributed.is_main() else 0
+
+
+def conclude(run, net, health, validation, searched):
+    """Write the genotype that alpha and beta say, into genotypes.py too unless in a demo, and the summary;
+    returns the exit status. searched: whether an architecture step was taken.
+    """
+    args = run.args
     genotype, origin = net.genotype(), provenance(run)
-    if run.step <= first_arch_step:
+    if not searched:
         log.warning("no architecture step was taken: the genotype is as alpha and beta were drawn at random")
         origin += "; not searched: no architecture step"
     if args.stop_on_collapse and health.collapse:
