@@ -11,8 +11,8 @@
 Plain is: eager, contiguous, float32, each candidate of a mixed edge evaluated by itself, `none` as zeros.
 Offered is what the scripts run: on CUDA first-order steps as graphs (`support.graphs`), on pictures
 `support.fast.for_inference`. Both have the same weights. Before they are timed, their outputs and gradients
-are compared twice, see `ALLOWED`; the exit status is 1 where they differ by more. Then they take turns, so
-that a busy machine slows both alike, and the medians count.
+are compared twice, see `Row.allowed`; the exit status is 1 where they differ by more. Then they take turns,
+so that a busy machine slows both alike, and the medians count.
 
 The columns: milliseconds of a step, optimizer included, or of a picture; their ratio; rainy images a second,
 of one batch a step (`weight_and_arch_step` takes a second one, for alpha and beta, from a loader of its own);
@@ -44,6 +44,7 @@ import time
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import skimage
 import torch
@@ -83,35 +84,68 @@ SEARCH_STEPS = {
 }
 PICTURES = {"inference_256": (256, 256), "inference_512": (512, 512), "inference_1080p": (1080, 1920)}
 LOADERS = ("loader", "loader_cached")
-OPERATIONS_ROW = "operations"
-KEPT, WHOLE = "kept_", "whole_"  # begin the names of rows
+KEPT, WHOLE = "kept_", "whole_"
 SCRIPT_STEPS = ("weight_and_arch_step", "training_step", "inference_512")
 SCRIPT_ROWS = [kind + name for kind in (KEPT, WHOLE) for name in SCRIPT_STEPS]
-ROWS = (*SEARCH_STEPS, "training_step", *PICTURES, OPERATIONS_ROW, *SCRIPT_ROWS, *LOADERS)
+ROWS = (*SEARCH_STEPS, "training_step", *PICTURES, "operations", *SCRIPT_ROWS, *LOADERS)
 DENSITIES = 3  # rainy images a scene
 LOADER_SECONDS = 4
 PATIENCE = 30  # seconds of a row's turns, where --repeats does not say how many
 # In scikit-image's wheel. At 512x512 and with rain, their files are as large as DID-MDN's.
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 
-# The largest relative errors allowed. "float64", on a small batch, tensor by tensor, tells whether the forms
-# are the same function. "error", as it is timed, of all gradients as one, tells whether a kernel goes wrong:
-# in float32 ReLUs that rounding switches make gradients differ, the more as PyTorch's BatchNorm on a CPU sums
-# naively where channels are last.
-ALLOWED = {"float64": 1e-6, "error": 0.2}
-ALLOWED_ERROR = {**dict.fromkeys(PICTURES, 1e-4), "loader_cached": 0.0}
-# In half precision a network never trained blows rounding up. On noise a picture is off by 0.14, the plain
-# form too, but by 0.0014 with a trained network; a step's gradients by 0.64, whatever the format. One
-# unrelated to the plain one, or one that clipping by an infinite norm made zero, is off by 1 or more.
-HALF = "_amp"  # ends the name of such a row
-ALLOWED_ERROR |= {name + HALF: 0.2 for name in PICTURES}
-ALLOWED_ERROR |= {name + HALF: 0.9 for name in (*SEARCH_STEPS, "training_step")}
-# Seen on a CPU: 0.006 and, in bfloat16, 0.2. A wrong sign is 2, noise 1.4.
-ALLOWED_ERROR |= {OPERATIONS_ROW: 0.05, OPERATIONS_ROW + HALF: 0.4}
-COMPILABLE = (*SEARCH_STEPS, "training_step", *PICTURES)  # but on a CPU no training step
-COMPILABLE += tuple(name + HALF for name in COMPILABLE)
-COMPILED = "_compile"  # ends the name of such a row, after HALF
-ALLOWED_ERROR |= {name + COMPILED: error for name, error in ALLOWED_ERROR.items()}
+
+class Row(NamedTuple):
+    """What is timed: a step, a picture, the operations or a loader. processes: "kept_" or "whole_" where two
+    processes take turns, as said above, else "". half: with --amp. compiled: with --compile.
+    """
+
+    what: str
+    processes: str = ""
+    half: bool = False
+    compiled: bool = False
+
+    @classmethod
+    def named(cls, name):
+        """The row that --rows calls so."""
+        processes = next((kind for kind in (KEPT, WHOLE) if name.startswith(kind)), "")
+        return cls(name.removeprefix(processes), processes)
+
+    @property
+    def name(self):
+        return f"{self.processes}{self.what}{'_amp' * self.half}{'_compile' * self.compiled}"
+
+    def has_half(self):
+        return self.what not in LOADERS and self.processes != KEPT
+
+    def has_compiled(self, device):
+        on_cpu = self.what == "training_step" and device.type == "cpu"  # where it is slower
+        return self.has_half() and self.what != "operations" and not on_cpu
+
+    @property
+    def allowed(self):
+        """The largest relative errors allowed, by field.
+
+        "float64", on a small batch, tensor by tensor, tells whether the forms are the same function. "error",
+        as it is timed, of all gradients as one, tells whether a kernel goes wrong: in float32 ReLUs that
+        rounding switches make gradients differ, the more as PyTorch's BatchNorm on a CPU sums naively where
+        channels are last.
+
+        In half precision a network never trained blows rounding up. On noise a picture is off by 0.14, the
+        plain form too, but by 0.0014 with a trained network; a step's gradients by 0.64, whatever the format.
+        One unrelated to the plain one, or one that clipping by an infinite norm made zero, is off by 1 or
+        more. Of single operations 0.006 was seen on a CPU, 0.2 in bfloat16; a wrong sign is 2, noise 1.4.
+        """
+        if self.what == "operations":
+            error = 0.4 if self.half else 0.05
+        elif self.what in PICTURES:
+            error = 0.2 if self.half else 1e-4
+        elif self.what in LOADERS:
+            error = 0.0
+        else:
+            error = 0.9 if self.half else 0.2
+        return {"float64": 1e-6, "error": error}
+
 
 # Field of a row: title and format in the table.
 COLUMNS = {
@@ -185,41 +219,39 @@ def main(args):
         print(f"{search.batch_size} scenes a step in the search, {training.batch_size} in the training\n")
         print(" ".join(f"{title:{width_of(spec)}}" for title, spec in COLUMNS.values()), flush=True)
 
-    rows = {}
-    names = list(dict.fromkeys(args.rows))
+    rows = [Row.named(name) for name in dict.fromkeys(args.rows)]
     if args.amp:
-        names += [name + HALF for name in names if name.removeprefix(WHOLE) + HALF in ALLOWED_ERROR]
+        rows += [row._replace(half=True) for row in rows if row.has_half()]
     if args.compile:
-        slower = ("training_step", "training_step" + HALF) if device.type == "cpu" else ()
-        compilable = set(COMPILABLE).difference(slower)
-        names += [name + COMPILED for name in names if name.removeprefix(WHOLE) in compilable]
-    for name in names:
-        if name in LOADERS:
-            row = time_loader(args, training, device, cached=name == "loader_cached")
-        elif name.removesuffix(HALF) == OPERATIONS_ROW:
-            options = copy.copy(training)
-            options.amp = name.endswith(HALF)
-            row = measure_operations(options, device, args.repeats)
+        rows += [row._replace(compiled=True) for row in rows if row.has_compiled(device)]
+    measured = {}
+    for row in rows:
+        if row.what in LOADERS:
+            figures = time_loader(args, training, device, cached=row.what == "loader_cached")
         else:
-            eager = name.removesuffix(COMPILED)
-            step = eager.removesuffix(HALF).removeprefix(KEPT).removeprefix(WHOLE)
-            options = copy.copy(search if step in SEARCH_STEPS else training)
-            options.amp, options.compile = eager.endswith(HALF), name.endswith(COMPILED)
-            if name.startswith((KEPT, WHOLE)):
-                row = measure_scripts(step, options, device, args.repeats, plain=name.startswith(WHOLE))
-            else:
-                row = measure(step, options, device, args.repeats)
-        rows[name] = {**row, "name": name, "device": device.type, **where}
+            options = copy.copy(search if row.what in SEARCH_STEPS else training)
+            options.amp, options.compile = row.half, row.compiled
+            figures = measure_row(row, options, device, args.repeats)
+        measured[row.name] = {**figures, "name": row.name, "device": device.type, **where}
         if not args.json:
-            print(table_line(rows[name]), flush=True)
+            print(table_line(measured[row.name]), flush=True)
 
     if args.json:
-        print(json.dumps([{k: json_value(v) for k, v in row.items()} for row in rows.values()], indent=1))
+        finite = [{k: json_value(v) for k, v in figures.items()} for figures in measured.values()]
+        print(json.dumps(finite, indent=1))
     else:
-        conclude(rows, args.workers)
-    wrong = [name for name, row in rows.items() if differs(row)]
+        conclude(measured, args.workers)
+    wrong = [row.name for row in rows if differs(measured[row.name], row.allowed)]
     if wrong:
         sys.exit(f"outputs or gradients differ from the plain form's: {', '.join(wrong)}")
+
+
+def measure_row(row, options, device, repeats):
+    if row.what == "operations":
+        return measure_operations(options, device, repeats)
+    if row.processes:
+        return measure_scripts(row.what, options, device, repeats, plain=row.processes == WHOLE)
+    return measure(row.what, options, device, repeats)
 
 
 def script_options(script, args, device):
@@ -693,11 +725,9 @@ def loader_speed(batches, workers, batch_size):
 # --- what is said -------------------------------------------------------------------------------------------
 
 
-def differs(row):
+def differs(figures, allowed):
     """Whether a row's forms differ by more than is allowed, or in what is not a number."""
-    error = ALLOWED_ERROR.get(row["name"].removeprefix(WHOLE), ALLOWED["error"])
-    allowed = {**ALLOWED, "error": error}
-    return any(row[kind] is not None and not row[kind] <= allowed[kind] for kind in allowed)
+    return any(figures[kind] is not None and not figures[kind] <= allowed[kind] for kind in allowed)
 
 
 def table_line(row):

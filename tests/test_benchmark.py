@@ -77,6 +77,12 @@ def test_the_fixed_network_measured_has_every_operation_but_none():
     assert names == set(PRIMITIVES) - {"none"}
 
 
+def test_a_row_has_the_name_by_which_it_is_asked_for():
+    rows = [benchmark.Row.named(name) for name in benchmark.ROWS]
+    assert [row.name for row in rows] == list(benchmark.ROWS)
+    assert benchmark.Row.named("whole_training_step") == ("training_step", "whole_", False, False)
+
+
 def test_a_run_prints_one_well_formed_row_for_each_asked_for(capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "LOADER_SECONDS", 0.1)
     monkeypatch.setattr(benchmark, "PHOTOGRAPHS", ["rocket.jpg"])
@@ -113,7 +119,7 @@ def test_in_half_precision_a_picture_differs_but_by_no_more_than_is_allowed(caps
     monkeypatch.setitem(benchmark.PICTURES, "inference_256", (64, 64))
     full, half = run(capsys, "--rows", "inference_256", "--amp").values()
     assert half["name"] == "inference_256_amp"
-    assert full["error"] < 1e-4 < half["error"] < benchmark.ALLOWED_ERROR["inference_256_amp"]
+    assert full["error"] < 1e-4 < half["error"] < benchmark.Row("inference_256", half=True).allowed["error"]
 
 
 def test_compile_adds_a_row_that_says_what_its_first_step_took_where_the_scripts_compile(capsys, monkeypatch):
