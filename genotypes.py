@@ -199,7 +199,7 @@ def read_json(path):
         raise GenotypeError(f"{path}: not a genotype: {error}") from None
 
 
-def plain(genotype):
+def to_lists(genotype):
     """The genotype as a dictionary of lists, which a checkpoint may hold and `check` takes back."""
     return {field: [list(of_cell) for of_cell in cells] for field, cells in genotype._asdict().items()}
 

@@ -159,7 +159,7 @@ def checkpoint(net, half=False):
         weights = {name: w.half() if w.ndim == 4 else w for name, w in weights.items()}
     return {
         "format": FORMAT,
-        "genotype": genotypes.plain(net.genotype),
+        "genotype": genotypes.to_lists(net.genotype),
         "channels": list(net.channels),
         "residual": net.residual,
         "weights": weights,

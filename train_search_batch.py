@@ -350,7 +350,7 @@ def save_supernet(net, path):
     write_whole(
         {
             "format": SUPERNET,
-            "genotype": genotypes.plain(net.genotype()),
+            "genotype": genotypes.to_lists(net.genotype()),
             "channels": list(net.channels),
             "residual": net.residual,
             "weights": net.state_dict(),

@@ -66,14 +66,14 @@ def run_script(stage, folder, flags, fatal, counted):
         change()
         fsync(file)
 
-    def draw(run, batches, draw=Experiment.draw):
+    def next_batch(run, batches, of=Experiment.next_batch):
         for generator in (torch.seed, np.random.seed, random.seed):
             generator()  # anew: there is no state of theirs that a resumed run would have to have
-        return draw(run, batches)
+        return of(run, batches)
 
     sys.addaudithook(audit)
     os.fsync = fsync
-    Experiment.draw = draw
+    Experiment.next_batch = next_batch
     script = SCRIPTS[stage]
     script.main(script.get_args_parser().parse_args(flags.split()))
     counted.send(changes)
