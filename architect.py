@@ -34,9 +34,9 @@ class Architect:
     batch_statistics: BatchNorm normalises by the batch in this step; else by its running statistics, as the
         released code does. Neither changes the running statistics.
     parts: every gradient is summed over so many parts of a batch (`dataset.Batch.parts`), which needs less
-        memory. With batch_statistics these are then of the parts.
-    hessian_parts: so many for the double backward, which takes about 2.6 times a gradient's memory; `parts`
-        with batch_statistics, since the images of a batch then see each other.
+        memory. With batch_statistics BatchNorm then normalises by the part.
+    hessian_parts: likewise for the double backward, which takes about 2.6 times a gradient's memory: at least
+        `parts`, and no more with batch_statistics, by which the images of a batch see each other.
 
     Of several processes each has its share of a batch: every gradient, the virtual step's and the product's
     included, is averaged over them where it is taken, which makes it that of the whole batch.
@@ -122,7 +122,7 @@ class Architect:
         """grad_a [ grad_w L_train(w, a) . vector ] for alpha and beta, part by part of the batch."""
         weights = self.net.weights()
         products = []
-        for share, part in in_parts(training_batch, self.hessian_parts):
+        for share, part in parts_of(training_batch, self.hessian_parts):
             gradient = torch.autograd.grad(self.loss_at(weights, part), weights, create_graph=True)
             product = share * sum((g * v).sum() for g, v in zip(gradient, vector, strict=True))
             del gradient
@@ -132,7 +132,7 @@ class Architect:
     def gradient(self, loss, batch, inputs):
         """(loss(batch), its gradient by the inputs), summed over the parts of the batch."""
         value, summed = 0.0, None
-        for share, part in in_parts(batch, self.parts):
+        for share, part in parts_of(batch, self.parts):
             part_loss = share * loss(part)
             gradient = torch.autograd.grad(part_loss, inputs)
             value = value + part_loss.detach()
@@ -153,6 +153,8 @@ class Architect:
         return self.loss(lambda x: functional_call(self.net, state, (x,)), batch)
 
 
-def in_parts(batch, count):
-    """[(share, part), ...], the batch's loss being the sum of share * the part's."""
+def parts_of(batch, count):
+    """[(share, part), ...], the batch's loss being the sum of share * the part's. Whole, a batch is anything
+    that the loss takes.
+    """
     return batch.parts(count) if count > 1 else [(1.0, batch)]

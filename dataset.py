@@ -452,8 +452,8 @@ def spread(scenes, count=None):
 
 
 def background_keys(scenes):
-    """A text per scene that is equal for scenes of one background, and for those of one name in different
-    folders, which nearly always are.
+    """A text per scene that is equal for scenes of one background and, which does no harm, for those of one
+    name in different folders.
 
     It is the scene's name; where one background stands in several files (as half of Rain800's do), told by
     their clean images, it is the smallest of their names.

@@ -200,7 +200,9 @@ def read_json(path):
 
 
 def to_lists(genotype):
-    """The genotype as a dictionary of lists, which a checkpoint may hold and `check` takes back."""
+    """The genotype as a dictionary of lists, the edges of a branch as a tuple: a checkpoint may hold it, and
+    `check` takes it back.
+    """
     return {field: [list(of_cell) for of_cell in cells] for field, cells in genotype._asdict().items()}
 
 

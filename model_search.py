@@ -32,8 +32,9 @@ from operations import (
 
 
 class MixedModule(nn.Module):
-    """sum over kinds m of alpha_m * m(xs): xs one map a branch, to the same shapes; alpha a weight a kind, 2.
-    Every kind reads the same xs.
+    """sum over kinds m of alpha_m * m(xs); every kind reads the same xs.
+
+    xs: one map a branch; returns maps of the same shapes. alpha: 2 weights, one a kind.
     """
 
     def __init__(self, channels):
@@ -46,7 +47,7 @@ class MixedModule(nn.Module):
 
 
 class MixedOperation(nn.Module):
-    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW; beta is a weight an operation, 9.
+    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW; beta: 9 weights, one an operation.
 
     Each operation but `none`, which adds nothing, multiplies x by a gate: the gates are summed, and x, whose
     poolings they share, is multiplied once.

@@ -37,10 +37,10 @@ FORMAT = "manas-network-1"
 MAX_CHANNELS = 4096  # a checkpoint that claims wider branches is refused before anything is allocated
 MAX_DEPTH, MAX_TUPLE = 20, 1000  # of what a checkpoint nests: its own files reach 12 and 23
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SUPERNET = "manas-supernet-1"
+RUN, SUPERNET = "manas-run-1", "manas-supernet-1"
 # What else this project writes, and what to do with it.
 OTHER_FORMATS = {
-    "manas-run-1": "is for --resume; give the best_psnr.pt beside it",
+    RUN: "is for --resume; give the best_psnr.pt beside it",
     SUPERNET: "is a search's supernet; retrain its genotype: train_model_batch.py --arch",
 }
 

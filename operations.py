@@ -110,7 +110,7 @@ class Skip(nn.Identity):
 
 
 class Gate(nn.Module):
-    """x * gate: of NxcxHxW, to the same shape."""
+    """x * gate(x), NxcxHxW -> NxcxHxW; a subclass says what the gate is."""
 
     def forward(self, x):
         return x * self.gate(Pooled(x))
@@ -140,7 +140,7 @@ class SpatialGate(ConvGate):
 
 class ChannelGate(Gate):
     """x * sigmoid(sum of MLP(pooled) over the poolings): one weight a channel. With the average alone it is
-    squeeze-and-excitation (Hu et al. 2018), with the maximum CBAM's channel attention (Woo et al. 2018).
+    squeeze-and-excitation (Hu et al. 2018), with both CBAM's channel attention (Woo et al. 2018).
 
     The MLP (reduction r, hidden width max(1, c // r)) is shared by the poolings: the average, and with
     `use_max` the maximum as well.

@@ -18,6 +18,7 @@ import re
 import time
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import nn
@@ -224,7 +225,7 @@ def main(args):
         )
 
     searched = run.step > first_arch_step
-    return conclude(run, net, health, validation, searched) if distributed.is_main() else 0
+    return distributed.from_main(partial(conclude, run, net, health, validation, searched))
 
 
 def conclude(run, net, health, validation, searched):
@@ -312,7 +313,9 @@ def make_penalty(net, args):
 
 
 def discretisation_gap(run, net, genotype, validation):
-    """Validation PSNR in dB of the supernet, and of a genotype's network with the supernet's weights."""
+    """Validation PSNR in dB of the supernet, and of a genotype's network with the supernet's weights. Raises
+    Interrupted after SIGINT or SIGTERM.
+    """
     scenes, bad, psnr = [scene for scene in validation if scene.key not in run.bad], [], {}
     for name, network in (("supernet", net), ("chosen", from_supernet(net, genotype))):
         measured, _ = measure(network, scenes, run.device, bad, lambda: run.stopping, run.args.amp, run.cache)
@@ -370,7 +373,8 @@ def load_supernet(path):
     try:
         net.load_state_dict(payload["weights"])
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: has other operations than genotypes.py: {error}") from None
+        why = shorten(str(error), 200)
+        raise CheckpointError(f"{path}: has other operations than genotypes.py: {why}") from None
     return net
 
 

@@ -135,6 +135,7 @@ class Row(NamedTuple):
         plain form too, but by 0.0014 with a trained network; a step's gradients by 0.64, whatever the format.
         One unrelated to the plain one, or one that clipping by an infinite norm made zero, is off by 1 or
         more. Of single operations 0.006 was seen on a CPU, 0.2 in bfloat16; a wrong sign is 2, noise 1.4.
+        A cache's batches are to be equal.
         """
         if self.what == "operations":
             error = 0.4 if self.half else 0.05

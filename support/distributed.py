@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
+from support.errors import Interrupted
+
 # The others wait for rank 0 while it reads a data set or writes a checkpoint, and at the end of a search.
 TIMEOUT = timedelta(hours=2)
 
@@ -91,17 +93,19 @@ def barrier():
 
 
 def from_main(make):
-    """What make() returns on rank 0, on every rank; likewise a ValueError, as a user's mistake is."""
+    """What make() returns on rank 0, on every rank; likewise what stops it: a ValueError, as a user's mistake
+    is, or Interrupted.
+    """
     if size() == 1:
         return make()
     made = [None]
     if is_main():
         try:
             made = [make()]
-        except ValueError as error:
+        except (ValueError, Interrupted) as error:
             made = [error]
     dist.broadcast_object_list(made)
-    if isinstance(made[0], ValueError):
+    if isinstance(made[0], (ValueError, Interrupted)):
         raise made[0]
     return made[0]
 

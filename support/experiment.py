@@ -16,6 +16,7 @@ import time
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import dataset
-from model_train import CheckpointError, read, write_whole
+from model_train import RUN, CheckpointError, read, write_whole
 from support import distributed
 from support.buffers import Buffers
 from support.cache import open_cache
@@ -39,7 +40,6 @@ from support.rain import demo_set
 from support.validation import means, measure
 
 DEMO_DATA = "datasets/demo"
-FORMAT = "manas-run-1"
 LOCK = "run.lock"
 STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
@@ -159,7 +159,7 @@ class Experiment:
         if os.path.isdir(self.folder):  # where the name is too long, pathlib raises
             distributed.from_main(self._claim)
         path, self.state, self.damaged = read_state(self.folder)
-        if self.state.get("format") != FORMAT or self.state.get("kind") != self.kind:
+        if self.state.get("format") != RUN or self.state.get("kind") != self.kind:
             raise UserError(f"{path}: not the checkpoint of a {self.kind} run of this project")
         defaults = {name: self.parser.get_default(name) for name in vars(args)}  # of flags added since
         begun = argparse.Namespace(**{**defaults, **self.state["options"]})
@@ -239,10 +239,12 @@ class Experiment:
     def _load(self, name, part):
         try:
             part.load_state_dict(self.state["parts"][name])
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise UserError(
-                f"{self.folder}: its {name} does not fit this code, as that of a search begun with other "
-                f"operations; begin a new run ({error})"
+                f"{self.folder}: its {name} does not fit this code, which was changed since, as if a search "
+                f"is given other operations; begin a new run: {shorten(str(error), 200)}"
             ) from None
 
     def _open_folder(self, options):
@@ -623,7 +625,7 @@ class Experiment:
         last, previous = (self.folder / file for file in STATES)
         scenes = self.scenes or {}
         state = {
-            "format": FORMAT,
+            "format": RUN,
             "kind": self.kind,
             "options": vars(self.args),
             "step": self.step,

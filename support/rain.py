@@ -37,7 +37,6 @@ from support import command
 from support.errors import UserError
 from support.images import list_images, read_image, write_bytes, write_image
 
-LEVELS = DENSITIES
 JPEG_QUALITY = 75  # DID-MDN's, by the quantisation tables of its files
 
 
@@ -94,7 +93,7 @@ def draw_rain(rng: np.random.Generator, style: str = "did-mdn", angle: float | N
         return float(np.exp(deviation * np.clip(rng.normal(), -2, 2)))
 
     def by_level(values: tuple, common: float, own: tuple) -> dict[str, float]:
-        return {level: v * common * vary(d) for level, v, d in zip(LEVELS, values, own, strict=True)}
+        return {level: v * common * vary(d) for level, v, d in zip(DENSITIES, values, own, strict=True)}
 
     # Nearer drops are longer, wider and fewer, and where it rains more it does so in all three densities.
     near, strength, contrast = vary(0.7 * mid.spread), vary(0.5 * mid.spread), vary(0.6 * mid.spread)
@@ -118,8 +117,8 @@ def rain_layer(
 
     `style` is a name, or the `Rain` of a scene whose densities are to go together.
     """
-    if level not in LEVELS:
-        raise ValueError(f"no level {level!r}; choose one of {', '.join(LEVELS)}")
+    if level not in DENSITIES:
+        raise ValueError(f"no level {level!r}; choose one of {', '.join(DENSITIES)}")
     rain = style if isinstance(style, Rain) else draw_rain(rng, style)
     streaks = _streaks(height, width, rain.length, rain.width, rain.density, rain.angle, rng)
     if rain.near:
@@ -204,13 +203,13 @@ def borrow_scene(
 ) -> dict[str, np.ndarray]:
     """`clean` (HxWx3 uint8 RGB) under the first three rains, by level, what changes it most first."""
     rainy = []
-    for rain in islice(rains, len(LEVELS)):
+    for rain in islice(rains, len(DENSITIES)):
         # From a place drawn at random on; where the background is larger the streaks begin again.
         sides = zip(clean.shape, rain.streaks.shape, strict=False)
         window = np.ix_(*((rng.integers(lent) + np.arange(side)) % lent for side, lent in sides))
         rainy.append(lay(clean, rain._replace(streaks=rain.streaks[window])))
     rainy.sort(key=lambda image: -np.abs(image.astype(np.float32) - clean).mean())
-    return dict(zip(LEVELS, rainy, strict=True))
+    return dict(zip(DENSITIES, rainy, strict=True))
 
 
 def borrow_in_turn(
@@ -235,7 +234,7 @@ def borrow_in_turn(
             yield rain
     raise UserError(
         f"--rain_of {pairs[0].parent}: of {len(pairs)} pairs too few have {TONES_NEEDED} of 16 ranges of "
-        f"values in their clean half; {len(LEVELS)} such are needed"
+        f"values in their clean half; {len(DENSITIES)} such are needed"
     )
 
 
@@ -252,7 +251,7 @@ def make_scene(
     """
     rng = np.random.default_rng(seed)
     rain = draw_rain(rng, style, angle)
-    return {level: blend(clean, rain_layer(*clean.shape[:2], level, rng, rain)) for level in LEVELS}
+    return {level: blend(clean, rain_layer(*clean.shape[:2], level, rng, rain)) for level in DENSITIES}
 
 
 def write_scenes(

@@ -5,7 +5,8 @@
 NAME is that of the run's folder; its beginning is the script's, and words in it ask for what a test needs:
 `eval` BatchNorm by its running statistics, and an Adam that does not blow up the rounding of gradients near
 zero; `stop` SIGTERM for the last rank alone in the third step; `nan` a pixel that is not finite in its share
-of the second batch; `bad` a file that breaks as the run begins. Every rank leaves in NAME.RANK.pt the state
+of the second batch; `bad` a file that breaks as the run begins; `gap` SIGTERM for rank 0 as it measures the
+discretisation gap, which it alone does. Every rank leaves in NAME.RANK.pt the state
 of its parts, what it counted, and the names of the scenes it was given.
 """
 
@@ -36,6 +37,7 @@ def run(name, flags):
     hooked = distributed.rank() == distributed.size() - 1
     runs, names, broken = [], [], {}
     start, batches, train, adam = Experiment.start, dataset.batches, SearchNetwork.train, torch.optim.Adam
+    measure = train_search_batch.measure
 
     def recorded(scenes, **options):
         if hooked and "bad" in words:
@@ -50,6 +52,10 @@ def run(name, flags):
                 batch.rainy[0, 0, 3, 3] = torch.nan
             yield batch
 
+    def stopped_there(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*args)
+
     def kept(run, **parts):
         runs.append(run)
         start(run, **parts)
@@ -58,6 +64,8 @@ def run(name, flags):
     if "eval" in words:
         SearchNetwork.train = lambda net, mode=True: train(net, False)
         torch.optim.Adam = partial(adam, eps=1e-3)
+    if "gap" in words:
+        train_search_batch.measure = stopped_there
     stopped = ""
     try:
         script.main(script.get_args_parser().parse_args(flags.split()))
@@ -65,6 +73,7 @@ def run(name, flags):
         stopped = str(error)
     finally:
         Experiment.start, dataset.batches, SearchNetwork.train, torch.optim.Adam = start, batches, train, adam
+        train_search_batch.measure = measure
         for handler in logging.getLogger("manas").handlers:
             handler.close()
         for file, content in broken.items():

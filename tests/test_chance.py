@@ -98,7 +98,7 @@ def test_a_supernet_of_other_operations_is_refused(tmp_path):
     net.beta = torch.nn.Parameter(net.beta.detach()[:, 1:])
     net.genotype = lambda: random_genotype(0)
     train_search_batch.save_supernet(net, tmp_path / "net.pt")
-    with pytest.raises(CheckpointError, match=r"net\.pt: has other operations than genotypes\.py(.|\n)*beta"):
+    with pytest.raises(CheckpointError, match=r"net\.pt: has other operations than genotypes\.py.*beta"):
         train_search_batch.load_supernet(tmp_path / "net.pt")
 
 

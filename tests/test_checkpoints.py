@@ -231,7 +231,7 @@ def test_view_says_in_one_line_what_a_file_is_that_is_no_network(tmp_path, monke
     torch.save({"format": Bomb()}, "legacy.pt", _use_new_zipfile_serialization=False)
     torch.save(torch.nn.Conv2d(3, 3, 3).state_dict(), "state.pt")
     save_supernet(SearchNetwork((2, 2, 2, 2)), "supernet.pt")
-    torch.save({"format": experiment.FORMAT, "kind": "eval"}, "last.pt")
+    torch.save({"format": experiment.RUN, "kind": "eval"}, "last.pt")
     expected = {
         "text": "cannot be read",
         "empty": "cannot be read",

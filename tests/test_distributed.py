@@ -31,6 +31,7 @@ JOBS = {
     "train_bad": f"{TRAIN} --allow_bad --data scenes --clean_side right",
     "search_weights": f"{SEARCH} --name found_weights --arch_start 2",  # BatchNorm by each rank's batches
     "search_eval": f"{SEARCH} --name found_eval --max_minutes 1000",
+    "search_gap": f"{SEARCH} --name found_gap {TWO}",
     "search_eval_unrolled_parts": f"{SEARCH} --name found_unrolled --unrolled --accumulate 2 {TWO}",
     "search": f"{SEARCH} --name found_search --arch_batch_statistics {TWO}",
 }
@@ -138,6 +139,11 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step_and_they_go_on(two):
     whole, resumed = left(two, "train")[0], left(two, "train_resumed")[0]
     for what in ("parts", "best"):
         assert_same(resumed[what], whole[what], what)
+
+
+def test_a_search_stopped_while_rank_0_measures_its_gap_ends_for_all(two):
+    stopped = [rank["stopped"] for rank in left(two, "search_gap")]
+    assert all(said.startswith("stopped by SIGTERM after the last step; go on with: ") for said in stopped)
 
 
 def test_a_run_of_two_processes_goes_on_in_one(two, tmp_path, monkeypatch):

@@ -11,10 +11,10 @@ import pytest
 import skimage.data
 
 import support.rain
+from dataset import DENSITIES
 from support.errors import UserError
 from support.images import read_image, write_image
 from support.rain import (
-    LEVELS,
     STYLES,
     blend,
     borrow,
@@ -93,7 +93,7 @@ def test_blend_is_a_screen_blend():
 
 @pytest.mark.parametrize("style", [*STYLES, "mixed"])
 def test_layer_is_grey_bounded_and_repeatable(style):
-    for level in LEVELS:
+    for level in DENSITIES:
         layer = rain_layer(50, 70, level, np.random.default_rng(1), style)
         assert layer.shape == (50, 70) and layer.dtype == np.float32
         assert layer.min() >= 0 and layer.max() <= 1 and layer.std() > 0.005
@@ -118,11 +118,11 @@ def test_layer_statistics_are_those_of_did_mdn(level, mean, tenth, ninetieth):
 
 
 def test_psnr_ranges_over_a_photograph(photograph):
-    psnr = {level: [] for level in LEVELS}
+    psnr = {level: [] for level in DENSITIES}
     for seed in range(15):
         for level, rainy in make_scene(photograph, seed).items():
             psnr[level].append(cv2.PSNR(photograph, rainy))
-    medians = [np.median(psnr[level]) for level in LEVELS]
+    medians = [np.median(psnr[level]) for level in DENSITIES]
     for median, (low, high) in zip(medians, [(13, 18), (18, 23), (26, 32)], strict=True):
         assert low < median < high
 
@@ -132,7 +132,7 @@ def test_levels_are_ordered_in_every_scene(style):
     for seed in range(5):
         rng = np.random.default_rng(seed)
         rain = draw_rain(rng, style)
-        heavy, medium, light = (rain_layer(240, 320, level, rng, rain).mean() for level in LEVELS)
+        heavy, medium, light = (rain_layer(240, 320, level, rng, rain).mean() for level in DENSITIES)
         assert heavy > medium > light > 0
 
 
@@ -173,8 +173,8 @@ def test_densities_of_a_scene_have_their_own_streaks(photograph):
 
 def test_scene_is_repeatable_and_seeds_differ(photograph):
     one, same, other = (make_scene(photograph, seed) for seed in (5, 5, 6))
-    assert list(one) == list(LEVELS)
-    for level in LEVELS:
+    assert list(one) == list(DENSITIES)
+    for level in DENSITIES:
         assert one[level].shape == photograph.shape and one[level].dtype == np.uint8
         assert (one[level] >= photograph).all()
         assert np.array_equal(one[level], same[level]) and not np.array_equal(one[level], other[level])
@@ -188,7 +188,7 @@ def test_unknown_style_and_level_are_refused():
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs ../shared/data/did-mdn-sample")
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", DENSITIES)
 def test_real_samples_could_have_been_drawn(level):
     """Mean, deviation, percentiles and autocorrelation of each real layer are well inside those drawn."""
 
@@ -253,13 +253,13 @@ def test_a_scene_has_the_rain_of_three_pairs_and_its_background_whole(lent, phot
         return borrow_scene(photograph, np.random.default_rng(seed), lenders)
 
     scene = scene_of(3)  # wider than the lenders' 512 pixels
-    assert tuple(scene) == LEVELS and {image.shape for image in scene.values()} == {photograph.shape}
+    assert tuple(scene) == DENSITIES and {image.shape for image in scene.values()} == {photograph.shape}
     changes = {level: image.astype(float) - photograph for level, image in scene.items()}
     sizes = [np.abs(change).mean() for change in changes.values()]
     assert sizes == sorted(sizes, reverse=True)
     assert changes["Heavy"].mean() < -20 and changes["Light"].mean() > 0
     again, other = scene_of(3), scene_of(4)
-    assert all(np.array_equal(scene[level], again[level]) for level in LEVELS)
+    assert all(np.array_equal(scene[level], again[level]) for level in DENSITIES)
     assert not np.array_equal(scene["Heavy"], other["Heavy"])
 
 
@@ -318,7 +318,7 @@ def test_layout_is_did_mdns(photographs, tmp_path):
     assert write_scenes(find_photographs([photographs]), out, test=1) == []
     names = sorted(p.stem for p in (out / "DID-MDN-training" / "Rain_Heavy" / "train2018new").iterdir())
     (tested,) = {"a b", "été", "third"} - set(names)
-    training = [f"DID-MDN-training/Rain_{level}/train2018new/{n}.jpg" for level in LEVELS for n in names]
+    training = [f"DID-MDN-training/Rain_{level}/train2018new/{n}.jpg" for level in DENSITIES for n in names]
     test = [f"DID-MDN-test/{level}_{tested}.jpg" for level in ("heavy", "medium", "light")]
     assert files(out) == sorted(training + test)
 
@@ -327,7 +327,7 @@ def test_pairs_are_rain_left_and_the_same_clean_image_right(photographs, tmp_pat
     write_scenes(find_photographs([photographs]), tmp_path / "out")
     pairs = [
         read_image(tmp_path / "out" / "DID-MDN-training" / f"Rain_{level}" / "train2018new" / "third.jpg")
-        for level in LEVELS
+        for level in DENSITIES
     ]
     clean = read_image(photographs / "third.jpg")[:, :96]  # whole JPEG blocks
     for pair in pairs:
@@ -421,7 +421,7 @@ def test_an_unreadable_photograph_is_named_and_the_rest_goes_on(photographs, tmp
 def test_demo_set(tmp_path):
     folder = demo_set(tmp_path / "demo")
     written = files(folder)
-    training = {level: {Path(f).stem for f in written if f"Rain_{level}/" in f} for level in LEVELS}
+    training = {level: {Path(f).stem for f in written if f"Rain_{level}/" in f} for level in DENSITIES}
     test = {Path(f).stem for f in written if f.startswith("DID-MDN-test/")}
     assert len(training["Heavy"]) >= 10 and training["Heavy"] == training["Medium"] == training["Light"]
     assert len(test) >= 6 and "heavy_coffee" in test
