@@ -243,8 +243,8 @@ class Experiment:
             raise
         except RuntimeError as error:
             raise UserError(
-                f"{self.folder}: its {name} does not fit this code, which was changed since, as if a search "
-                f"is given other operations; begin a new run: {shorten(str(error), 200)}"
+                f"{self.folder}: its {name} does not fit this code (was an operation added to the search "
+                f"space?); begin a new run: {shorten(str(error), 200)}"
             ) from None
 
     def _open_folder(self, options):

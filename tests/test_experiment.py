@@ -458,7 +458,7 @@ def test_signals_do_what_they_did_before_once_a_run_has_finished(folder):
 def test_a_state_of_other_tensors_is_refused_by_name(folder):
     stopped(0)
     run = resumed("--resume", "run")
-    with pytest.raises(UserError, match="run: its net does not fit this code, .* begin a new run: ") as error:
+    with pytest.raises(UserError, match="run: its net does not fit this code .*; begin a new run: ") as error:
         run.start(net=nn.Sequential(*(nn.Linear(2, 1) for _ in range(99))))
     assert "Missing key" in str(error.value) and len(str(error.value)) < 400
 
