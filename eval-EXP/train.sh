@@ -1,6 +1,6 @@
 #!/bin/sh
-# The training of derain_light.pt (runs 1 to 12) and of derain.pt (13 and 14, for a GPU: on two CPU cores they take
-# days), from the photographs on; interrupted, it goes on where it was. In the project's folder:
+# The training of derain_light.pt (runs 1 to 12, 15 and 16) and of derain.pt (13 and 14, after 12; for a GPU: on two
+# CPU cores they take days), from the photographs on; interrupted, it goes on where it was. In the project's folder:
 #
 #     sh eval-EXP/train.sh BSDS500 RAIN800_TRAINING [FLAG ...]
 #
@@ -91,6 +91,20 @@ scenes 11 rain800-11 "$made/rain800" "--clean_side left $lent"
 scenes 13 rain800-13 "$made/rain800" "--clean_side left $lent"
 # For the twelfth: streaks that lean further than elsewhere.
 scenes 15 bsds-15 "$bsds" "--style mixed --angle 75"
+# For the sixteenth: photographs at half size, whose textures are finer.
+if [ ! -d "$made/photographs-half" ]; then
+    rm -rf "$made/copying"
+    mkdir -p "$made/copying"
+    "$python" - "$bsds" "$made/copying" <<'END'
+import sys, pathlib, cv2
+for file in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    image = cv2.imread(str(file))
+    half = cv2.resize(image, (image.shape[1] // 2, image.shape[0] // 2), interpolation=cv2.INTER_AREA)
+    cv2.imwrite(f"{sys.argv[2]}/{file.stem}.png", half)
+END
+    mv "$made/copying" "$made/photographs-half"
+fi
+scenes 16 bsds-16 "$made/photographs-half"
 
 # The flags of made folders, `of FOLDER ...`: the clean side is right but in Rain800's own pairs
 of() {
@@ -114,6 +128,8 @@ thirteen=$(of bsds-0 bsds-1 bsds-4 bsds-7 bsds-15 bsds-10 rain800-2 rain800-3 ra
     rain800 rain800 rain800 rain800 rain800-late rain800-late rain800-late)
 fourteen=$(of bsds-0 bsds-1 bsds-4 bsds-7 bsds-15 bsds-10 rain800-3 rain800-11 rain800 rain800 rain800 \
     rain800-late rain800-late)
+sixteen=$(of bsds-0 bsds-1 bsds-15 bsds-10 bsds-16 bsds-16 rain800-2 rain800-3 rain800-5 rain800-11 \
+    rain800 rain800 rain800 rain800-late rain800-late rain800-late)
 few="--val_scenes 12 --steps_per_epoch 200 --warmup_steps 100 --clean_inputs 0.1"
 many="--val_scenes 24 --steps_per_epoch 500 --warmup_steps 100 --ema 0.999 --learning_rate 6e-4 --learning_rate_min 2e-6"
 fine="--freeze_start 1 --internal_start 1 --batch_size 2 --patch_size 96"
@@ -143,12 +159,17 @@ train 11 $nine $many $fine $upright --weights eval-EXP-derain-10/best_psnr.pt --
     --steps_per_epoch 400 --seed 11 "$@"
 train 12 $twelve $many $fine $upright --weights eval-EXP-derain-11/best_psnr.pt --mse_weight 0 \
     --psnr_weight 0.008 --epochs 7 --steps_per_epoch 400 --learning_rate 5e-4 --seed 12 "$@"
-cp eval-EXP-derain-12/best_psnr.pt eval-EXP-derain-12/derain_light.pt
 train 13 $thirteen $many $fine $upright --weights eval-EXP-derain-12/best_psnr.pt --channels 32 64 128 256 \
     --batch_size 16 --val_scenes 34 --clean_inputs 0.3 --mse_weight 10 --psnr_weight 0.006 --epochs 1 \
     --steps_per_epoch 1058 --warmup_steps 200 --learning_rate 8e-4 --amp --seed 13 "$@"
 train 14 $fourteen $many $fine $upright --weights eval-EXP-derain-13/best_psnr.pt --batch_size 16 --val_scenes 34 \
     --mse_weight 10 --psnr_weight 0.006 --epochs 3 --steps_per_epoch 2330 --warmup_steps 200 \
     --learning_rate 8e-4 --amp --seed 14 "$@"
+train 15 $twelve $many $fine $upright --weights eval-EXP-derain-12/best_psnr.pt --mse_weight 10 \
+    --psnr_weight 0.006 --epochs 9 --steps_per_epoch 413 --learning_rate 5e-4 --seed 13 "$@"
+train 16 $sixteen $many $fine $upright --weights eval-EXP-derain-15/best_psnr.pt --val_scenes 32 --clean_inputs 0.6 \
+    --mse_weight 10 --psnr_weight 0.006 --epochs 1 --steps_per_epoch 2744 --warmup_steps 50 --learning_rate 4e-4 \
+    --seed 17 "$@"
 
 "$python" model_train.py eval-EXP-derain-14/best_psnr.pt eval-EXP-derain-14/derain.pt
+"$python" model_train.py eval-EXP-derain-16/best_psnr.pt eval-EXP-derain-16/derain_light.pt
