@@ -28,12 +28,13 @@ class Architect:
 
     net: the supernet, with `architecture()` and `weights()`.
     optimizer: Adam over `net.architecture()`.
-    loss: loss(forward, batch) -> scalar, where forward(x) is the network's output.
+    loss: loss(forward, batch) -> scalar, where forward(x) is the network's output; all batches are those of
+        `dataset.Batch`.
     penalty: penalty() -> scalar on alpha and beta alone, added to L_val (regulariser, complexity).
     weight_optimizer: the SGD of the weights, for the unrolled step; None means first order.
     batch_statistics: BatchNorm normalises by the batch in this step; else by its running statistics, as the
         released code does. Neither changes the running statistics.
-    parts: every gradient is summed over so many parts of a batch (`dataset.Batch.parts`), which needs less
+    parts: every gradient is summed over so many parts of a batch (`Batch.parts`), which needs less
         memory. With batch_statistics BatchNorm then normalises by the part.
     hessian_parts: likewise for the double backward, which takes about 2.6 times a gradient's memory: at least
         `parts`, and no more with batch_statistics, by which the images of a batch see each other.
@@ -122,7 +123,7 @@ class Architect:
         """grad_a [ grad_w L_train(w, a) . vector ] for alpha and beta, part by part of the batch."""
         weights = self.net.weights()
         products = []
-        for share, part in parts_of(training_batch, self.hessian_parts):
+        for share, part in training_batch.parts(self.hessian_parts):
             gradient = torch.autograd.grad(self.loss_at(weights, part), weights, create_graph=True)
             product = share * sum((g * v).sum() for g, v in zip(gradient, vector, strict=True))
             del gradient
@@ -132,7 +133,7 @@ class Architect:
     def gradient(self, loss, batch, inputs):
         """(loss(batch), its gradient by the inputs), summed over the parts of the batch."""
         value, summed = 0.0, None
-        for share, part in parts_of(batch, self.parts):
+        for share, part in batch.parts(self.parts):
             part_loss = share * loss(part)
             gradient = torch.autograd.grad(part_loss, inputs)
             value = value + part_loss.detach()
@@ -151,10 +152,3 @@ class Architect:
         if self.net.training:  # then BatchNorm updates its statistics in place: those of copies
             state |= {name: buffer.clone() for name, buffer in self.net.named_buffers()}
         return self.loss(lambda x: functional_call(self.net, state, (x,)), batch)
-
-
-def parts_of(batch, count):
-    """[(share, part), ...], the batch's loss being the sum of share * the part's. Whole, a batch is anything
-    that the loss takes.
-    """
-    return batch.parts(count) if count > 1 else [(1.0, batch)]

@@ -110,14 +110,12 @@ class Skip(nn.Identity):
 
 
 class Gate(nn.Module):
-    """x * gate(x), NxcxHxW -> NxcxHxW; a subclass says what the gate is."""
+    """x * gate(Pooled(x)), NxcxHxW -> NxcxHxW. A subclass has the method `gate`, which returns weights in
+    (0, 1), of a shape that broadcasts to x's.
+    """
 
     def forward(self, x):
         return x * self.gate(Pooled(x))
-
-    def gate(self, pooled):
-        """What the x of a `Pooled` is multiplied by: weights in (0, 1) of a shape that broadcasts to x's."""
-        raise NotImplementedError
 
 
 class ConvGate(Gate):

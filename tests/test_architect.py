@@ -22,12 +22,11 @@ def make_batch(seed, dtype):
     generator = torch.Generator().manual_seed(seed)
     clean = torch.rand(2, 3, 16, 16, generator=generator, dtype=dtype)
     rain = 0.3 * torch.rand(4, 3, 16, 16, generator=generator, dtype=dtype)
-    return (clean[SCENES] + rain).clamp(max=1), clean
+    return Batch((clean[SCENES] + rain).clamp(max=1), clean, SCENES, ["a", "b"], [])
 
 
 def loss(forward, batch):
-    rainy, clean = batch
-    return multi_to_one(forward(rainy), clean, SCENES)
+    return multi_to_one(forward(batch.rainy), batch.clean, batch.scene)
 
 
 @pytest.fixture
@@ -108,19 +107,13 @@ def test_hessian_vector_product_is_the_slope_of_the_gradient(search):
 def test_the_product_summed_over_parts_of_the_batch_is_the_whole_one(search):
     net, optimizer = search
     net.eval()
-    rainy, clean = make_batch(11, torch.float64)
-    whole = Batch(rainy, clean, SCENES, ["a", "b"], [])
+    whole = make_batch(11, torch.float64)
     vector = [torch.randn_like(w) for w in net.weights()]
-
-    def batch_loss(forward, batch):
-        return multi_to_one(forward(batch.rainy), batch.clean, batch.scene)
-
     architect = architect_of(net, optimizer)
-    architect.loss = batch_loss
     expected = architect.hessian_vector_product(vector, whole)
     sizes = []
     architect.hessian_parts = 2
-    architect.loss = lambda forward, batch: sizes.append(len(batch.rainy)) or batch_loss(forward, batch)
+    architect.loss = lambda forward, batch: sizes.append(len(batch.rainy)) or loss(forward, batch)
     assert relative_error(architect.hessian_vector_product(vector, whole), expected) < 1e-12
     assert sizes == [2, 2]
 
@@ -133,15 +126,13 @@ def test_unrolled_gradient_of_two_ranks_is_that_of_the_whole_batch(search, monke
     scenes = torch.arange(4).repeat_interleave(2)
     batches = []
     for seed in (10, 12):
-        halves = zip(make_batch(seed, torch.float64), make_batch(seed + 1, torch.float64), strict=True)
-        batches.append(Batch(*map(torch.cat, halves), scenes, [*"abcd"], []))
-
-    def batch_loss(forward, batch):
-        return multi_to_one(forward(batch.rainy), batch.clean, batch.scene)
+        first, second = make_batch(seed, torch.float64), make_batch(seed + 1, torch.float64)
+        rainy, clean = torch.cat([first.rainy, second.rainy]), torch.cat([first.clean, second.clean])
+        batches.append(Batch(rainy, clean, scenes, [*"abcd"], []))
 
     def unrolled(net, optimizer, batch, training_batch, parts):
         adam = torch.optim.Adam(net.architecture())
-        made = Architect(net, adam, batch_loss, weight_optimizer=optimizer, parts=parts)
+        made = Architect(net, adam, loss, weight_optimizer=optimizer, parts=parts)
         return made.unrolled(batch, training_batch)[1]
 
     expected = unrolled(net, optimizer, *batches, parts=1)
@@ -166,18 +157,18 @@ def test_unrolled_gradient_of_two_ranks_is_that_of_the_whole_batch(search, monke
 
 def test_a_batch_whose_statistics_count_is_not_divided(search):
     net, optimizer = search
-    whole, sizes = Batch(*make_batch(11, torch.float64), SCENES, ["a", "b"], []), []
+    whole, sizes = make_batch(11, torch.float64), []
 
-    def batch_loss(forward, batch):
+    def counted(forward, batch):
         sizes.append(len(batch.rainy))
-        return multi_to_one(forward(batch.rainy), batch.clean, batch.scene)
+        return loss(forward, batch)
 
     for batch_statistics, expected in ((True, [4]), (False, [2, 2])):
         adam, sizes[:] = torch.optim.Adam(net.architecture()), []
         made = Architect(
             net,
             adam,
-            batch_loss,
+            counted,
             weight_optimizer=optimizer,
             batch_statistics=batch_statistics,
             hessian_parts=2,

@@ -69,13 +69,14 @@ def arch_step(net, unrolled=False):
     torch.manual_seed(2)
     rainy, clean = torch.rand(3, 3, 16, 16), torch.rand(1, 3, 16, 16)
     rainy = rainy.to(memory_format=torch.channels_last)
+    batch = dataset.Batch(rainy, clean, torch.zeros(3, dtype=torch.long), ["a"], [])
     sgd = torch.optim.SGD(net.weights(), 0.01, momentum=0.9)
 
     def loss(forward, batch):
-        return multi_to_one(forward(batch), clean, torch.zeros(3, dtype=torch.long))
+        return multi_to_one(forward(batch.rainy), batch.clean, batch.scene)
 
     architect = Architect(net.eval(), None, loss, weight_optimizer=sgd)
-    value, gradient = architect.unrolled(rainy, rainy) if unrolled else architect.first_order(rainy)
+    value, gradient = architect.unrolled(batch, batch) if unrolled else architect.first_order(batch)
     return [value], gradient
 
 
@@ -132,15 +133,16 @@ def test_an_architecture_step_through_a_traced_edge_is_the_same(unrolled, monkey
     compiled = copy.deepcopy(net)
     compile_edges(compiled)
     x, y = torch.rand(2, 3, 2, 8, 8)
+    batch = dataset.Batch(x, y, torch.arange(3), ["a", "b", "c"], [])
 
     def loss(forward, batch):
-        return (forward(batch) - y).square().mean()
+        return (forward(batch.rainy) - batch.clean).square().mean()
 
     found = []
     for each in (net, compiled):
         sgd = torch.optim.SGD(each.weights(), 0.1)
         architect = Architect(each.eval(), None, loss, weight_optimizer=sgd)
-        value, gradient = architect.unrolled(x, x) if unrolled else architect.first_order(x)
+        value, gradient = architect.unrolled(batch, batch) if unrolled else architect.first_order(batch)
         found.append(([value], gradient))
     assert relative_error(*found) < 1e-4
     assert graphs() == (2 if unrolled else 1)

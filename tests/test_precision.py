@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 import train_model_batch
 import train_search_batch
 from architect import Architect
+from dataset import Batch
 from losses import multi_to_one
 from model_search import SearchNetwork
 from model_train import DerainNetwork
@@ -101,19 +102,20 @@ def test_architecture_steps_in_bfloat16_point_where_float32_does(unrolled):
     torch.manual_seed(0)
     net = SearchNetwork((2, 2, 2, 2)).to(memory_format=torch.channels_last)
     rainy, clean = torch.rand(3, 3, 16, 16), torch.rand(1, 3, 16, 16)
+    batch = Batch(rainy, clean, torch.zeros(3, dtype=torch.long), ["a"], [])
     net(rainy)
     found = []
     for amp in (False, True):
 
         def loss(forward, batch, amp=amp):
             with autocast(CPU, amp):
-                output = forward(batch)
-            return multi_to_one(output.float(), clean, torch.zeros(3, dtype=torch.long))
+                output = forward(batch.rainy)
+            return multi_to_one(output.float(), batch.clean, batch.scene)
 
         same = copy.deepcopy(net).eval()
         sgd = torch.optim.SGD(same.weights(), 0.01, momentum=0.9)
         architect = Architect(same, None, loss, weight_optimizer=sgd)
-        _, gradient = architect.unrolled(rainy, rainy) if unrolled else architect.first_order(rainy)
+        _, gradient = architect.unrolled(batch, batch) if unrolled else architect.first_order(batch)
         found.append(torch.cat([g.flatten() for g in gradient]))
     assert torch.cosine_similarity(*found, dim=0) > 0.97
 
