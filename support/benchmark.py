@@ -514,11 +514,11 @@ def measure_operations(options, device, repeats=None):
     return dict.fromkeys(COLUMNS) | figures
 
 
-def gradients(kind, channels, size, images, layout, half, device):
+def gradients(kind, channels, size, images, layout, half, device, seed=0):
     """[outputs, gradients by inputs and parameters], lists of tensors, of a new module of `KINDS`. Each entry
     of an output has a random weight in the loss. All begins with the same bits, whatever the form.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     module = KINDS[kind](channels).to(device, memory_format=layout)
     maps = [torch.randn(images, channels, size >> k, size >> k) for k in range(2)]
     maps = [x.to(device, memory_format=layout).requires_grad_() for x in maps]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 import train_model_batch
@@ -37,13 +38,35 @@ def test_the_gradients_of_every_kind_in_every_mode_are_those_of_float32(kind, si
     def together(tensors):
         return torch.cat([tensor.double().flatten() for tensor in tensors])
 
-    images = 12 if kind in OPERATIONS else 3  # of more, float32's ReLUs that rounding switches show
-    expected = gradients(kind, CHANNELS, size, images, torch.contiguous_format, False, CPU)
+    images = 12 if kind in OPERATIONS else 3  # of more, it takes long to find a seed
+    case = kind, CHANNELS, size, images
+    seed = next(seed for seed in range(100) if not rounding_switches_relus(case, seed))
+    expected = gradients(*case, torch.contiguous_format, False, CPU, seed)
     for mode, (amp, layout, allowed, worst) in MODES.items():
-        found = gradients(kind, CHANNELS, size, images, layout, amp, CPU)
+        found = gradients(*case, layout, amp, CPU, seed)
         for tensors, right in zip(map(together, found), map(together, expected), strict=True):
             assert (tensors - right).norm() <= allowed * right.norm(), mode
         assert error_in_kind(expected, found) <= worst, mode
+
+
+def rounding_switches_relus(case, seed):
+    """Whether the two layouts, which round in other orders, put some ReLU's input on two sides of zero, where
+    its gradient jumps: such a case, which depends on the processor, would say nothing of the kernels.
+    """
+    signs = []
+
+    def note(module, inputs, output):
+        if isinstance(module, nn.ReLU):
+            signs[-1].append(output.detach() > 0)
+
+    hook = register_module_forward_hook(note)
+    try:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            signs.append([])
+            gradients(*case, layout, False, CPU, seed)
+    finally:
+        hook.remove()
+    return any((ours != theirs).any() for ours, theirs in zip(*signs, strict=True))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
