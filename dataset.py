@@ -724,7 +724,7 @@ def batches(
         batch_sampler=Draws(batch_size, first_step, rank, ranks),
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         pin_memory=torch.device(device).type == "cuda",
     )
     for batch in loader:
@@ -733,7 +733,7 @@ def batches(
         yield batch.to(device)
 
 
-def _start_worker(number):
+def start_worker(number):
     """Signals to the whole group (Ctrl-C, `timeout`) or job (Slurm, systemd) are the run's affair: it needs
     its workers to end its step. SIGTERM from the run itself ends a worker, as PyTorch counts on.
     """

@@ -19,10 +19,12 @@ With `--rain_of` nothing is drawn: the rain of given pairs is moved to other bac
 reaches what no style has: a sixth of Rain800's rain darkens, blended in ways that raise contrast.
 """
 
+import os
 import shutil
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -30,9 +32,10 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import skimage
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset import DENSITIES, TEST, TRAINING
+from dataset import DENSITIES, TEST, TRAINING, start_worker
 from support import command
 from support.errors import UserError
 from support.images import list_images, read_image, write_bytes, write_image
@@ -187,15 +190,20 @@ def borrow(rainy: np.ndarray, clean: np.ndarray) -> Borrowed | None:
     low, median, high = np.array([np.percentile(change[ranges == k], (16, 50, 84)) for k in filled]).T
     offset = np.interp(TONES, TONES[filled], median)
     spread = np.interp(TONES, TONES[filled], np.maximum((high - low) / 2, 2))
-    streaks = change - np.interp(clean, TONES, offset)
-    streaks = streaks.sum(-1) / np.interp(clean, TONES, spread).sum(-1)
+    streaks = change - at(clean, offset)
+    streaks = streaks.sum(-1) / at(clean, spread).sum(-1)
     return Borrowed(offset, spread, streaks.astype(np.float32))
 
 
 def lay(clean: np.ndarray, rain: Borrowed) -> np.ndarray:
     """`clean` HxWx3 uint8 RGB, of the size of the streaks, under borrowed rain: the same shape and type."""
-    offset, spread = np.interp(clean, TONES, rain.offset), np.interp(clean, TONES, rain.spread)
+    offset, spread = at(clean, rain.offset), at(clean, rain.spread)
     return np.rint(np.clip(clean + offset + spread * rain.streaks[..., None], 0, 255)).astype(np.uint8)
+
+
+def at(clean: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """What `values` at `TONES` are at each entry of a uint8 array, linear between: of its shape, float64."""
+    return np.interp(np.arange(256), TONES, values)[clean]
 
 
 def borrow_scene(
@@ -223,9 +231,7 @@ def borrow_in_turn(
         try:
             image = read_image(pairs[i])
         except UserError as error:
-            if str(error) not in failures:
-                failures.append(str(error))
-                tqdm.write(str(error), file=sys.stderr)
+            failures.append(str(error))
             continue
         half = image.shape[1] // 2
         left, right = image[:, :half], image[:, -half:]
@@ -266,6 +272,7 @@ def write_scenes(
     rain_of: str | Path | None = None,
     rain_side: str | None = None,
     angle: float | None = None,
+    workers: int = 0,
 ) -> list[str]:
     """Write scenes over clean photographs in DID-MDN's layout, in each file rain left and clean right:
 
@@ -286,6 +293,7 @@ def write_scenes(
             of a scene has that of another pair.
         rain_side: "left" or "right": their clean half.
         angle: the streaks lean by at most so many degrees off vertical, 0 to 90; default: the style's.
+        workers: so many processes share the scenes, which are the same for any number; 0: all in this one.
 
     Returns:
         one line for each photograph or pair that could not be read; the others are done.
@@ -307,22 +315,63 @@ def write_scenes(
     if len(named) < wanted:
         raise UserError(f"{len(named)} photographs found; {wanted} are needed, {test} of them to test on")
     order = [list(named)[i] for i in np.random.default_rng(seed).permutation(len(named))]
-    failures = []
     pairs = find_photographs([rain_of]) if rain_of else None
-    for i, name in enumerate(tqdm(order[: test + scenes if scenes else None], unit="scene", disable=None)):
-        try:
-            image = _prepare(read_image(named[name]), named[name], size, clean_side)
-        except UserError as error:
-            failures.append(str(error))
-            tqdm.write(str(error), file=sys.stderr)
-        else:
-            rng = _own_rng(seed, name)
-            if pairs:
-                scene = borrow_scene(image, rng, borrow_in_turn(pairs, rain_side, rng, failures))
-            else:
-                scene = make_scene(image, rng, style, angle)
-            _write_scene(scene, image, out, name, is_test=i < test)
+    order = order[: test + scenes if scenes else None]
+    making = _Making(named, order, pairs, out, seed, style, test, size, clean_side, rain_side, angle)
+    loader = DataLoader(
+        making,
+        sampler=range(len(order)),
+        batch_size=None,
+        num_workers=min(workers, len(order)),
+        worker_init_fn=start_worker,
+    )
+    failures = []
+    for lines, error in tqdm(loader, unit="scene", disable=None):
+        for line in lines:
+            if line not in failures:
+                failures.append(line)
+                tqdm.write(line, file=sys.stderr)
+        if error:
+            raise UserError(error)
     return failures
+
+
+@dataclass(frozen=True)
+class _Making(Dataset):
+    """Item i, for a DataLoader, is scene number i, written: (lines on what could not be read, the text of the
+    UserError that ends it all, or None).
+    """
+
+    photographs: dict[str, Path]
+    order: list[str]
+    pairs: list[Path] | None
+    out: Path
+    seed: int
+    style: str
+    test: int
+    size: int | None
+    clean_side: str | None
+    rain_side: str | None
+    angle: float | None
+
+    def __getitem__(self, i):
+        name = self.order[i]
+        path = self.photographs[name]
+        try:
+            image = _prepare(read_image(path), path, self.size, self.clean_side)
+        except UserError as error:
+            return [str(error)], None
+        rng = _own_rng(self.seed, name)
+        failures = []
+        try:
+            if self.pairs:
+                scene = borrow_scene(image, rng, borrow_in_turn(self.pairs, self.rain_side, rng, failures))
+            else:
+                scene = make_scene(image, rng, self.style, self.angle)
+            _write_scene(scene, image, self.out, name, is_test=i < self.test)
+        except UserError as error:
+            return failures, str(error)
+        return failures, None
 
 
 def _own_rng(seed, name):
@@ -455,6 +504,12 @@ def get_args_parser():
     )
     parser.add_argument("--size", type=command.side, help="crop to squares (default: the photographs' size)")
     parser.add_argument("--clean_side", choices=["left", "right"], help="this half of side by side files")
+    parser.add_argument(
+        "--workers",
+        type=command.natural,
+        default=os.cpu_count() or 1,
+        help="processes; 0: all in the main one (default: one a core)",
+    )
     return parser
 
 

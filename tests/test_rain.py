@@ -356,6 +356,26 @@ def test_a_scene_depends_on_its_name_and_the_seed_alone(photographs, tmp_path):
     assert (tmp_path / "other" / name).read_bytes() != (tmp_path / "one" / name).read_bytes()
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_several_processes_write_the_same_and_report_the_same(moved, photographs, tmp_path, lent):
+    options, broken = {"test": 1}, [photographs / "broken.jpg"]
+    if moved:
+        pairs = tmp_path / "pairs"
+        for k in range(3):
+            write_image(pairs / f"{k}.png", np.hstack([lent[1][k:], lent[0][k:]]))
+        options = {"rain_of": pairs, "rain_side": "left"}
+        broken.append(pairs / "broken.jpg")
+    for file in broken:
+        file.write_bytes(b"not an image")
+    made, reported = [], []
+    for workers in (0, 2):
+        out = tmp_path / f"by {workers}"
+        reported.append(write_scenes(find_photographs([photographs]), out, workers=workers, **options))
+        made.append({name: (out / name).read_bytes() for name in files(out)})
+    assert len(made[0]) == 9 and made[0] == made[1]
+    assert len(reported[0]) == len(broken) and sorted(reported[0]) == sorted(reported[1])
+
+
 def test_photographs_of_one_name_in_two_folders_are_both_kept(photographs, tmp_path):
     write_image(tmp_path / "more" / "THIRD.jpg", skimage.data.rocket()[:64, :64])
     assert write_scenes(find_photographs([photographs, tmp_path / "more"]), tmp_path / "out") == []
