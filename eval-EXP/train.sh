@@ -1,6 +1,6 @@
 #!/bin/sh
-# The training of derain_light.pt (runs 1 to 12, 15 and 16) and of derain.pt (13 and 14, after 12; for a GPU: on two
-# CPU cores they take days), from the photographs on; interrupted, it goes on where it was. In the project's folder:
+# The training of derain_light.pt (runs 1 to 12, 15 and 16) and of derain.pt (13, 14 and 17, after 12; for a GPU: on
+# two CPU cores they take days), from the photographs on; interrupted, it goes on where it was. In the project's folder:
 #
 #     sh eval-EXP/train.sh BSDS500 RAIN800_TRAINING [FLAG ...]
 #
@@ -91,7 +91,7 @@ scenes 11 rain800-11 "$made/rain800" "--clean_side left $lent"
 scenes 13 rain800-13 "$made/rain800" "--clean_side left $lent"
 # For the twelfth: streaks that lean further than elsewhere.
 scenes 15 bsds-15 "$bsds" "--style mixed --angle 75"
-# For the sixteenth: photographs at half size, whose textures are finer.
+# For the last two: photographs at half size, whose textures are finer.
 if [ ! -d "$made/photographs-half" ]; then
     rm -rf "$made/copying"
     mkdir -p "$made/copying"
@@ -130,6 +130,8 @@ fourteen=$(of bsds-0 bsds-1 bsds-4 bsds-7 bsds-15 bsds-10 rain800-3 rain800-11 r
     rain800-late rain800-late)
 sixteen=$(of bsds-0 bsds-1 bsds-15 bsds-10 bsds-16 bsds-16 rain800-2 rain800-3 rain800-5 rain800-11 \
     rain800 rain800 rain800 rain800-late rain800-late rain800-late)
+seventeen=$(of bsds-0 bsds-1 bsds-4 bsds-7 bsds-15 bsds-10 bsds-16 rain800-2 rain800-3 rain800-11 \
+    rain800 rain800 rain800 rain800-late rain800-late)
 few="--val_scenes 12 --steps_per_epoch 200 --warmup_steps 100 --clean_inputs 0.1"
 many="--val_scenes 24 --steps_per_epoch 500 --warmup_steps 100 --ema 0.999 --learning_rate 6e-4 --learning_rate_min 2e-6"
 fine="--freeze_start 1 --internal_start 1 --batch_size 2 --patch_size 96"
@@ -171,5 +173,9 @@ train 16 $sixteen $many $fine $upright --weights eval-EXP-derain-15/best_psnr.pt
     --mse_weight 10 --psnr_weight 0.006 --epochs 1 --steps_per_epoch 2744 --warmup_steps 50 --learning_rate 4e-4 \
     --seed 17 "$@"
 
-"$python" model_train.py eval-EXP-derain-14/best_psnr.pt eval-EXP-derain-14/derain.pt
+train 17 $seventeen $many $fine $upright --weights eval-EXP-derain-14/best_psnr.pt --batch_size 16 --val_scenes 34 \
+    --mse_weight 10 --psnr_weight 0.006 --epochs 3 --steps_per_epoch 3005 --warmup_steps 200 \
+    --learning_rate 7e-4 --amp --seed 18 "$@"
+
 "$python" model_train.py eval-EXP-derain-16/best_psnr.pt eval-EXP-derain-16/derain_light.pt
+"$python" model_train.py eval-EXP-derain-17/best_psnr.pt eval-EXP-derain-17/derain.pt
