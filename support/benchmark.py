@@ -516,7 +516,7 @@ def measure_operations(options, device, repeats=None):
 
 def gradients(kind, channels, size, images, layout, half, device, seed=0):
     """[outputs, gradients by inputs and parameters], lists of tensors, of a new module of `KINDS`. Each entry
-    of an output has a random weight in the loss. All begins with the same bits, whatever the form.
+    of an output has a random weight in the loss. All begins with the bits of the seed, whatever the form.
     """
     torch.manual_seed(seed)
     module = KINDS[kind](channels).to(device, memory_format=layout)
