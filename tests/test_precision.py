@@ -38,7 +38,7 @@ def test_the_gradients_of_every_kind_in_every_mode_are_those_of_float32(kind, si
     def together(tensors):
         return torch.cat([tensor.double().flatten() for tensor in tensors])
 
-    images = 12 if kind in OPERATIONS else 3  # of more, it takes long to find a seed
+    images = 12 if kind in OPERATIONS else 3  # of 24 every seed tried switches a ReLU
     case = kind, CHANNELS, size, images
     seed = next(seed for seed in range(100) if not rounding_switches_relus(case, seed))
     expected = gradients(*case, torch.contiguous_format, False, CPU, seed)
