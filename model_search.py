@@ -25,6 +25,7 @@ from operations import (
     Pooled,
     check_channels,
     pad_to_multiple,
+    side_by_side,
     stem,
     total,
     transitions,
@@ -42,8 +43,13 @@ class MixedModule(nn.Module):
         self.kinds = nn.ModuleDict({name: MULTI_SCALE[name](channels) for name in MODULES})
 
     def forward(self, xs, alpha):
-        candidates = zip(*(kind(xs) for kind in self.kinds.values()), strict=True)
-        return [total([a * y for a, y in zip(alpha, ys, strict=True)]) for ys in candidates]
+        candidates = zip(*(kind.branches(xs) for kind in self.kinds.values()), strict=True)
+        return side_by_side([partial(self.mix, branch, alpha) for branch in candidates], xs)
+
+    @staticmethod
+    def mix(candidates, alpha):
+        """The weighted sum for one branch; candidates: functions without arguments, one a kind."""
+        return total([a * candidate() for a, candidate in zip(alpha, candidates, strict=True)])
 
 
 class MixedOperation(nn.Module):
@@ -90,7 +96,8 @@ class SearchCell(nn.Module):
         """xs: one map a branch; alpha: 4x2; beta: branches x 3 x 9; both already through the softmax."""
         for module, a in zip(self.multi_scale, alpha, strict=True):
             xs = module(xs, a)
-        return [attention(x, b) for attention, x, b in zip(self.attention, xs, beta, strict=True)]
+        mixed = zip(self.attention, xs, beta, strict=True)
+        return side_by_side([partial(attention, x, b) for attention, x, b in mixed], xs)
 
 
 class SearchNetwork(nn.Module):

@@ -13,6 +13,7 @@ import re
 import shutil
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from operations import (
     Head,
     check_channels,
     pad_to_multiple,
+    side_by_side,
     stem,
     transitions,
 )
@@ -67,7 +69,7 @@ class Cell(nn.Module):
     def forward(self, xs):
         for module in self.multi_scale:
             xs = module(xs)
-        return [attention(x) for attention, x in zip(self.attention, xs, strict=True)]
+        return side_by_side([partial(a, x) for a, x in zip(self.attention, xs, strict=True)], xs)
 
 
 class DerainNetwork(nn.Module):

@@ -5,6 +5,8 @@ the one before. Convolutions have no bias. Source: Cai et al., TCSVT 2023 (MANAS
 attentive cell; the squeeze-and-excitation and CBAM gates follow Hu et al. 2018 and Woo et al. 2018.
 """
 
+from functools import cache, partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -38,6 +40,37 @@ def total(terms):
     one more pass over memory.
     """
     return sum(terms[1:], terms[0])
+
+
+def side_by_side(calls, inputs):
+    """The results of functions without arguments, a tensor each. inputs: the tensors that they read.
+
+    While a CUDA graph is recorded each goes on a stream of its own, so that kernels too small to fill the GPU
+    run at the same time; so do those of the backward pass, which autograd puts where the forward ones were.
+    Elsewhere it is Python that the GPU would wait for, and they go one after the other.
+    """
+    recorded = inputs[0].is_cuda and not torch.compiler.is_compiling()
+    if not (recorded and torch.cuda.is_current_stream_capturing()):
+        return [call() for call in calls]
+    here = torch.cuda.current_stream()
+    sides = [side_stream(here, number) for number in range(len(calls))]
+    results = []
+    for side, call in zip(sides, calls, strict=True):
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            results.append(call())
+    for side, result in zip(sides, results, strict=True):
+        here.wait_stream(side)
+        for x in inputs:
+            x.record_stream(side)  # whoever frees a tensor first, its memory waits for both
+        result.record_stream(here)
+    return results
+
+
+@cache
+def side_stream(stream, number):
+    """A stream beside another: the same one each time, so that it finds the memory again that it had."""
+    return torch.cuda.Stream(stream.device)
 
 
 def mean(x, dimensions):
@@ -330,8 +363,12 @@ class Parallel(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(c) for c in channels)
 
+    def branches(self, xs):
+        """Of each output a function without arguments that computes it."""
+        return [partial(block, x) for block, x in zip(self.blocks, xs, strict=True)]
+
     def forward(self, xs):
-        return [block(x) for block, x in zip(self.blocks, xs, strict=True)]
+        return side_by_side(self.branches(xs), xs)
 
 
 class NearestUpsample(nn.Upsample):
@@ -379,10 +416,15 @@ class Fusion(nn.Module):
             conv_bn(channels[source], channels[target], 3, stride=2, relu=False),
         )
 
+    def gather(self, paths, xs):
+        return self.relu(total([path(x) for path, x in zip(paths, xs, strict=True)]))
+
+    def branches(self, xs):
+        """Of each output a function without arguments that computes it."""
+        return [partial(self.gather, paths, xs) for paths in self.paths]
+
     def forward(self, xs):
-        return [
-            self.relu(total([path(x) for path, x in zip(paths, xs, strict=True)])) for paths in self.paths
-        ]
+        return side_by_side(self.branches(xs), xs)
 
 
 MULTI_SCALE = {"parallel": Parallel, "fusion": Fusion}

@@ -1,5 +1,6 @@
 """Steps as CUDA graphs, on a GPU: the numbers of a step kernel by kernel, whatever changes between them."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from dataset import Batch
 from losses import multi_to_one
 from model_search import SearchNetwork
 from model_train import DerainNetwork
+from operations import side_by_side
 from support.benchmark import every_operation
 from support.experiment import Experiment
 from support.graphs import Backward, Recorded, laid_out_as
@@ -21,6 +23,10 @@ NETWORKS = {
     "supernet": lambda: SearchNetwork((4, 4, 8, 8)),
     "fixed": lambda: DerainNetwork(every_operation(), (4, 4, 8, 8)),
 }
+WIDER = {
+    "supernet": lambda: SearchNetwork((16, 32, 64, 128)),
+    "fixed": lambda: DerainNetwork(every_operation(), (16, 32, 64, 128)),
+}
 RUN = "--epochs 2 --steps_per_epoch 3 --batch_size 4 --patch_size 16 --val_scenes 1 --workers 0 --data data "
 RUN += "--clean_side right --channels 4 4 4 4 --deterministic --internal_start 2 "
 SCRIPTS = {
@@ -29,9 +35,9 @@ SCRIPTS = {
 }
 
 
-def batch_of(scenes, device="cpu", seed=0):
+def batch_of(scenes, device="cpu", seed=0, size=16):
     random = torch.Generator().manual_seed(seed)
-    rainy, clean = (torch.rand(n, 3, 16, 16, generator=random) for n in (3 * scenes, scenes))
+    rainy, clean = (torch.rand(n, 3, size, size, generator=random) for n in (3 * scenes, scenes))
     rainy = rainy.to(device, memory_format=torch.channels_last)
     scene = torch.arange(scenes).repeat_interleave(3)
     return Batch(rainy, clean.to(device), scene.to(device), [], [])
@@ -109,6 +115,86 @@ def test_a_replayed_step_is_the_step_and_changes_statistics_once(kind):
                 for weight in weights_of(net):
                     weight.sub_(weight.grad, alpha=0.1)
     assert len(backward[1].recorded.graphs) == 2
+
+
+class Stream:
+    """A CUDA stream's place in `log`, of what was asked of it, and the one that is current."""
+
+    log, current = [], None
+
+    def __init__(self, device):
+        self.device = device
+
+    def wait_stream(self, other):
+        self.log.append((self, "waits for", other))
+
+    def __enter__(self):
+        self.before, Stream.current = Stream.current, self
+
+    def __exit__(self, *_):
+        Stream.current = self.before
+
+
+class Tensor:
+    is_cuda = True
+
+    def record_stream(self, stream):
+        Stream.log.append((self, "is used by", stream))
+
+
+def test_while_a_graph_is_recorded_branches_have_streams_that_wait_and_are_waited_for(monkeypatch):
+    """With streams that only write down what is asked of them, as there is no GPU in CI."""
+    here, log, capturing = Stream("cuda:0"), [], True
+    monkeypatch.setattr(Stream, "log", log)
+    monkeypatch.setattr(Stream, "current", here)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream.current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    inputs, results = [Tensor(), Tensor()], [Tensor(), Tensor(), Tensor()]
+
+    def call(result):
+        log.append((result, "is computed on", Stream.current))
+        return result
+
+    def run():
+        log.clear()
+        assert side_by_side([partial(call, result) for result in results], inputs) == results
+        return [stream for _, what, stream in log if what == "is computed on"]
+
+    sides = run()
+    assert len({here, *sides}) == 4 and {side.device for side in sides} == {"cuda:0"}
+    place = {entry: i for i, entry in enumerate(log)}
+    for side, result in zip(sides, results, strict=True):
+        begins, ends = (side, "waits for", here), (here, "waits for", side)
+        assert place[begins] < place[result, "is computed on", side] < place[ends]
+        assert place[result, "is used by", here] >= 0
+        assert all(place[x, "is used by", side] >= 0 for x in inputs)
+        assert all(place[result, "is computed on", side] < place[here, "waits for", other] for other in sides)
+    assert Stream.current is here and run() == sides  # which have memory to use again
+
+    capturing = False
+    assert run() == [here] * 3 and len(log) == 3
+
+
+@cuda
+@pytest.mark.parametrize("kind", WIDER)
+def test_branches_side_by_side_give_what_they_give_one_after_the_other(kind, monkeypatch):
+    """Where kernels take long enough to meet: what a stream reads, another must not have overwritten yet."""
+    capturing = torch.cuda.is_current_stream_capturing
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    found = []
+    for apart in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda on=apart: on and capturing())
+        torch.manual_seed(0)
+        net = WIDER[kind]().to("cuda", memory_format=torch.channels_last)
+        backward = Backward(net, weights_of(net), loss, recorded=True, changed=net.buffers())
+        found.append([])
+        for seed in range(6):
+            backward(batch_of(8, "cuda", seed, size=64))
+            found[-1].append(torch.cat([w.grad.flatten() for w in weights_of(net)]))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 1e-4 * one.norm()
 
 
 @cuda

@@ -104,6 +104,7 @@ def test_on_cuda_every_map_within_a_network_is_bfloat16(network, monkeypatch):
     """Of tensors without data, which go the way of CUDA's where there is none."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     types, cuda = {}, torch.device("cuda")
     with FakeTensorMode(allow_non_fake_inputs=True), cuda:
         net, x = network((4, 4, 4, 4)), torch.empty(2, 3, 32, 32)
