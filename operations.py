@@ -62,7 +62,7 @@ def side_by_side(calls, inputs):
     for side, result in zip(sides, results, strict=True):
         here.wait_stream(side)
         for x in inputs:
-            x.record_stream(side)  # whoever frees a tensor first, its memory waits for both
+            x.record_stream(side)  # which else might find its memory taken by another tensor
         result.record_stream(here)
     return results
 

@@ -1,7 +1,7 @@
 """CUDA graphs: the kernels of a step, recorded once and from then on launched as one.
 
 A step of these networks is thousands of short kernels, which Python takes longer to launch than the GPU takes
-to run.
+to run. While it is recorded the branches of a network go side by side (`operations.side_by_side`).
 """
 
 import torch
