@@ -6,6 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import model_search
+import model_train
+import operations
 import train_model_batch
 import train_search_batch
 from dataset import Batch
@@ -175,6 +178,21 @@ def test_while_a_graph_is_recorded_branches_have_streams_that_wait_and_are_waite
 
     capturing = False
     assert run() == [here] * 3 and len(log) == 3
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_the_branches_of_all_modules_go_side_by_side(kind, monkeypatch):
+    """Of each cell the four multi-scale modules and the attention; the head has one branch."""
+    widths = []
+
+    def counted(calls, inputs):
+        widths.append(len(calls))
+        return side_by_side(calls, inputs)
+
+    for module in (operations, model_search, model_train):
+        monkeypatch.setattr(module, "side_by_side", counted)
+    made(kind)(torch.rand(1, 3, 16, 16, dtype=torch.float64))
+    assert widths == [*5 * [2], *5 * [3], *5 * [4], 1]
 
 
 @cuda
