@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import sysconfig
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -123,7 +124,10 @@ class Compiled(nn.Module):
         self.net = net
         self.shapes = set()
         self.train(net.training)
-        self.compiled = torch.compile(net, dynamic=False)
+
+    @cached_property
+    def compiled(self):  # later than at the start: to import PyTorch's compiler takes seconds
+        return torch.compile(self.net, dynamic=False)
 
     def forward(self, x):
         height, width = x.shape[-2:]

@@ -34,20 +34,19 @@ def fast(name):
     return for_inference(model_train.load(test_view.SHIPPED.with_name(name)))
 
 
-@cache
-def psnr(name, scene, amp):
+def psnr(name, scene):
     """[(density, PSNR in dB restored by a shipped network, and as it is)] of the rainy images of a scene."""
     rainy, clean = dataset.read_scene(scene)
-    psnrs = [
-        [score(x, clean)["psnr_rgb"] for x in (restore(fast(name), image, amp=amp), image)] for image in rainy
+    return [
+        (density, *(score(x, clean)["psnr_rgb"] for x in (restore(fast(name), image), image)))
+        for density, image in zip(scene.densities or ["all"], rainy, strict=True)
     ]
-    return list(zip(scene.densities or ["all"], *zip(*psnrs, strict=True), strict=True))
 
 
 def gains(name, scenes):
     """{density: mean PSNR gain over the input in dB}."""
     found = {}
-    for density, restored, untouched in (row for scene in scenes for row in psnr(name, scene, False)):
+    for density, restored, untouched in (row for scene in scenes for row in psnr(name, scene)):
         found.setdefault(density, []).append(restored - untouched)
     return {density: np.mean(values) for density, values in found.items()}
 
@@ -99,12 +98,20 @@ def test_it_beats_the_input_on_each_density_of_the_did_mdn_sample(name):
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs ../shared/data/did-mdn-sample")
 def test_half_precision_costs_no_quality():
-    """On a CPU bfloat16, whose rounding moves a picture's PSNR by 0.02 dB at the most."""
-    scene = dataset.find(SAMPLE).scenes[0]
-    with_amp, without = (psnr("derain_light.pt", scene, amp) for amp in (True, False))
-    changes = [half - full for (_, half, _), (_, full, _) in zip(with_amp, without, strict=True)]
-    assert abs(np.mean(changes)) < 0.02, changes
-    assert 0 < max(map(abs, changes)) < 0.03, changes
+    """On a CPU bfloat16, whose rounding moves a picture's PSNR by 0.02 dB at the most. A quarter of each: some
+    processors emulate it.
+    """
+    rainy, clean = dataset.read_scene(dataset.find(SAMPLE).scenes[0])
+    middle = (slice(128, 384), slice(128, 384))
+
+    def psnrs(amp):
+        restored = [restore(fast("derain_light.pt"), image[middle], amp=amp) for image in rainy]
+        return np.array([score(image, clean[middle])["psnr_rgb"] for image in restored])
+
+    changes = psnrs(amp=True) - psnrs(amp=False)
+    assert len(changes) == 3
+    assert abs(changes.mean()) < 0.02, changes
+    assert 0 < abs(changes).max() < 0.03, changes
 
 
 @pytest.mark.slow
