@@ -111,8 +111,11 @@ def get_args_parser():
     return parser
 
 
+@command.stopped_by_sigterm()
 def main(args):
-    """Restore and score; returns the exit status: 0, 1 where some file could not be used, 130 for Ctrl-C."""
+    """Restore and score; returns the exit status: 0, 1 where some file could not be used, 130 for Ctrl-C and
+    SIGTERM.
+    """
     distributed.start()
     keep_freed_memory()
     if args.demo and args.path is not None:

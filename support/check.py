@@ -365,6 +365,7 @@ def get_args_parser():
     )
     parser.add_argument(
         "--clean_side",
+        action="extend",
         nargs="+",
         default=[],
         choices=SIDES,

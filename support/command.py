@@ -6,7 +6,9 @@ import math
 import os
 import select
 import shutil
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -78,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
-        unset = object()
+        unset = []  # a flag with action="extend" makes another of it
         names = vars(super().parse_args(args))
         marked = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(names, unset))))
         given = {name for name, value in marked.items() if value is not unset}
@@ -118,6 +120,27 @@ def run(main, parser):
         if error.errno not in FULL_DISK:
             raise
         sys.exit(_report(parser, f"error: {_full_disk(error)}", 2))
+
+
+@contextmanager
+def stopped_by_sigterm():
+    """In here SIGTERM, as of Slurm or systemd, is a KeyboardInterrupt, as Ctrl-C is: one, after which what was
+    done can still be written. Asked again the process ends at once; but not a process of torchrun's, which
+    passes on what all of them may have been sent already.
+    """
+
+    def stop(number, frame):
+        later = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        for number in later:
+            signal.signal(number, signal.SIG_IGN if distributed.launched() else later[number])
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _unread(stream):

@@ -39,12 +39,14 @@ def add_arguments(parser):
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
+        action="extend",
         nargs="+",
         metavar="DIR",
         help=f"training folders; several are mixed (default: {DEFAULT_DATA}, else the demo)",
     )
     data.add_argument(
         "--clean_side",
+        action="extend",
         nargs="+",
         default=[],
         choices=dataset.SIDES,

@@ -3,7 +3,9 @@
 import importlib
 import logging
 import os
+import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,17 @@ def test_a_users_mistake_is_one_line_and_status_2_and_a_stop_130(capsys, monkeyp
         assert line.endswith("bad")
 
 
+@pytest.mark.parametrize("script", ["search", "train"])
+def test_folders_given_in_turn_are_all_taken(script):
+    parser = SCRIPTS[script].get_args_parser()
+    args = parser.parse_args("--data a --clean_side left --data b c --clean_side right left".split())
+    assert args.data == ["a", "b", "c"]
+    assert args.clean_side == ["left", "right", "left"]
+    assert args.given == {"data", "clean_side"}
+    assert parser.parse_args([]).clean_side == []
+    assert parser.parse_args([]).given == set()
+
+
 def test_a_gpu_without_memory_is_one_line_that_names_what_needs_less(capsys, monkeypatch):
     def main(args):
         raise torch.OutOfMemoryError(
@@ -125,6 +138,28 @@ def test_ctrl_c_while_a_command_begins_is_one_line(capsys, monkeypatch):
         command.run(main, command.Parser(prog="train.py"))
     assert stop.value.code == 130
     assert capsys.readouterr().err == "train.py: interrupted\n"
+
+
+@pytest.mark.parametrize("by_torchrun", [True, False])
+def test_sigterm_stops_as_ctrl_c_does_and_a_second_one_only_where_torchrun_does_not_repeat_it(
+    monkeypatch, by_torchrun
+):
+    monkeypatch.setattr(command.distributed, "launched", lambda: by_torchrun)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    written = []
+
+    @command.stopped_by_sigterm()
+    def main():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
+            written.append("tables")
+
+    with nullcontext() if by_torchrun else pytest.raises(KeyboardInterrupt):
+        main()
+    assert written == ["tables"] * by_torchrun
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from support import distributed
 from tests import ranks
 from tests.made import ROOT, assert_same, random_genotype, session, torchrun, write_pairs, write_scenes
 
-DATA = "--data scenes pairs --clean_side right left --patch_size 16 --device cpu --workers 0"
-FIVE = f"{DATA} --batch_size 4 --epochs 1 --steps_per_epoch 5 --val_scenes 3 --internal_start 1"
+DATA = "--data scenes pairs --clean_side right left"
+SMALL = f"{DATA} --patch_size 16 --device cpu --workers 0"
+FIVE = f"{SMALL} --batch_size 4 --epochs 1 --steps_per_epoch 5 --val_scenes 3 --internal_start 1"
 TRAIN = f"{FIVE} --channels 4 4 4 4 --arch genotype.json --ema 0.9"
 SEARCH = f"{FIVE} --channels 2 2 2 2 --arch_start 1 --learning_rate 0.05"
 TWO = "--steps_per_epoch 2"  # of what is slow
@@ -28,7 +29,7 @@ JOBS = {
     "train": TRAIN,
     "train_stop": TRAIN,
     "train_nan": TRAIN,
-    "train_bad": f"{TRAIN} --allow_bad --data scenes --clean_side right",
+    "train_bad": f"{TRAIN} --allow_bad".replace(DATA, "--data scenes --clean_side right"),
     "search_weights": f"{SEARCH} --name found_weights --arch_start 2",  # BatchNorm by each rank's batches
     "search_eval": f"{SEARCH} --name found_eval --max_minutes 1000",
     "search_gap": f"{SEARCH} --name found_gap {TWO}",

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -70,14 +72,15 @@ def test_three_processes_write_what_one_does(pictures):
     assert content("out") == three
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(pictures, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_run_goes_on_where_it_stopped(pictures, monkeypatch, number):
     assert view(f"{pictures} --result_path whole") == 1
     restore, calls = test_view.restore, []
 
     def interrupted(*args, **options):
         calls.append(1)
         if len(calls) == 5:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return restore(*args, **options)
 
     with monkeypatch.context() as patch:

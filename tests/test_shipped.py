@@ -98,8 +98,8 @@ def test_it_beats_the_input_on_each_density_of_the_did_mdn_sample(name):
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs ../shared/data/did-mdn-sample")
 def test_half_precision_costs_no_quality():
-    """On a CPU bfloat16, whose rounding moves a picture's PSNR by 0.02 dB at the most. A quarter of each: some
-    processors emulate it.
+    """On a CPU bfloat16, whose rounding moves a picture's PSNR by 0.02 dB at the most. A quarter of each, as
+    some processors emulate it.
     """
     rainy, clean = dataset.read_scene(dataset.find(SAMPLE).scenes[0])
     middle = (slice(128, 384), slice(128, 384))
