@@ -124,7 +124,7 @@ def run(main, parser):
 
 @contextmanager
 def stopped_by_sigterm():
-    """In here SIGTERM, as of Slurm or systemd, is a KeyboardInterrupt, as Ctrl-C is: one, after which what was
+    """In here SIGTERM, as of Slurm or systemd, is a KeyboardInterrupt as Ctrl-C is: one, after which what was
     done can still be written. Asked again the process ends at once; but not a process of torchrun's, which
     passes on what all of them may have been sent already.
     """
