@@ -22,6 +22,7 @@ import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,7 +141,8 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
         say(f"{root}: {len(found.scenes):,} {found.layout}")
         if found.unpaired:
             raise UserError(
-                f"{found.unpaired[0]}: has no partner{_and_more(found.unpaired)} ({found.layout})"
+                f"{found.unpaired[0]}: has no partner{_and_more(found.unpaired)} ({found.layout}); add it, "
+                "or take the file away"
             )
         if any(scene.clean is None for scene in found.scenes):
             raise UserError(
@@ -756,17 +758,22 @@ def full_images(scenes, bad=None, cache=None):
     """Per scene, for validation: (Dx3xHxW rainy, 1x3xHxW clean), float32 in [0, 1], whole pictures.
 
     bad: a list, to which (key of a scene, why it cannot be read) is added; None: UserError is raised. cache:
-    as in `batches`.
+    as in `batches`. While one is looked at, the next is read.
     """
-    for scene in scenes:
-        try:
-            rainy, clean = read_scene(scene, cache)
-        except UserError as error:
-            if bad is None:
-                raise
-            bad.append((scene.key, str(error)))
-            continue
-        yield to_tensor(np.stack(rainy)), to_tensor(np.stack([clean]))
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for scene, following in pairwise([None, *scenes, None]):
+            reading, ahead = ahead, following and pool.submit(read_scene, following, cache)
+            if scene is None:
+                continue
+            try:
+                rainy, clean = reading.result()
+            except UserError as error:
+                if bad is None:
+                    raise
+                bad.append((scene.key, str(error)))
+                continue
+            yield to_tensor(np.stack(rainy)), to_tensor(np.stack([clean]))
 
 
 def to_tensor(images):

@@ -228,7 +228,11 @@ def choose_path(args):
         raise UserError("--path: is empty; give a folder or a file, or leave it out")
     if args.path is not None:
         path = Path(args.path)
-        return path / dataset.TEST if os.path.isdir(path / dataset.TEST) else path
+        if os.path.isdir(path / dataset.TEST):
+            return path / dataset.TEST
+        if os.path.isdir(path / dataset.TRAINING):
+            raise UserError(f"--path {path}: holds training scenes alone; give {path / dataset.TRAINING}")
+        return path
     if not takes_demo(args):
         return Path(DEFAULT_PATH)
     if not args.demo:
@@ -245,8 +249,11 @@ def find_pictures(args, path):
     print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}{truth}", flush=True)
     if unscored and (hint := distributed.from_main(partial(check.hint, found.scenes))):
         print(hint, flush=True)
+    if not unscored and (hint := distributed.from_main(partial(check.side_hint, found.scenes))):
+        print(f"{path}: {hint}", flush=True)
     if path.is_dir() and (others := other_kinds(path)):
-        print(f"left alone: files of other kinds ({', '.join(others)})", flush=True)
+        video = "; give a video as --path" if {*others} & {*images.VIDEO_EXTENSIONS} else ""
+        print(f"left alone: files of other kinds ({', '.join(others)}){video}", flush=True)
     return found
 
 

@@ -39,6 +39,9 @@ DEMO = {
     "residual": True,
 }
 
+# With --weights: at the rate of a new network, or with BatchNorm by a few pictures, what it can do is lost.
+FINE_TUNING = {"learning_rate": 1e-4, "warmup_steps": 100, "freeze_start": 1}
+
 
 def get_args_parser():
     parser = command.Parser(
@@ -51,7 +54,8 @@ def get_args_parser():
     train.add_argument(
         "--weights",
         metavar="CKPT",
-        help="begin with a trained network: fine-tune it; with --channels, a multiple of its own, widened",
+        help="begin with a trained network: fine-tune it, by default at --learning_rate 1e-4 --warmup_steps "
+        "100 --freeze_start 1; with --channels, a multiple of its own, widened",
     )
     train.add_argument("--epochs", type=positive, default=200, help="(default: %(default)s)")
     train.add_argument("--steps_per_epoch", type=positive, default=500, help="(default: %(default)s)")
@@ -71,7 +75,8 @@ def get_args_parser():
     train.add_argument(
         "--freeze_start",
         type=positive,
-        help="first epoch in which BatchNorm keeps its statistics, and so trains as it will be used",
+        help="first epoch in which BatchNorm keeps its statistics, and so trains as it will be used "
+        "(default: none)",
     )
     adam = parser.add_argument_group("weights (Adam, cosine)")
     adam.add_argument("--learning_rate", type=not_negative, default=1e-3, help="first (default: %(default)s)")
@@ -95,6 +100,8 @@ def get_args_parser():
 
 
 def main(args):
+    if args.weights:
+        vars(args).update({k: v for k, v in FINE_TUNING.items() if k not in args.given})
     run = Experiment("eval", args, get_args_parser(), DEMO)
     args = run.args
     net = build(run)
@@ -145,6 +152,8 @@ def main(args):
         changed=net.buffers(),
         constants=lambda: (frozen(), run.uses_internal()),
     )
+    if args.weights and args.resume is None:
+        run.begin_with(run.validate(shipped, validation), partial(model_train.save, shipped))
     for epoch in run.epochs():
         net.train()
         if frozen():

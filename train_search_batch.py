@@ -168,6 +168,7 @@ def main(args):
             outputs = forward(batch.rainy)
         return multi_to_one(outputs.float(), batch.clean, batch.scene, run.uses_internal())
 
+    weights = net.weights()
     architect = Architect(
         net,
         arch_optimizer,
@@ -182,7 +183,7 @@ def main(args):
         architect.first_order = Recorded(architect.first_order, constants=run.uses_internal)
     backward = Backward(
         distributed.parallel(net, ignored=("alpha", "beta")),
-        net.weights(),
+        weights,
         loss,
         parts=args.accumulate,
         recorded=run.records(),
@@ -205,7 +206,7 @@ def main(args):
                 architect.step(arch_batch, batch, accept=partial(run.accept, arch_batch))
             training_loss = backward(batch)
             run.share_statistics()
-            clipping = experiment.clip(net.weights(), args.grad_clip)
+            clipping = experiment.clip(weights, args.grad_clip)
             if run.accept(batch, loss=training_loss, **clipping):
                 optimizer.step()
 
@@ -235,8 +236,15 @@ def conclude(run, net, health, validation, searched):
     args = run.args
     genotype, origin = net.genotype(), provenance(run)
     if not searched:
-        log.warning("no architecture step was taken: the genotype is as alpha and beta were drawn at random")
-        origin += "; not searched: no architecture step"
+        run.finish()
+        log.error(
+            "NOTHING WAS SEARCHED in %d steps: architecture steps begin with epoch %d (--arch_start), after "
+            "%d steps; no genotype is kept",
+            run.step,
+            args.arch_start,
+            (args.arch_start - 1) * args.steps_per_epoch,
+        )
+        return 1
     if args.stop_on_collapse and health.collapse:
         if health.healthy is None:
             run.finish(collapse=health.collapse)

@@ -234,14 +234,24 @@ def sizes(looks):
 
 def wrong_side(looks):
     """A list of one Finding where most rain is on the clean side, else an empty one."""
+    text = _wrong_side(looks)
+    return [Finding(f"{text}, and check again")] if text else []
+
+
+def side_hint(scenes):
+    """A line for a user who did not ask: whether a few pairs have their rain on the clean side; "" if not."""
+    return _wrong_side([examine(scene, Path()) for scene in scenes[:: -(-len(scenes) // HINT_FROM) or 1]])
+
+
+def _wrong_side(looks):
     scores = [score for _, score in _scores(looks)]
     below = sum(score < SWAPPED for score in scores)
     if below <= len(scores) / 2:
-        return []
+        return ""
     side = next(look.scene.clean.side for look in looks if look.scene.clean)
     remedy = f"give --clean_side {_other(side)}" if side else "exchange the two folders' names"
     measured = f"{below:,} of {len(scores):,} images, median rain score {np.median(scores):.2f}"
-    return [Finding(f"the rain is on the clean side ({measured}): {remedy}, and check again")]
+    return f"the rain is on the clean side ({measured}): {remedy}"
 
 
 def swapped(looks, folder):

@@ -29,6 +29,7 @@ from model_train import RUN, CheckpointError, read, write_whole
 from support import distributed
 from support.buffers import Buffers
 from support.cache import open_cache
+from support.check import side_hint
 from support.command import announce_demo
 from support.devices import be_deterministic, pick_device, slow_half
 from support.errors import Interrupted, UserError
@@ -43,6 +44,7 @@ DEMO_DATA = "datasets/demo"
 LOCK = "run.lock"
 STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
+SUMMARY = "summary.json"  # of a run that has finished
 # Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
 UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.(json|svg))")
 
@@ -55,7 +57,7 @@ def newest(kind, file, demo=None):
     demo: only demo runs (True), or any (None).
     """
     found = {}
-    for summary in Path().glob(f"{kind}-EXP-*/summary.json"):
+    for summary in Path().glob(f"{kind}-EXP-*/{SUMMARY}"):
         if (summary.parent / file).exists() and (demo is None or _was_demo(summary.parent) == demo):
             found[summary.stat().st_mtime] = summary.parent / file
     return found[max(found)] if found else None
@@ -103,6 +105,7 @@ class Experiment:
         self.step = 0
         self.before = 0.0  # seconds of the sessions before this one
         self.best = {"psnr": -math.inf, "ssim": -math.inf, "loss": math.inf}
+        self.begun_with = None  # the scores of a network that was trained before
         self.totals = {}  # sums of the epoch's losses so far
         self.skipped = 0  # steps that were not finite, in all
         self.in_a_row = {}  # and without a good one between them, by kind of step
@@ -127,7 +130,7 @@ class Experiment:
         self.device = pick_device(self.args.device)
         self.steps_in_all = self.args.epochs * self.args.steps_per_epoch
         self.clock = time.monotonic()
-        if self.state and self.done() and (self.folder / "summary.json").exists():
+        if self.state and self.done() and (self.folder / SUMMARY).exists():
             more = f"; train on with --weights {self.folder}/{BEST['psnr']}" if self.kind == "eval" else ""
             raise UserError(f"--resume {self.folder}: this run has finished, with step {self.step}{more}")
         self._check_division()
@@ -146,7 +149,7 @@ class Experiment:
         if args.data is None:
             args.data = [DEMO_DATA if args.demo else DEFAULT_DATA]
         self.folder = Path(args.save or distributed.agree(time.strftime(f"{self.kind}-EXP-%Y%m%d-%H%M%S")))
-        if any(os.path.exists(self.folder / file) for file in STATES):
+        if any(os.path.exists(self.folder / file) for file in (*STATES, *BEST.values(), SUMMARY)):
             raise UserError(
                 f"--save {self.folder}: holds a run; go on with --resume, or choose another folder"
             )
@@ -181,6 +184,7 @@ class Experiment:
         self.best = self.state["best"]
         self.totals = self.state["totals"]
         self.skipped = self.state.get("skipped", 0)  # states of older runs lack what follows
+        self.begun_with = self.state.get("begun_with")
         self.in_a_row = self.state.get("in_a_row", {})
         self.bad = self.state.get("bad", {})
         if self.state.get("scenes"):
@@ -254,6 +258,7 @@ class Experiment:
             for path in self.folder.glob(".*"):
                 if UNFINISHED.fullmatch(path.name):
                     path.unlink()
+            (self.folder / SUMMARY).unlink(missing_ok=True)  # it goes on, as with more --max_minutes
             if self.state:
                 self._cut_back()
             else:
@@ -340,9 +345,18 @@ class Experiment:
                     dataset.find_training(args.data, args.clean_side, print), args.split_seed
                 )
             )
+            distributed.from_main(self._look_at_sides)
         if args.cache is not None:
             self._decode_once(self.scenes)
         return self.scenes
+
+    def _look_at_sides(self):
+        """Say so where a folder's rain seems to be on the clean side."""
+        scenes = [scene for part in self.scenes.values() for scene in part]
+        for folder in dict.fromkeys(self.args.data):
+            own = [scene for scene in scenes if Path(folder) in scene.rainy[0].path.parents]
+            if hint := side_hint(own):
+                print(f"{folder}: {hint}", flush=True)
 
     def _decode_once(self, parts):
         """Have the pictures of all parts as pixels on the disk."""
@@ -360,7 +374,10 @@ class Experiment:
         """Log over how many processes it is spread, and how many scenes each part of the split has."""
         if distributed.size() > 1:
             log.info("processes: %d, %d scenes a step each", distributed.size(), self.own_scenes())
-        log.info("scenes: %s", ", ".join(f"{len(scenes)} {name}" for name, scenes in self.scenes.items()))
+        parts = {part: len(scenes) for part, scenes in self.scenes.items()}
+        if self.kind == "eval":  # it trains on both
+            parts = {"training": parts["weights"] + parts["architecture"], "validation": parts["validation"]}
+        log.info("scenes: %s", ", ".join(f"{number} {part}" for part, number in parts.items()))
 
     def batches(self, scenes, first_step=0):
         """`dataset.batches` of these scenes, from the present step on or, if that is later, `first_step`."""
@@ -479,7 +496,10 @@ class Experiment:
         raise UserError(f"{reason}; saved after step {self.step}; {self.how_to_go_on()}")
 
     def how_to_go_on(self):
-        return f"go on with: python {self.parser.prog} --resume {self.folder}"
+        nodes = distributed.size() // distributed.local_size()
+        torchrun = f"torchrun{f' --nnodes={nodes}' * (nodes > 1)} --nproc_per_node={distributed.local_size()}"
+        launcher = torchrun if distributed.launched() else "python"
+        return f"go on with: {launcher} {self.parser.prog} --resume {self.folder}"
 
     # --- what can go wrong ---
 
@@ -610,12 +630,22 @@ class Experiment:
             log.warning(
                 "epoch %d: %d steps skipped; %d scenes left out so far", epoch, skipped, len(self.bad)
             )
+        self._keep_best(scores, write_best)
+        self.save()
+
+    def begin_with(self, scores, write_best):
+        """Log what a network scores that was trained before: the best until an epoch is better."""
+        self.begun_with = scores
+        found = " ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        log.info("before the first step  validation %s", found)
+        self._keep_best(scores, write_best)
+
+    def _keep_best(self, scores, write_best):
         for name, file in BEST.items():
             better = scores[name] < self.best[name] if name == "loss" else scores[name] > self.best[name]
             if better:
                 self.best[name] = scores[name]
                 distributed.from_main(partial(write_best, self.folder / file))
-        self.save()
 
     def save(self):
         """Write last.pt: all that continuing needs, in plain tensors, numbers and text. Rank 0 does."""
@@ -631,6 +661,7 @@ class Experiment:
             "step": self.step,
             "seconds": self.seconds(),
             "best": self.best,
+            "begun_with": self.begun_with,
             "totals": {name: (float(total), number) for name, (total, number) in self.totals.items()},
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
@@ -653,17 +684,22 @@ class Experiment:
             "steps": self.step,
             "minutes": round(self.seconds() / 60, 1),
             "best": self.best,
+            "begun_with": self.begun_with,
             "skipped_steps": self.skipped,
             "left_out": self.bad,
             **summary,
         }
         if distributed.is_main():
-            write_bytes(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+            write_bytes(self.folder / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
         self.writer.close()
         best = ", ".join(f"{name} {value:.4f}" for name, value in self.best.items())
         log.info(
             "finished %d steps in %s; best on validation: %s", self.step, _duration(self.seconds()), best
         )
+        if self.begun_with and self.best["psnr"] == self.begun_with["psnr"]:
+            log.warning(
+                "no epoch scored a better psnr than the weights begun with: %s has them", BEST["psnr"]
+            )
         if self.skipped or self.bad:
             log.warning("in all %d steps skipped and %d scenes left out", self.skipped, len(self.bad))
         for number, handler in self.handlers.items():

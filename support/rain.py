@@ -517,6 +517,7 @@ def main(args) -> int:
     """Returns the exit status: 0, or 1 if some photographs could not be read. Raises UserError."""
     options = {k: v for k, v in vars(args).items() if k not in ("clean_dirs", "out_dir", "given")}
     failures = write_scenes(find_photographs(args.clean_dirs), args.out_dir, **options)
+    print(f"scenes are in {args.out_dir}; to look them over: python dataset.py {args.out_dir}")
     return 1 if failures else 0
 
 

@@ -1,5 +1,7 @@
 """The scores of a network on the validation part, while it is trained."""
 
+from contextlib import suppress
+
 import torch
 
 import dataset
@@ -30,7 +32,7 @@ def means(measured, bad=()):
 @torch.inference_mode()
 @torch.compiler.set_stance("force_eager")  # to compile for each size of picture would take minutes
 def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
-    """Score a network on whole pictures, one at a time: as `test_view.py` does, large ones in tiles.
+    """Score a network on whole pictures: as `test_view.py` does, large ones in tiles.
 
     Returns ([(RGB PSNR in dB an image, SSIM an image, both as saved in 8 bits, external loss) of each scene],
     (rainy, restored, clean) of the first image, each 3xHxW in [0, 1], or None where no scene was read). The
@@ -42,7 +44,7 @@ def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
     net.eval()
     measured, panel = [], None
     for rainy, clean in dataset.full_images(scenes, bad, cache):
-        outputs = torch.cat([output(net, image, device, amp) for image in rainy])
+        outputs = restored(net, rainy, device, amp)
         clean = clean.to(outputs.device)
         saved = (outputs.clamp(0, 1) * 255).round() / 255
         target = clean.expand_as(saved)
@@ -56,15 +58,19 @@ def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
     return measured, panel
 
 
-def output(net, image, device, amp):
-    """1x3xHxW of a 3xHxW image in [0, 1]; of a large one in tiles, rounded to 8 bits and on the CPU, and all
-    of it NaN where some is not finite.
+def restored(net, images, device, amp):
+    """Dx3xHxW of the images of a scene, in [0, 1]: together where they are no larger than a picture may be
+    that goes through whole, else one by one. One that is too large for that, or for the GPU's memory, goes in
+    tiles, and comes rounded to 8 bits, on the CPU, and all NaN where some of it is not finite.
     """
-    if image[0].numel() > WHOLE_PIXELS:
-        picture = (image * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-        try:
-            return dataset.to_tensor(restore(net, picture, device, amp=amp and torch.bfloat16)[None])
-        except NotFinite:
-            return torch.full_like(image, torch.nan)[None]
-    with autocast(device, amp):
-        return net(image[None].to(device)).float()
+    if images[:, 0].numel() <= WHOLE_PIXELS:
+        with suppress(torch.cuda.OutOfMemoryError), autocast(device, amp):
+            return net(images.to(device)).float()
+    if len(images) > 1:
+        return torch.cat([restored(net, image[None], device, amp).cpu() for image in images])
+    torch.cuda.empty_cache()
+    picture = (images[0] * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    try:
+        return dataset.to_tensor(restore(net, picture, device, amp=amp and torch.bfloat16)[None])
+    except NotFinite:
+        return torch.full_like(images, torch.nan)

@@ -243,6 +243,27 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(folder):
     with pytest.raises(UserError, match="--save run: holds a run.*--resume"):
         new("--save", "run")
     assert {file: file.read_bytes() for file in Path("run").iterdir()} == before
+    for name in experiment.STATES:  # to save room; its best networks stay
+        Path("run", name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="--save run: holds a run"):
+        new("--save", "run")
+    Path("run", "summary.json").unlink(missing_ok=True)
+    Path("run", "best_psnr.pt").touch()
+    with pytest.raises(UserError, match="--save run: holds a run"):
+        new("--save", "run")
+
+
+def test_a_finished_run_that_goes_on_with_more_minutes_is_unfinished_until_it_ends(folder):
+    run = new("--save", "eval-EXP-1", "--max_minutes", "1e-9")
+    net = network()
+    run.start(net=net)
+    train(run, net)
+    run.finish()
+    Path("eval-EXP-1", "best_psnr.pt").touch()
+    assert experiment.newest("eval", "best_psnr.pt") == Path("eval-EXP-1", "best_psnr.pt")
+    run = resumed("--resume", "eval-EXP-1", "--max_minutes", "100")
+    run.start(net=network())
+    assert experiment.newest("eval", "best_psnr.pt") is None
 
 
 def test_a_folder_that_cannot_be_made_is_named(folder):

@@ -226,12 +226,13 @@ def test_fine_tuning_begins_with_the_checkpoint(data):
     net = trained_network(channels=(2, 4, 6, 4), residual=True)
     tiny = ONE_STEP.replace("--channels 4 4 4 4", "")
     train(f"--data pairs --clean_side left --weights trained.pt {tiny} --learning_rate 0 --save run")
-    tuned = model_train.load("run/best_psnr.pt")
+    tuned, last = model_train.load("run/best_psnr.pt"), weights("run")
     assert tuned.genotype == net.genotype
     assert tuned.channels == net.channels
     assert tuned.residual
     for (name, value), (_, before) in zip(tuned.named_parameters(), net.named_parameters(), strict=True):
         assert torch.equal(value, before), name
+        assert torch.equal(last[name], before), name
     options = json.loads(Path("run", "options.json").read_text())
     assert options["channels"] == [2, 4, 6, 4]
 
@@ -248,6 +249,27 @@ def test_fine_tuning_changes_the_checkpoint_and_can_be_resumed_without_it(data, 
     Path("trained.pt").unlink()
     train("--resume parts")
     assert_same(weights("parts"), weights("whole"))
+
+
+def test_fine_tuning_is_gentle_and_keeps_the_checkpoint_where_nothing_is_better(data):
+    net = trained_network()
+    flags = f"--data pairs --clean_side left --weights trained.pt {TINY}"
+    train(f"{flags} --learning_rate 1 --warmup_steps 0 --save worse")
+    assert_same(model_train.load("worse/best_psnr.pt").state_dict(), net.state_dict())
+    log = Path("worse", "log.txt").read_text()
+    before = json.loads(Path("worse", "summary.json").read_text())["begun_with"]
+    assert f"before the first step  validation psnr {before['psnr']:.4f} ssim" in log
+    assert log.count("no epoch scored a better psnr than the weights begun with") == 1
+    assert state("worse")["begun_with"] == before
+
+    train(f"{flags} --save run")
+    options = json.loads(Path("run", "options.json").read_text())
+    assert {name: options[name] for name in train_model_batch.FINE_TUNING} == train_model_batch.FINE_TUNING
+    tuned = weights("run")
+    assert all(torch.equal(tuned[name], value) for name, value in net.named_buffers())
+    train(f"{flags} --learning_rate 3e-4 --freeze_start 2 --save own")
+    options = json.loads(Path("own", "options.json").read_text())
+    assert (options["learning_rate"], options["freeze_start"], options["warmup_steps"]) == (3e-4, 2, 100)
 
 
 def test_another_genotype_than_that_of_the_weights_is_refused(data):

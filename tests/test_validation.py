@@ -15,7 +15,7 @@ from support.images import read_image, write_image
 from support.metrics import mean_scores, score
 from support.restore import restore
 from support.validation import measure, validate
-from tests.made import photograph, rain_on, write_pairs
+from tests.made import photograph, rain_on, write_pairs, write_scenes
 
 
 class Restoring(nn.Module):
@@ -52,6 +52,45 @@ def test_large_pictures_go_through_in_tiles_as_they_do_in_test_view(folder, monk
     assert psnr.item() == pytest.approx(expected["psnr_rgb"], abs=1e-4)
     assert similarity.item() == pytest.approx(expected["ssim_rgb"], abs=1e-4)
     assert loss.item() == pytest.approx(1 - similarity.item() + 10 ** (-psnr.item() / 10), abs=1e-4)
+
+
+def test_the_densities_of_a_scene_go_through_together_unless_they_are_too_large(folder, monkeypatch):
+    write_scenes(Path("set"), 1)  # of three densities
+    scenes = dataset.find("set/DID-MDN-training").scenes
+    seen = []
+
+    class Watched(Restoring):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    net = Watched().eval()
+    (together,), _ = measure(net, scenes, torch.device("cpu"))
+    rainy, _ = dataset.read_scene(scenes[0])
+    height, width = rainy[0].shape[:2]
+    monkeypatch.setattr(support.validation, "WHOLE_PIXELS", 3 * height * width - 1)
+    (apart,), _ = measure(net, scenes, torch.device("cpu"))
+    assert seen == [3, 1, 1, 1]
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_out_of_gpu_memory_a_scene_goes_picture_by_picture_and_those_in_tiles(folder):
+    write_image("pairs/0.png", np.hstack([photograph(1, 150, 130), photograph(0, 150, 130)]))
+    (scene,) = dataset.find("pairs", "right").scenes
+    scene = scene._replace(rainy=scene.rainy * 2, densities=("Heavy", "Light"))
+
+    class Large(Restoring):
+        def forward(self, x):
+            if x[:, 0].numel() > 100 * 100:
+                raise torch.cuda.OutOfMemoryError
+            return super().forward(x)
+
+    (found,), _ = measure(Large().eval(), [scene], torch.device("cpu"))
+    rainy, clean = dataset.read_scene(scene)
+    expected = score(restore(Restoring().eval(), rainy[0], tile=80), clean)
+    assert found[0].tolist() == pytest.approx(2 * [expected["psnr_rgb"]], abs=1e-3)
+    assert found[1].tolist() == pytest.approx(2 * [expected["ssim_rgb"]], abs=1e-4)
 
 
 def test_what_is_not_finite_has_no_score_and_ends_no_run_whatever_the_size(folder, monkeypatch):
