@@ -39,7 +39,7 @@ from support import check, command, devices, distributed, experiment, images
 from support.errors import UserError
 from support.fast import Compiled, for_inference, keep_freed_memory, no_compiler
 from support.gallery import FOLDER, MONTAGE, Gallery, montage
-from support.journal import Journal
+from support.journal import FILES, Journal
 from support.metrics import METRICS, mean_scores, score
 from support.options import DEFAULT_DATA
 from support.rain import demo_set
@@ -152,6 +152,11 @@ def main(args):
     journal = Journal(out, data | {"sha256": sha256, "options": options})
     numbers = to_do(args, names, journal)
     choose_compiled_for(sizes_of(found, numbers))
+    if not args.skip_done and any(out.glob(FILES)):
+        print(
+            f"{out}: holds the pictures of an earlier run, too; the tables will be of this one alone",
+            flush=True,
+        )
     journal.begin(fresh=not args.skip_done)
     failures, stopped, status = together(
         *restore_pictures(restore_one, found, source, gallery, journal, numbers)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dataset import (
     DENSITIES,
+    PARTS,
     SIDES,
     TEST,
     TRAINING,
@@ -202,6 +203,7 @@ def check(folder, found):
         looks = [look._replace(thumbnail=None) for look in looks]
     findings += [Finding(f"{kind} ({len(texts):,}): {_list(texts)}") for kind, texts in by_kind.items()]
     findings += side or [*swapped(looks, folder), *side_by_side(looks), *duplicates(looks)]
+    findings += untrainable(found, looks)
     return Checked(folder, looks, findings)
 
 
@@ -268,6 +270,15 @@ def side_by_side(looks):
     rain = [look.rain[0] for look in single if look.rain and look.match >= MATCH]
     if len(rain) > len(single) / 2:
         text = f"{len(rain):,} look like side-by-side pairs, {_flag(rain)}"
+        yield Finding(text, wrong=False)
+
+
+def untrainable(found, looks):
+    """A note where nothing is wrong with the pictures and yet they cannot be trained on."""
+    if any(scene.clean is None for scene in found.scenes):
+        yield Finding("without ground truth: to be restored, but not to be trained on or scored", wrong=False)
+    elif (number := len(_groups(looks))) < len(PARTS):
+        text = f"different backgrounds: {number}; training splits them into {len(PARTS)} parts, so not enough"
         yield Finding(text, wrong=False)
 
 

@@ -28,7 +28,10 @@ def pick_device(name=None):
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # where streams and graphs are made that name no device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+        why = str(error).splitlines()[0]
+        if why.startswith("Expected one of"):  # twenty kinds
+            why = "PyTorch has no such device; cpu, cuda, cuda:1 and mps are some"
+        raise UserError(f"--device {name}: not available here ({why})") from None
     return device
 
 

@@ -89,6 +89,15 @@ def test_single_images_that_look_like_pairs_are_noted(tmp_path, run):
     assert "4 look like side-by-side pairs, clean half right: give --clean_side right" in report
 
 
+def test_what_is_good_but_cannot_be_trained_on_is_noted(tmp_path, run):
+    status, report = run(write_pairs(tmp_path, 2), "--clean_side", "left")
+    assert status == 0 and "different backgrounds: 2; training splits them into 3 parts" in report
+    status, report = run(write_pairs(tmp_path, 3), "--clean_side", "left")
+    assert status == 0 and "training" not in report
+    status, report = run(write_pairs(tmp_path, 3))
+    assert status == 0 and "without ground truth: to be restored, but not" in report
+
+
 def test_copies_of_a_background_are_noted(tmp_path, run):
     write_pairs(tmp_path, 4)
     write_image(tmp_path / "again.png", np.hstack([photograph(2), rain_on(photograph(2), 77)]))

@@ -102,10 +102,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(pictures, monkeypatch, numb
     assert len(restored) == 5
 
 
-def test_what_has_changed_is_done_again(network, folder, monkeypatch):
+def test_what_has_changed_is_done_again(network, folder, monkeypatch, capsys):
     write_pairs(Path("pairs"), 4)
     flags = "--path pairs --clean_side left --result_path out"
     assert view(flags) == 0
+    assert "earlier run" not in capsys.readouterr().out
+    assert view(flags) == 0
+    assert "out: holds the pictures of an earlier run, too" in capsys.readouterr().out
     restored = count_restored(monkeypatch)
 
     def again(flags=f"{flags} --skip_done"):

@@ -218,6 +218,14 @@ def test_max_minutes_ends_the_run_with_a_small_rate_and_a_summary(data, monkeypa
     assert "s left" in Path("run", "log.txt").read_text()
 
 
+def test_rain_on_the_clean_side_is_said_by_folder(data, capsys):
+    wrong = PAIRS.replace("left", "right")
+    for flags, said in ((PAIRS, ""), (wrong, "pairs: the rain is on the clean side (6 of 6 images")):
+        train(f"{flags} {ONE_STEP} --save run-{len(said)}")
+        assert said in (printed := capsys.readouterr().out)
+        assert bool(said) == ("the rain is on" in printed)
+
+
 # --- fine-tuning ---
 
 

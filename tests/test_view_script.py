@@ -175,6 +175,22 @@ def test_results_go_to_a_folder_and_not_to_a_file(network):
         view("--path a.png --result_path b.png")
 
 
+def test_rain_on_the_clean_side_is_said(folder, capsys):
+    write_network("net.pt")
+    write_pairs(folder / "pairs", 4)
+    assert view("--path pairs --clean_side left --result_path out") == 0
+    assert "the rain is on" not in capsys.readouterr().out
+    assert view("--path pairs --clean_side right --result_path out") == 0
+    assert "pairs: the rain is on the clean side (4 of 4 images" in capsys.readouterr().out
+
+
+def test_a_folder_that_holds_training_scenes_alone_is_told_apart(folder):
+    write_network("net.pt")
+    write_scenes(folder / "set", 1)
+    with pytest.raises(UserError, match="--path set: holds training scenes alone; give set/DID-MDN-training"):
+        view("--path set --result_path out")
+
+
 def test_a_folder_without_ground_truth_is_restored_and_not_scored(network, capsys):
     """Its tables take the place of those of a scored set that was restored into the same folder."""
     write_pairs(Path("pairs"), 1)
@@ -189,7 +205,7 @@ def test_a_folder_without_ground_truth_is_restored_and_not_scored(network, capsy
         Path("photos", name).touch()
     assert view("--path photos --result_path out") == 0
     said = capsys.readouterr().out
-    assert "left alone: files of other kinds (.heic, .mp4)\n" in said
+    assert "left alone: files of other kinds (.heic, .mp4); give a video as --path\n" in said
     assert "PSNR" not in said
     assert pictures() == {"a.png", "deep/b.jpg"}
     output = read_image("out/a.png").astype(int)
