@@ -203,7 +203,7 @@ def check(folder, found):
         looks = [look._replace(thumbnail=None) for look in looks]
     findings += [Finding(f"{kind} ({len(texts):,}): {_list(texts)}") for kind, texts in by_kind.items()]
     findings += side or [*swapped(looks, folder), *side_by_side(looks), *duplicates(looks)]
-    findings += untrainable(found, looks)
+    findings += [] if side else untrainable(found, looks)
     return Checked(folder, looks, findings)
 
 

@@ -66,9 +66,9 @@ def restored(net, images, device, amp):
     if images[:, 0].numel() <= WHOLE_PIXELS:
         with suppress(torch.cuda.OutOfMemoryError), autocast(device, amp):
             return net(images.to(device)).float()
+        torch.cuda.empty_cache()
     if len(images) > 1:
         return torch.cat([restored(net, image[None], device, amp).cpu() for image in images])
-    torch.cuda.empty_cache()
     picture = (images[0] * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
     try:
         return dataset.to_tensor(restore(net, picture, device, amp=amp and torch.bfloat16)[None])

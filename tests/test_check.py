@@ -239,6 +239,7 @@ def test_the_wrong_side_is_one_line_that_says_what_to_give(tmp_path, run, given,
     assert status == 1
     (line,) = [line for line in report.splitlines() if "WRONG" in line]
     assert f"give --clean_side {right}" in line
+    assert "different backgrounds" not in report
 
 
 def test_one_side_is_for_the_folders_but_did_mdns_own(tmp_path, run):
