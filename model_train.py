@@ -207,14 +207,19 @@ def _write_and_rename(content, path, previous):
 
 
 def _keep(path, previous):
-    """Let `previous` be the file at `path` too: there is one at `path` at every instant."""
-    link = path.with_name(f".{path.name}.{os.getpid()}.link")
     try:
-        os.link(path, link)
-    except OSError:  # a file system without hard links: for an instant there is the one before only
+        hard_link(path, previous)
+    except OSError:  # for an instant there is the one before only
         os.replace(path, previous)
-        return
-    os.replace(link, previous)
+
+
+def hard_link(path, other):
+    """Let `other` be the file at `path` too, in place of what is there; from then on it is to be replaced by
+    another file, not changed. Raises OSError where the file system has no hard links.
+    """
+    link = path.with_name(f".{path.name}.{os.getpid()}.link")
+    os.link(path, link)
+    os.replace(link, other)
     link.unlink(missing_ok=True)  # it stays where both were one file already
 
 

@@ -25,7 +25,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import dataset
-from model_train import RUN, CheckpointError, read, write_whole
+from model_train import RUN, CheckpointError, hard_link, read, write_whole
 from support import distributed
 from support.buffers import Buffers
 from support.cache import open_cache
@@ -605,7 +605,7 @@ class Experiment:
     def finish_epoch(self, epoch, scores, write_best, **scalars):
         """Log the epoch, keep the checkpoints that score best so far, and save the state to continue from.
 
-        scores: validation's "psnr", "ssim" and "loss"; write_best(path) writes the network; scalars: for
+        scores: validation's "psnr", "ssim" and "loss"; write_best(path) replaces the file; scalars: for
         TensorBoard, by tag.
         """
         skipped = self.totals.pop("skipped", (0, 0))[1]
@@ -641,11 +641,14 @@ class Experiment:
         self._keep_best(scores, write_best)
 
     def _keep_best(self, scores, write_best):
+        files = []
         for name, file in BEST.items():
             better = scores[name] < self.best[name] if name == "loss" else scores[name] > self.best[name]
             if better:
                 self.best[name] = scores[name]
-                distributed.from_main(partial(write_best, self.folder / file))
+                files.append(self.folder / file)
+        if files:
+            distributed.from_main(partial(_write_once, write_best, *files))
 
     def save(self):
         """Write last.pt: all that continuing needs, in plain tensors, numbers and text. Rank 0 does."""
@@ -704,6 +707,16 @@ class Experiment:
             log.warning("in all %d steps skipped and %d scenes left out", self.skipped, len(self.bad))
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+
+def _write_once(write, first, *others):
+    """write(path) for several paths: one file under all the names, where the file system has hard links."""
+    write(first)
+    for other in others:
+        try:
+            hard_link(first, other)
+        except OSError:
+            write(other)
 
 
 def read_state(folder):

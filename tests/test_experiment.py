@@ -60,6 +60,7 @@ def scores(psnr=20.0, ssim=0.5, loss=1.0):
 
 
 def write(text, path):
+    path.unlink(missing_ok=True)  # as `write_whole` puts another file there
     path.write_text(text)
 
 
@@ -189,6 +190,7 @@ def test_the_best_of_each_score_is_kept(folder):
     train(run, net, scores_of=lambda epoch: by_epoch[epoch - 1])
     kept = {name: Path("run", file).read_text() for name, file in experiment.BEST.items()}
     assert kept == {"psnr": "3", "ssim": "2", "loss": "2"}  # the first of equals
+    assert Path("run", "best_ssim.pt").samefile(Path("run", "best_loss.pt"))  # written once
     assert run.best == {"psnr": 22, "ssim": 0.6, "loss": 0.9}
     run.finish(found="it")
     summary = json.loads(Path("run", "summary.json").read_text())
@@ -202,7 +204,7 @@ def test_the_best_so_far_outlives_a_resume(folder):
     train(run, net, scores_of=lambda epoch: scores(30, 0.5, 1.0))
     run = resumed("--resume", "run")
     run.start(net=net)
-    run.finish_epoch(2, scores(29, 0.6, 1.0), lambda path: path.write_text("2"))
+    run.finish_epoch(2, scores(29, 0.6, 1.0), partial(write, "2"))
     kept = {name: Path("run", file).read_text() for name, file in experiment.BEST.items()}
     assert kept == {"psnr": "1", "ssim": "2", "loss": "1"}
 
@@ -566,6 +568,7 @@ def test_where_there_are_no_hard_links_the_one_before_is_kept_too(folder, monkey
     monkeypatch.setattr(os, "link", no_links)
     train(*begun())
     assert [torch.load(Path("run", file), weights_only=True)["step"] for file in experiment.STATES] == [6, 4]
+    assert {Path("run", file).read_text() for file in experiment.BEST.values()} == {"1"}
     assert not [file for file in Path("run").iterdir() if file.name.startswith(".")]
 
 
