@@ -29,6 +29,7 @@ from dataset import (
     cut,
     find,
     same_pictures,
+    spread,
     thumbnail,
     with_sides,
 )
@@ -242,7 +243,7 @@ def wrong_side(looks):
 
 def side_hint(scenes):
     """A line for a user who did not ask: whether a few pairs have their rain on the clean side; "" if not."""
-    return _wrong_side([examine(scene, Path()) for scene in scenes[:: -(-len(scenes) // HINT_FROM) or 1]])
+    return _wrong_side([examine(scene, Path()) for scene in spread(scenes, HINT_FROM)])
 
 
 def _wrong_side(looks):
@@ -285,7 +286,7 @@ def untrainable(found, looks):
 def hint(scenes):
     """A line for a user who did not ask: whether most of a few single images look like pairs; "" if not."""
     wide, rain = [], []
-    for scene in scenes[:: -(-len(scenes) // HINT_FROM)]:
+    for scene in spread(scenes, HINT_FROM):
         try:
             height, width = header_size(scene.rainy[0].path)
             if width > height:  # as two pictures side by side are, but for very narrow ones

@@ -30,7 +30,7 @@ from support import distributed
 from support.buffers import Buffers
 from support.cache import open_cache
 from support.check import side_hint
-from support.command import announce_demo
+from support.command import announce_demo, stopped_by_sigterm
 from support.devices import be_deterministic, pick_device, slow_half
 from support.errors import Interrupted, UserError
 from support.fast import compile_edges, compile_network, keep_freed_memory, no_compiler
@@ -360,15 +360,12 @@ class Experiment:
 
     def _decode_once(self, parts):
         """Have the pictures of all parts as pixels on the disk."""
-        before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
-            scenes = [scene for scenes in parts.values() for scene in scenes]
-            self.cache = open_cache(scenes, self.args.data, self.args.cache)
+            with stopped_by_sigterm():
+                scenes = [scene for scenes in parts.values() for scene in scenes]
+                self.cache = open_cache(scenes, self.args.data, self.args.cache)
         except KeyboardInterrupt:
             raise Interrupted("stopped while decoding; what was not finished of the cache is gone") from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def describe(self):
         """Log over how many processes it is spread, and how many scenes each part of the split has."""
