@@ -755,7 +755,7 @@ def _await_the_runs_sigterm():
 
 
 def full_images(scenes, bad=None, cache=None):
-    """Per scene, for validation: (Dx3xHxW rainy, 1x3xHxW clean), float32 in [0, 1], whole pictures.
+    """Per scene, for validation: (DxHxWx3 rainy, 1xHxWx3 clean), uint8, whole pictures.
 
     bad: a list, to which (key of a scene, why it cannot be read) is added; None: UserError is raised. cache:
     as in `batches`. While one is looked at, the next is read.
@@ -773,12 +773,12 @@ def full_images(scenes, bad=None, cache=None):
                     raise
                 bad.append((scene.key, str(error)))
                 continue
-            yield to_tensor(np.stack(rainy)), to_tensor(np.stack([clean]))
+            yield np.stack(rainy), np.stack([clean])
 
 
-def to_tensor(images):
-    """NxHxWx3 uint8 -> Nx3xHxW float32 in [0, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous() / 255
+def to_tensor(images, device="cpu"):
+    """NxHxWx3 uint8 -> Nx3xHxW float32 in [0, 1], computed on the device."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().contiguous() / 255
 
 
 if __name__ == "__main__":

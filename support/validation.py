@@ -45,13 +45,13 @@ def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
     measured, panel = [], None
     for rainy, clean in dataset.full_images(scenes, bad, cache):
         outputs = restored(net, rainy, device, amp)
-        clean = clean.to(outputs.device)
+        clean = dataset.to_tensor(clean, outputs.device)
         saved = (outputs.clamp(0, 1) * 255).round() / 255
         target = clean.expand_as(saved)
         psnr = -10 * (saved - target).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
         loss = external(outputs, clean, torch.zeros_like(outputs[:, 0, 0, 0], dtype=torch.long))
         measured.append((psnr.cpu(), ssim(saved, target).cpu(), loss.cpu()))
-        panel = panel or (rainy[0], saved[0].cpu(), clean[0].cpu())
+        panel = panel or (dataset.to_tensor(rainy)[0], saved[0].cpu(), clean[0].cpu())
         if stop and stop():
             break
     net.train(was_training)
@@ -59,18 +59,18 @@ def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
 
 
 def restored(net, images, device, amp):
-    """Dx3xHxW of the images of a scene, in [0, 1]: together where they are no larger than a picture may be
-    that goes through whole, else one by one. One that is too large for that, or for the GPU's memory, goes in
-    tiles, and comes rounded to 8 bits, on the CPU, and all NaN where some of it is not finite.
+    """DxHxWx3 uint8, the images of a scene -> Dx3xHxW, those without rain, in [0, 1]: together where they are
+    no larger than a picture may be that goes through whole, else one by one. One that is too large for that,
+    or for the GPU's memory, goes in tiles, and comes rounded to 8 bits, on the CPU, and all NaN where some of
+    it is not finite.
     """
-    if images[:, 0].numel() <= WHOLE_PIXELS:
+    if images[..., 0].size <= WHOLE_PIXELS:
         with suppress(torch.cuda.OutOfMemoryError), autocast(device, amp):
-            return net(images.to(device)).float()
+            return net(dataset.to_tensor(images, device)).float()
         torch.cuda.empty_cache()
     if len(images) > 1:
         return torch.cat([restored(net, image[None], device, amp).cpu() for image in images])
-    picture = (images[0] * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
     try:
-        return dataset.to_tensor(restore(net, picture, device, amp=amp and torch.bfloat16)[None])
+        return dataset.to_tensor(restore(net, images[0], device, amp=amp and torch.bfloat16)[None])
     except NotFinite:
-        return torch.full_like(images, torch.nan)
+        return torch.full_like(dataset.to_tensor(images), torch.nan)

@@ -144,12 +144,16 @@ def test_nothing_is_decoded_when_batches_are_drawn_or_a_second_run_begins(tmp_pa
 
 def test_validation_takes_the_same_pictures_from_the_cache(tmp_path, decoded):
     folder, scenes = pairs(tmp_path)
-    expected = list(dataset.full_images(scenes))
+
+    def tensors(cache=None):
+        return [[*map(dataset.to_tensor, images)] for images in dataset.full_images(scenes, cache=cache)]
+
+    expected = tensors()
     cache = open_cache(scenes, [folder])
     decoded.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PyTorch's, of an array that must not be written
-        found = list(dataset.full_images(scenes, cache=cache))
+        found = tensors(cache)
     assert_same(found, expected)
     assert not decoded
 
