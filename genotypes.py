@@ -244,6 +244,7 @@ def append_all(entries, path=None):
             if f"\n{name} = {literal(genotype)}\n" in text:
                 continue
             check_new_name(name, path)
+            comment = comment.encode(errors="backslashreplace").decode()  # a folder's name may not be UTF-8
             comment = "\n".join(f"# {line}" for line in textwrap.wrap(comment, 108))
             text += f"\n{comment}\n{name} = {literal(genotype)}\n"
         _replace(path, text)

@@ -24,6 +24,7 @@ import sys
 import time
 from argparse import ArgumentTypeError
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -38,17 +39,18 @@ import model_train
 from support import check, command, devices, distributed, experiment, images
 from support.errors import UserError
 from support.fast import Compiled, for_inference, keep_freed_memory, no_compiler
-from support.gallery import FOLDER, MONTAGE, Gallery, montage
+from support.gallery import FOLDER, MONTAGE, PAGE, Gallery, montage
 from support.journal import FILES, Journal
 from support.metrics import METRICS, mean_scores, score
 from support.options import DEFAULT_DATA
 from support.rain import demo_set
-from support.restore import ENSEMBLES, SMALLEST_TILE, forwards, restore
+from support.restore import ENSEMBLES, SMALLEST_TILE, forwards, is_out_of_memory, restore
 
 DEFAULT_PATH = f"{DEFAULT_DATA}/{dataset.TEST}"
 SHIPPED = model_train.SHIPPED
 COMPILED_FROM = 300_000_000  # pixels
 MOST_COMPILED = 8  # sizes: what PyTorch allows
+TABLES = ("results.csv", "results.json", "result_full.txt")
 COLUMNS = ("name", "density", "height", "width", "seconds", *METRICS, *(f"input_{m}" for m in METRICS))
 
 
@@ -141,7 +143,9 @@ def main(args):
     found = find_pictures(args, path)
     source = path if path.is_dir() else path.parent
     check_apart(source.resolve(), out, within=path.is_dir())
-    names = [name for scene in found.scenes for name in names_of(scene)]
+    check_no_original(found, source, out)
+    files = {name: scene.files for scene in found.scenes for name in names_of(scene)}
+    names = list(files)
     for name in args.montage or ():
         if name not in names:
             raise UserError(
@@ -150,7 +154,8 @@ def main(args):
     gallery = Gallery(out)
     data = {"data": str(path.resolve()), "clean_side": args.clean_side}
     journal = Journal(out, data | {"sha256": sha256, "options": options})
-    numbers = to_do(args, names, journal)
+    journal.lock()
+    numbers = to_do(args, files, journal)
     choose_compiled_for(sizes_of(found, numbers))
     if not args.skip_done and any(out.glob(FILES)):
         print(
@@ -158,12 +163,16 @@ def main(args):
             flush=True,
         )
     journal.begin(fresh=not args.skip_done)
-    failures, stopped, status = together(
-        *restore_pictures(restore_one, found, source, gallery, journal, numbers)
-    )
+    if distributed.is_main():
+        for table in (*TABLES, PAGE, MONTAGE):  # of an earlier run; new ones come at the end
+            with suppress(OSError):  # which that end will say
+                os.unlink(out / table)
+    outcome = restore_pictures(restore_one, found, source, gallery, journal, numbers)
+    command.finish_first()
+    failures, stopped, status = together(*outcome)
     if not distributed.is_main():
         return 0  # what follows is done once
-    done = dict(journal.done())
+    done = dict(journal.done(files))
     gallery.entries = [done[name] for name in names if name in done]
     failures = [f"{file}: has no partner, so it is left out" for file in found.unpaired] + failures
     if stopped:
@@ -182,7 +191,9 @@ def main(args):
         "command": shlex.join(sys.argv),
         "genotype": net.genotype._asdict(),
     }
-    return conclude(gallery, facts, failures, status, args.montage)
+    status = conclude(gallery, facts, failures, status, args.montage)
+    journal.unlock()
+    return status
 
 
 def conclude(gallery, facts, failures, status, montage_of):
@@ -191,20 +202,23 @@ def conclude(gallery, facts, failures, status, montage_of):
     """
     out, rows = gallery.out, [entry.row for entry in gallery.entries]
     means, scores = summarise(rows, facts) if rows and METRICS[0] in rows[0] else ({}, [])
-    said = [*scores]
-    try:  # files first: Ctrl-C ends a `| tee`, too, and then nothing can be printed
-        if rows:
-            report(rows, out, {"means": means} | facts | {"left_out": failures}, scores)
-        said.append(f"{len(rows)} restored pictures in {out}")
-        if rows:
-            shown = {name: facts[name] for name in ("checkpoint", "data", "device")}
-            shown["self-ensemble"] = facts["options"]["self_ensemble"] or "no"
-            said.append(f"look at them: {gallery.write(shown, failures)}")
-            if montage_of is not None:
-                montage(gallery.examples(montage_of), out / MONTAGE)
-    except UserError as error:  # the others are to be named all the same
-        failures.append(str(error))
-        status = status or 1
+    said = [*scores, f"{len(rows)} restored pictures in {out}"]
+    shown = {name: facts[name] for name in ("checkpoint", "data", "device")}
+    shown["self-ensemble"] = facts["options"]["self_ensemble"] or "no"
+    # Files first: Ctrl-C ends a `| tee`, too, and then nothing can be printed.
+    attempts = []
+    if rows:
+        tables = report(rows, {"means": means} | facts | {"left_out": failures}, scores)
+        attempts = [partial(images.write_bytes, out / name, content) for name, content in tables.items()]
+        attempts.append(lambda: said.append(f"look at them: {gallery.write(shown, failures)}"))
+        if montage_of is not None:
+            attempts.append(lambda: montage(gallery.examples(montage_of), out / MONTAGE))
+    for attempt in attempts:  # one may find room where another does not
+        try:
+            attempt()
+        except UserError as error:
+            failures.append(str(error))
+            status = status or 1
     if said:
         print(*said, sep="\n")
     if failures:
@@ -262,14 +276,17 @@ def find_pictures(args, path):
     return found
 
 
-def to_do(args, names, journal):
-    """{name: its number in the gallery} of the pictures to restore: with --skip_done, those not yet done."""
+def to_do(args, files, journal):
+    """{name: its number in the gallery} of the pictures to restore: with --skip_done, those not yet done.
+
+    files: {name: those of its scene}.
+    """
     if not args.skip_done:
-        return {name: number for number, name in enumerate(names, start=1)}
-    done = {name for name, _ in journal.done()}
+        return {name: number for number, name in enumerate(files, start=1)}
+    done = {name for name, _ in journal.done(files)}
     if done:
-        print(f"done already: {sum(name in done for name in names)} of {len(names)} pictures", flush=True)
-    remaining = [name for name in names if name not in done]
+        print(f"done already: {len(done)} of {len(files)} pictures", flush=True)
+    remaining = [name for name in files if name not in done]
     return {name: number for number, name in enumerate(remaining, start=1 + journal.last_number())}
 
 
@@ -288,6 +305,30 @@ def check_apart(source, out, within):
     results, gallery = out.resolve(), (out / FOLDER).resolve()
     if source in (results, gallery, *(results.parents if within else ())) or gallery in source.parents:
         raise UserError(f"--result_path {out}: lies among the pictures to restore; give another folder")
+
+
+def check_no_original(found, source, out):
+    """UserError where a result would take the place of a picture to restore, as of one that is a link."""
+    originals = {
+        identity: file for scene in found.scenes for file in scene.files if (identity := _which(file))
+    }
+    for scene in found.scenes:
+        for half, name in zip(scene.rainy, names_of(scene), strict=True):
+            target = out / result_file(scene, half, name, source)
+            if (original := originals.get(_which(target))) is not None:
+                raise UserError(
+                    f"--result_path {out}: {target} is {original}, a picture to restore, whose place a "
+                    "result would take; give another folder"
+                )
+
+
+def _which(path):
+    """What tells a file from any other, whatever leads to it; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def choose_compiled(args, device, net, sizes):
@@ -393,6 +434,10 @@ def restore_pictures(restore_one, found, source, gallery, journal, numbers):
                 failures.append((place, str(error)))
             except KeyboardInterrupt:
                 return failures, "interrupted:", 130
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failures.append((place, f"{scene.rainy[0].path}: too large for the memory here; see --tile"))
     return failures, "", 1 if failures or found.unpaired else 0
 
 
@@ -437,32 +482,33 @@ def view(restore_one, scene, source, gallery, numbers):
         if picture.grey:
             restored = images.in_grey(restored)
         file = gallery.out / file
-        images.save(file, picture._replace(rgb=restored))
         height, width = restored.shape[:2]
         row = {"name": name, "density": density, "height": height, "width": width, "seconds": seconds}
         if clean is not None:
             row |= score(restored, clean)
             row |= {f"input_{metric}": value for metric, value in score(picture.rgb, clean).items()}
-        yield gallery.add(row, file, picture.rgb, restored, clean, numbers[name])
+        try:
+            images.save(file, picture._replace(rgb=restored))
+            entry = gallery.add(row, file, picture.rgb, restored, clean, numbers[name])
+        except images.CannotWrite:  # a half of a picture is none, and the tables need the room
+            file.unlink(missing_ok=True)
+            raise
+        yield entry
 
 
-def report(rows, out, facts, lines):
-    """Write results.csv and results.json and, with the lines that say the means, result_full.txt."""
+def report(rows, facts, lines):
+    """{file: its bytes} of `TABLES`; the last has the lines that say the means."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in rows:
         values = [row.get(column) for column in COLUMNS]
         writer.writerow(f"{value:.4f}" if isinstance(value, float) else value for value in values)
-    images.write_bytes(out / "results.csv", table.getvalue().encode(errors="surrogateescape"))
-    text = json.dumps(_finite(facts), indent=1)
-    images.write_bytes(out / "results.json", text.encode())
+    texts = [table.getvalue(), json.dumps(_finite(facts), indent=1)]
     if lines:
         full = [f"{row['name']}  " + "  ".join(f"{m} {row[m]:.4f}" for m in METRICS) for row in rows]
-        text = "\n".join([*full, "", *lines, ""])
-        images.write_bytes(out / "result_full.txt", text.encode(errors="surrogateescape"))
-    else:
-        (out / "result_full.txt").unlink(missing_ok=True)  # of another run
+        texts.append("\n".join([*full, "", *lines, ""]))
+    return {name: text.encode(errors="surrogateescape") for name, text in zip(TABLES, texts, strict=False)}
 
 
 def summarise(rows, facts):

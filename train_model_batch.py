@@ -22,7 +22,7 @@ from losses import multi_to_one
 from model_train import DerainNetwork
 from support import command, devices, distributed, experiment, options
 from support.averaging import Averaged
-from support.command import natural, not_negative, patch, positive, share
+from support.command import decay, natural, not_negative, patch, positive
 from support.errors import UserError
 from support.experiment import Experiment
 from support.fast import of_any_number
@@ -62,7 +62,7 @@ def get_args_parser():
     train.add_argument("--batch_size", type=positive, default=32, help="scenes a step (default: 32)")
     train.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: 64)")
     options.add_network_arguments(train)
-    train.add_argument("--ema", type=share, default=0.0, help="decay of averaged weights, as 0.999; 0: none")
+    train.add_argument("--ema", type=decay, default=0.0, help="decay of averaged weights, as 0.999; 0: none")
     train.add_argument(
         "--mse_weight", type=not_negative, default=1.0, help="of the external loss's MSE (default: 1)"
     )
@@ -74,9 +74,10 @@ def get_args_parser():
     )
     train.add_argument(
         "--freeze_start",
-        type=positive,
-        help="first epoch in which BatchNorm keeps its statistics, and so trains as it will be used "
-        "(default: none)",
+        type=natural,
+        default=0,
+        help="first epoch in which BatchNorm keeps its statistics, and so trains as it will be used; 0: none "
+        "(default: 0)",
     )
     adam = parser.add_argument_group("weights (Adam, cosine)")
     adam.add_argument("--learning_rate", type=not_negative, default=1e-3, help="first (default: %(default)s)")
@@ -129,7 +130,7 @@ def main(args):
     batches = run.batches(scenes["weights"] + scenes["architecture"])
 
     def frozen():
-        return bool(args.freeze_start) and run.epoch() >= args.freeze_start
+        return run.has_begun("freeze_start")
 
     def loss(forward, batch):
         with devices.autocast(run.device, args.amp):
@@ -152,7 +153,7 @@ def main(args):
         changed=net.buffers(),
         constants=lambda: (frozen(), run.uses_internal()),
     )
-    if args.weights and args.resume is None:
+    if args.weights and run.step == 0 and run.begun_with is None:
         run.begin_with(run.validate(shipped, validation), partial(model_train.save, shipped))
     for epoch in run.epochs():
         net.train()
@@ -178,7 +179,11 @@ def main(args):
         )
 
     run.finish(parameters=sum(p.numel() for p in net.parameters()))
+    if not (run.folder / "best_psnr.pt").exists():
+        experiment.log.error("NOTHING IS KEPT: no epoch had a validation score that is a number")
+        return 1
     experiment.log.info("score it with: python test_view.py --ckt_path %s", run.folder / "best_psnr.pt")
+    return 0
 
 
 def make_optimizer(net, args):

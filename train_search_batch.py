@@ -144,8 +144,9 @@ def main(args):
     collapse = experiment.noted(run.folder, "summary.json", "collapse")
     if args.resume is not None and args.stop_on_collapse and collapse:
         raise UserError(f"--resume {run.folder}: this search has ended, collapsed: {collapse}")
-    if not (args.demo or (args.resume is not None and (run.folder / "genotype.json").exists())):
-        genotypes.check_new_name(args.name)  # else it may be this run's own, written before it was stopped
+    over = run.done() or args.stop_on_collapse
+    if not (args.demo or (args.resume is not None and over and (run.folder / "genotype.json").exists())):
+        check_name(args)  # else it may be this run's own, written before it was stopped
     print(f"genotype: {'in the run folder (demo)' if args.demo else args.name}")
     scenes = run.split()
 
@@ -160,8 +161,6 @@ def main(args):
     run.compile(net)
     run.describe()
     validation = dataset.spread(scenes["validation"], args.val_scenes)
-    if args.arch_start > args.epochs:
-        log.warning("--arch_start %d is after the last epoch: NOTHING IS SEARCHED", args.arch_start)
 
     def loss(forward, batch):
         with devices.autocast(run.device, args.amp):
@@ -201,7 +200,7 @@ def main(args):
         for _ in run.steps(epoch):
             optimizer.param_groups[0]["lr"] = run.cosine(args.learning_rate, args.learning_rate_min)
             batch = run.next_batch(weight_batches)
-            if epoch >= args.arch_start:
+            if run.has_begun("arch_start"):
                 arch_batch = run.next_batch(arch_batches)
                 architect.step(arch_batch, batch, accept=partial(run.accept, arch_batch))
             training_loss = backward(batch)
@@ -246,13 +245,14 @@ def conclude(run, net, health, validation, searched):
         )
         return 1
     if args.stop_on_collapse and health.collapse:
-        if health.healthy is None:
+        if not health.healthy:
             run.finish(collapse=health.collapse)
             log.error("stopped, collapsed: %s; no epoch was healthy: no genotype is kept", health.collapse)
             return 1
-        log.warning("stopped, collapsed: %s; epoch %d's genotype is kept", health.collapse, health.healthy)
-        genotype = genotypes.read_json(run.folder / f"genotype_{health.healthy:03d}.json")
-        origin += f"; collapsed, genotype of epoch {health.healthy}"
+        last = health.healthy[-1]
+        log.warning("stopped, collapsed: %s; epoch %d's genotype is kept", health.collapse, last)
+        genotype = genotypes.read_json(run.folder / f"genotype_{last:03d}.json")
+        origin += f"; collapsed, genotype of epoch {last}"
     genotypes.write_json(genotype, run.folder / "genotype.json")
     name = args.name if args.demo else add_to_vocabulary(run, genotype, origin)
     draw_genotype(genotype, run.folder / "genotype.svg", name, args.channels)
@@ -264,9 +264,18 @@ def conclude(run, net, health, validation, searched):
     return 0
 
 
+def check_name(args):
+    """Raise GenotypeError unless --name can be added to genotypes.py; a default one is numbered."""
+    try:
+        genotypes.check_new_name(args.name)
+    except genotypes.NameTaken:
+        if not DEFAULT_NAME.fullmatch(args.name):
+            raise
+
+
 def add_to_vocabulary(run, genotype, origin):
     """Append the genotype to genotypes.py; returns its name there, which is --name. A default one, which a
-    search begun in the same second has too, is numbered where that one was faster.
+    search begun in the same second has too, or this one before it went on, is numbered.
     """
     stem = run.args.name
     numbered = [f"{stem}_{number}" for number in range(2, 100)] if DEFAULT_NAME.fullmatch(stem) else []
@@ -354,6 +363,7 @@ def write_random(args):
     genotypes.append_all(entries)
     print(f"random genotypes in {genotypes.FILE.name}: {' '.join(entries)}")
     print(f"retrain one with: python train_model_batch.py --arch {next(iter(entries))}")
+    print(f"without --arch it takes the newest, which now is {list(entries)[-1]}")
 
 
 def save_supernet(net, path):

@@ -83,12 +83,18 @@ def matching(pattern):
 def retrain(name, seed, runs, flags):
     """The summary of a genotype's training run, which is begun, continued or only read."""
     folder = run_folder(name, seed, runs)
+    begun = any((folder / state).exists() for state in experiment.STATES)
+    how = ["--resume", str(folder)] if begun else ["--save", str(folder)]
+    args = train_model_batch.get_args_parser().parse_args([*flags, "--arch", name, "--seed", str(seed), *how])
     if not (folder / "summary.json").exists():
-        begun = any((folder / state).exists() for state in experiment.STATES)
-        how = ["--resume", str(folder)] if begun else ["--save", str(folder)]
-        parser = train_model_batch.get_args_parser()
-        train_model_batch.main(parser.parse_args([*flags, "--arch", name, "--seed", str(seed), *how]))
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        train_model_batch.main(args)
+    else:
+        begun = json.loads((folder / "options.json").read_text(encoding="utf-8"))
+        experiment.refuse_other_options(folder, vars(args), args.given, begun)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if summary["best"]["psnr"] is None:
+        raise UserError(f"{folder}: no epoch had a score that is a number, so it cannot be compared")
+    return summary
 
 
 def run_folder(name, seed, runs):

@@ -85,6 +85,13 @@ class Checked(NamedTuple):
 
 def examine(scene, root):
     """Scene -> Look. Nothing is raised: a file that cannot be used is one of its faults."""
+    try:
+        return _examine(scene, root)
+    except MemoryError:
+        return Look(scene, [("too large for the memory here", _named(scene.rainy[0].path, root, ""))])
+
+
+def _examine(scene, root):
     files, faults = {}, []
 
     def fault(kind, path, text):
@@ -117,6 +124,7 @@ def examine(scene, root):
         return Look(scene, faults)
     if min(size) < SSIM_WINDOW:
         fault(f"under {SSIM_WINDOW} pixels a side, too small to train on", halves[0].path, _wh(size))
+        return Look(scene, faults)
     agreed = min(clean, key=lambda image: sum(_apart(image, other) for other in clean))
     rain, matches = [], []
     of_each = clean if len(clean) == len(rainy) else clean * len(rainy)  # one for all where not side by side

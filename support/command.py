@@ -55,6 +55,10 @@ def share(text):
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
+def decay(text):
+    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0, less than 1")
+
+
 def angle(text):
     return _number(text, float, lambda value: 0 <= value <= 90, "a number of degrees from 0 to 90")
 
@@ -130,9 +134,7 @@ def stopped_by_sigterm():
     """
 
     def stop(number, frame):
-        later = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        for number in later:
-            signal.signal(number, signal.SIG_IGN if distributed.launched() else later[number])
+        _end_at_once_when_asked_again()
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -141,6 +143,25 @@ def stopped_by_sigterm():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def finish_first():
+    """Within `stopped_by_sigterm`: from now on the first signal, if there was none yet, is not heeded, since
+    what was done is being written.
+    """
+
+    def leave(number, frame):
+        _end_at_once_when_asked_again()
+
+    if signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, leave)
+
+
+def _end_at_once_when_asked_again():
+    later = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    for number, handler in later.items():
+        signal.signal(number, signal.SIG_IGN if distributed.launched() else handler)
 
 
 def _unread(stream):

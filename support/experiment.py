@@ -3,12 +3,12 @@ and what it does about files and steps that are bad.
 """
 
 import argparse
-import errno
 import json
 import logging
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import threading
@@ -35,8 +35,9 @@ from support.devices import be_deterministic, pick_device, slow_half
 from support.errors import Interrupted, UserError
 from support.fast import compile_edges, compile_network, keep_freed_memory, no_compiler
 from support.images import write_bytes
+from support.lock import lock_folder
 from support.logs import FileHandler, NoWriter, TqdmHandler
-from support.options import DEFAULT_DATA, FREE_OPTIONS, MOST_BAD
+from support.options import DEFAULT_DATA, FREE_OPTIONS, HERE, MOST_BAD
 from support.rain import demo_set
 from support.validation import means, measure
 
@@ -45,6 +46,12 @@ LOCK = "run.lock"
 STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
 SUMMARY = "summary.json"  # of a run that has finished
+# Flags that name a first epoch, and what does not happen where the run ends before it.
+STARTS = {
+    "arch_start": "NOTHING IS SEARCHED",
+    "internal_start": "no internal loss",
+    "freeze_start": "BatchNorm's statistics are never kept",
+}
 # Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
 UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.(json|svg))")
 
@@ -118,6 +125,8 @@ class Experiment:
         self.damaged = None  # why the newest state cannot be gone on from
         self.stopping = None
         self.padded_mentioned = False
+        self.begun = 0.0, 0  # where this session's first step was: progress, step
+        self.unreached = set()  # flags of STARTS that were warned of
         self.parser = parser
         args = argparse.Namespace(**vars(args))
         self.given = vars(args).pop("given")
@@ -148,6 +157,13 @@ class Experiment:
                 distributed.from_main(partial(demo_set, DEMO_DATA))
         if args.data is None:
             args.data = [DEMO_DATA if args.demo else DEFAULT_DATA]
+        if args.learning_rate_min > args.learning_rate:
+            if "learning_rate_min" in self.given:
+                raise UserError(
+                    f"--learning_rate_min {args.learning_rate_min:g}: the rate falls to it from "
+                    f"--learning_rate, which is {args.learning_rate:g}; give less"
+                )
+            args.learning_rate_min = args.learning_rate
         self.folder = Path(args.save or distributed.agree(time.strftime(f"{self.kind}-EXP-%Y%m%d-%H%M%S")))
         if any(os.path.exists(self.folder / file) for file in (*STATES, *BEST.values(), SUMMARY)):
             raise UserError(
@@ -158,6 +174,10 @@ class Experiment:
     def _continue(self, args):
         runs = [path for file in STATES for path in Path().glob(f"{self.kind}-EXP-*/{file}")]
         runs.sort(key=lambda path: path.stat().st_mtime)
+        if args.resume and args.save and Path(args.resume) != Path(args.save):
+            raise UserError(
+                f"--save {args.save}: --resume {args.resume} goes on in its own folder; leave it out"
+            )
         self.folder = Path(args.resume or args.save or (runs[-1].parent if runs else f"{self.kind}-EXP-*"))
         if os.path.isdir(self.folder):  # where the name is too long, pathlib raises
             distributed.from_main(self._claim)
@@ -166,19 +186,9 @@ class Experiment:
             raise UserError(f"{path}: not the checkpoint of a {self.kind} run of this project")
         defaults = {name: self.parser.get_default(name) for name in vars(args)}  # of flags added since
         begun = argparse.Namespace(**{**defaults, **self.state["options"]})
-        differing = []
-        for name, value in vars(args).items():
-            if name in FREE_OPTIONS:
-                if name in self.given or name in ("workers", "device", "compile", "no_graphs"):
-                    setattr(begun, name, value)
-            elif name in self.given and value != getattr(begun, name):
-                differing.append(
-                    f"--{name} {_text(value)}: the run in {self.folder} was begun with "
-                    f"{_text(getattr(begun, name))}"
-                )
-        if differing:
-            flags = "flag" if len(differing) == 1 else "flags"
-            raise UserError(f"{'; '.join(differing)}; leave the {flags} out, or begin a new run")
+        refuse_other_options(self.folder, vars(args), self.given, vars(begun))
+        anew = FREE_OPTIONS & (self.given | HERE)
+        vars(begun).update({name: value for name, value in vars(args).items() if name in anew})
         self.step = self.saved = self.state["step"]
         self.before = self.state["seconds"]
         self.best = self.state["best"]
@@ -201,7 +211,7 @@ class Experiment:
         return begun
 
     def _claim(self):
-        self.lock = self.lock or _claim(self.folder)
+        self.lock = self.lock or lock_folder(self.folder, LOCK, "--save")
 
     def _check_division(self):
         processes, parts, scenes = distributed.size(), self.args.accumulate, self.args.batch_size
@@ -286,7 +296,7 @@ class Experiment:
 
     def _open_log(self):
         log.setLevel(logging.INFO)
-        log.handlers = [TqdmHandler(), FileHandler(self.folder / "log.txt", encoding="utf-8")]
+        log.handlers = [TqdmHandler(), FileHandler(self.folder / "log.txt")]
         for handler in log.handlers:
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         threading.excepthook = self._leave_to_main
@@ -375,6 +385,21 @@ class Experiment:
         if self.kind == "eval":  # it trains on both
             parts = {"training": parts["weights"] + parts["architecture"], "validation": parts["validation"]}
         log.info("scenes: %s", ", ".join(f"{number} {part}" for part, number in parts.items()))
+        self._warn_of_starts(self.args.epochs)
+
+    def _warn_of_starts(self, last):
+        """Say, once each, what the run will not come to if `last` is its last epoch."""
+        several = any(len(scene.rainy) > 1 for scenes in (self.scenes or {}).values() for scene in scenes)
+        for name, what in STARTS.items():
+            start = getattr(self.args, name, 0)
+            if start > last and name not in self.unreached and (several or name != "internal_start"):
+                self.unreached.add(name)
+                when = (
+                    "after the last epoch"
+                    if last == self.args.epochs
+                    else (f"not reached at this rate: --max_minutes ends the run in epoch {last}")
+                )
+                log.warning("--%s %d is %s: %s", name, start, when, what)
 
     def batches(self, scenes, first_step=0):
         """`dataset.batches` of these scenes, from the present step on or, if that is later, `first_step`."""
@@ -394,9 +419,13 @@ class Experiment:
             upright=self.args.upright,
         )
 
+    def has_begun(self, name):
+        """Whether what a flag of `STARTS` begins is on in the present epoch."""
+        return 0 < getattr(self.args, name) <= self.epoch()
+
     def uses_internal(self):
-        """Whether the internal loss counts in the present epoch, by --internal_start."""
-        return self.epoch() >= self.args.internal_start
+        """Whether the internal loss counts in the present epoch."""
+        return self.has_begun("internal_start")
 
     def compile(self, net):
         """With --compile: have what gains by it compiled in place."""
@@ -455,8 +484,11 @@ class Experiment:
         """Numbers of the epochs that remain, from 1; one that a stopped run left without scores is first."""
         if not (self.folder / "last.pt").exists():
             self.save()  # from now on a run that is killed can be resumed
+        self.begun = self.progress(), self.step
         while not self.done():
             yield (self.step - bool(self.totals)) // self.args.steps_per_epoch + 1
+        if self.step == 0:
+            self.give_up(f"--max_minutes {self.args.max_minutes:g}: over before the first step; give more")
 
     def steps(self, epoch):
         """The steps that remain of an epoch, with a progress bar; saves and stops between them."""
@@ -496,7 +528,11 @@ class Experiment:
         nodes = distributed.size() // distributed.local_size()
         torchrun = f"torchrun{f' --nnodes={nodes}' * (nodes > 1)} --nproc_per_node={distributed.local_size()}"
         launcher = torchrun if distributed.launched() else "python"
-        return f"go on with: {launcher} {self.parser.prog} --resume {self.folder}"
+        flags = ["--resume", str(self.folder)]
+        for name in sorted(self.given.intersection(HERE)):
+            value = getattr(self.args, name)
+            flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        return f"go on with: {launcher} {self.parser.prog} {shlex.join(flags)}"
 
     # --- what can go wrong ---
 
@@ -627,6 +663,10 @@ class Experiment:
             log.warning(
                 "epoch %d: %d steps skipped; %d scenes left out so far", epoch, skipped, len(self.bad)
             )
+        if self.args.max_minutes:
+            progress, epochs = self.progress(), (self.step - self.begun[1]) / self.args.steps_per_epoch
+            left = (1 - progress) * epochs / max(progress - self.begun[0], 1e-9)
+            self._warn_of_starts(math.ceil(epoch + left))
         self._keep_best(scores, write_best)
         self.save()
 
@@ -683,7 +723,7 @@ class Experiment:
         summary = {
             "steps": self.step,
             "minutes": round(self.seconds() / 60, 1),
-            "best": self.best,
+            "best": {name: value if math.isfinite(value) else None for name, value in self.best.items()},
             "begun_with": self.begun_with,
             "skipped_steps": self.skipped,
             "left_out": self.bad,
@@ -716,6 +756,20 @@ def _write_once(write, first, *others):
             write(other)
 
 
+def refuse_other_options(folder, options, given, begun):
+    """UserError that names all of the flags `given` whose option is another than a run was `begun` with, and
+    would change what it computes.
+    """
+    differing = [
+        f"--{name} {_text(value)}: the run in {folder} was begun with {_text(begun[name])}"
+        for name, value in options.items()
+        if name in given - FREE_OPTIONS and value != begun[name]
+    ]
+    if differing:
+        flags = "flag" if len(differing) == 1 else "flags"
+        raise UserError(f"{'; '.join(differing)}; leave the {flags} out, or begin a new run")
+
+
 def read_state(folder):
     """(path, state, None) of a run's last.pt; if that is damaged or gone, (path, state, why) of last.prev.pt.
     CheckpointError where both are.
@@ -737,33 +791,6 @@ def _has_training_data(folder):
     if not folder.is_dir() or not os.access(folder, os.R_OK):
         return folder.exists()  # what is wrong with it is said where it is opened
     return any(name != dataset.TEST for name in os.listdir(folder))
-
-
-def _claim(folder):
-    """A handle that keeps other processes from this run's folder, for as long as this one lives.
-
-    A record lock, since loader workers, which outlive a killed process by seconds, do not inherit it.
-    """
-    try:
-        handle = (folder / LOCK).open("w")
-    except OSError as error:
-        raise UserError(f"--save {folder}: cannot be written: {error.strerror}") from None
-    try:
-        if os.name == "posix":
-            import fcntl
-
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
-
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
-        handle.close()
-        raise UserError(f"{folder}: another process runs in it; stop that one, or choose another") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # file systems without locks
-            raise
-    return handle
 
 
 def clip(parameters, largest):

@@ -41,22 +41,25 @@ class Health:
     """What a search has to remember from epoch to epoch to judge itself.
 
     arch_start: first epoch of the architecture steps. collapse: what is wrong, in words, or None. healthy:
-    the last epoch before that, or None; a frozen search was healthy until it froze, not until that was seen.
+    the epochs before that, the last of which is kept; a frozen search was healthy until it froze, not until
+    that was seen.
     """
 
     def __init__(self, arch_start):
         self.arch_start = arch_start
         self.entropies = []  # of beta, in the last epochs of architecture steps
         self.collapse = None
-        self.healthy = None
+        self.healthy = []
 
     def state_dict(self):
         return {"entropies": self.entropies, "collapse": self.collapse, "healthy": self.healthy}
 
     def load_state_dict(self, state):
-        self.entropies, self.collapse, self.healthy = (
+        self.entropies, self.collapse, healthy = (
             state[name] for name in ("entropies", "collapse", "healthy")
         )
+        # A state of before 27 November 2026 has the last one alone, or None.
+        self.healthy = healthy if isinstance(healthy, list) else [healthy] * (healthy is not None)
 
     def examine(self, run, epoch, net, genotype):
         """Write an epoch's health to TensorBoard and, in one line, to the log; judge it."""
@@ -99,13 +102,11 @@ class Health:
         before, self.collapse = self.collapse, None
         if is_frozen(self.entropies, margin_beta):
             self.collapse = f"beta's entropy has stood still for {WINDOW} epochs with its choices undecided"
-            if before is None:
-                frozen_since = epoch - WINDOW + 1
-                self.healthy = frozen_since - 1 if frozen_since > self.arch_start else None
+            self.healthy = [healthy for healthy in self.healthy if healthy <= epoch - WINDOW]
         elif weak_edges(genotype) > len(BETA_ROWS) / 2:
             self.collapse = f"{weak_edges(genotype)} of {len(BETA_ROWS)} edges are skip_connect or none"
         else:
-            self.healthy = epoch
+            self.healthy = [*self.healthy, epoch]
         if self.collapse and self.collapse != before:
             log.warning("COLLAPSED in epoch %d: %s", epoch, self.collapse)
         elif before and not self.collapse:

@@ -23,11 +23,12 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from support.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MOST_METADATA = 2**28  # bytes unpacked, as of colour profiles
 MAX_PIXELS = 2**28  # 16,384 x 16,384: above a 200-megapixel camera's, below what a forged header asks for
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv")
@@ -37,7 +38,7 @@ _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # as Pillow names them
 # Numbers of the tags in TIFF and EXIF.
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _PLANES = 256, 257, 258, 262, 274, 277, 284
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # those that carry no segment are left out
-_JPEG_END = re.compile(rb"\xff[^\x00\x01\xff]")  # of coded pixels: a restart, or any other marker
+_JPEG_END = re.compile(rb"\xff+[^\x00\x01\xff]")  # of coded pixels: a restart, or any other marker
 _whole_jpegs = set()  # length and checksum of those seen to be whole
 _NOISE = np.random.default_rng(0).integers(0, 255, 64, dtype=np.uint8).tobytes()
 _QUALITY = {
@@ -371,7 +372,7 @@ def _check_coded_pixels(path: str | Path, data: bytes) -> None:
 def _lengthened(data: bytes) -> bytes:
     pieces, done, position, coded = [], 0, 2, False
     while match := (_JPEG_END if coded else _JPEG_MARKER).search(data, position):
-        marker, position = match.group()[1], match.end()
+        marker, position = match.group()[-1], match.end()
         if coded:
             pieces += [data[done : match.start()], _NOISE]
             done = match.start()
@@ -408,6 +409,7 @@ def _decode_with_pillow(path: str | Path, data: bytes) -> np.ndarray:
 @contextmanager
 def _pillow(path: str | Path):
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound is below large cameras' pictures; ours takes its place
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MOST_METADATA
     try:
         with _quiet:
             yield
@@ -519,6 +521,7 @@ class Video:
         self.path = Path(path)
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such file")
+        _check_name(self.path)
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong with a file, we say
         self._open()
         self.fps = self.capture.get(cv2.CAP_PROP_FPS)
@@ -538,7 +541,9 @@ class Video:
 
     def _open(self):
         with _quiet:
-            self.capture = cv2.VideoCapture(str(self.path))
+            self.capture = cv2.VideoCapture(
+                os.path.abspath(self.path)
+            )  # FFmpeg takes 12:30.mp4 for a protocol
 
     def _count(self):
         """Matroska tells a length and a nominal rate, and OpenCV as many frames as there would be of it."""
@@ -546,7 +551,8 @@ class Video:
         with _quiet:
             while self.capture.grab():
                 count, last = count + 1, self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-        is_whole = count > self.frames or last * count > 0.98 * length * (count - 1)
+        is_whole = _is_cut(self.path) is False  # as with sound that goes on
+        is_whole = is_whole or count > self.frames or last * count > 0.98 * length * (count - 1)
         if count > 1 and last > 0 and abs(count - self.frames) > 1 and is_whole:
             self.frames, self.fps = count, (count - 1) / last
         self.capture.release()
@@ -566,9 +572,51 @@ class Video:
         if not count:
             raise UserError(f"{self.path}: cannot be read as a video: it holds no frame")
         if count < self.frames - 1:
+            if _is_cut(self.path) is False:  # what a phone trims away stays in the file
+                log.warning(
+                    "%s: %d of its %d frames are shown; others are left out", self.path, count, self.frames
+                )
+                return
             raise EndsEarly(
                 f"{self.path}: ends early, after {count} of {self.frames} frames; the rest is lost"
             )
+
+
+def _is_cut(path):
+    """Whether a video's file ends before its container says (of MP4 and QuickTime, ISO 14496-12 4.2, and of
+    Matroska, RFC 8794); None where it does not say.
+    """
+    suffix, size = path.suffix.lower(), path.stat().st_size
+    with open(path, "rb") as file:
+        if suffix in (".mp4", ".m4v", ".mov"):
+            end = 0
+            while end < size:
+                file.seek(end)
+                head = file.read(16)
+                length = int.from_bytes(head[:4], "big")
+                if length == 1:
+                    length = int.from_bytes(head[8:], "big")
+                if length == 0:  # to the end of the file, whatever that is
+                    return None
+                end += max(length, 8)
+            return end > size
+        if suffix in (".mkv", ".webm"):
+            head = file.read(4096)
+            start = head.find(b"\x18\x53\x80\x67")  # the segment, which holds all the rest
+            if start >= 0 and (first := head[start + 4]):
+                width = 9 - first.bit_length()  # bytes of its size, by the first bit that is set
+                length = int.from_bytes(head[start + 4 : start + 4 + width], "big") - (1 << 7 * width)
+                unknown = length == (1 << 7 * width) - 1
+                return None if unknown else start + 4 + width + length > size
+    return None
+
+
+def _check_name(path):
+    """UserError for a name that OpenCV's videos, which want UTF-8, crash on."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: its name is not UTF-8, which a video's has to be; rename it") from None
 
 
 def video_name(path: str | Path) -> Path:
@@ -587,7 +635,8 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> N
     path = Path(path)
     if path.suffix.lower() not in _CODECS:
         raise UserError(f"{path}: cannot be written as a video; choose one of {', '.join(_CODECS)}")
-    partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    _check_name(path)
+    partial = Path(os.path.abspath(path)).with_name(f".{uuid.uuid4().hex}{path.suffix}")
     writer, count = None, 0
     # MPEG-4 counts time in at most 65,535 parts of a second, OpenCV in thousandths of a frame or coarser.
     rate = fps if fps < 65 else round(fps, 2) if fps < 650 else round(fps)
@@ -616,6 +665,8 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> N
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
+        if writer is not None:
+            writer.release()  # or Windows does not let go of the file
         partial.unlink(missing_ok=True)
 
 

@@ -2,20 +2,24 @@
 after it, and several processes put their shares together.
 
     journal = Journal("results", key={"sha256": ...})
+    journal.lock()
     journal.begin(fresh=True)
     journal.add(entry, scene.files)
-    dict(journal.done())  # {name: Entry}, of all processes and runs of that key
+    dict(journal.done({name: scene.files}))  # {name: Entry}, of all processes and runs of that key
 """
 
 import json
 import os
+import uuid
 from pathlib import Path
 
 from support import distributed
 from support.gallery import Entry
 from support.images import CannotWrite
+from support.lock import lock_folder
 
 FILES = ".done.*.jsonl"
+LOCK = ".done.lock"
 
 
 class Journal:
@@ -26,6 +30,22 @@ class Journal:
     def __init__(self, out, key):
         self.out = Path(out)
         self.key = json.dumps(key, sort_keys=True)
+        self.run = distributed.agree(uuid.uuid4().hex)
+
+    def lock(self):
+        """Keep other runs from the folder of the results: UserError where there is one."""
+        distributed.from_main(self._lock)
+
+    def _lock(self):
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.handle = lock_folder(self.out, LOCK, "--result_path")
+
+    def unlock(self):
+        """Let others in again; a folder without a result is not left."""
+        self.handle.close()
+        if os.listdir(self.out) == [LOCK]:
+            (self.out / LOCK).unlink()
+            self.out.rmdir()
 
     def begin(self, fresh):
         """Before `add`, once all processes are here. fresh: without what was done before."""
@@ -40,24 +60,33 @@ class Journal:
 
     def add(self, entry, sources):
         """A picture of the gallery is done, its files written. Raises CannotWrite."""
-        files = {entry.file, *entry.thumbnails.values(), *entry.shown.values()}
-        line = {"key": self.key, "entry": entry, "result": _stamps(self.out / file for file in sorted(files))}
-        text = json.dumps(line | {"sources": _stamps(sources)}, default=str)
+        line = {"key": self.key, "run": self.run, "entry": entry}
+        line |= {"result": self._results(entry), "sources": _sources(sources)}
+        text = json.dumps(line, default=str)
         try:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(f"\n{text}\n")  # the line before may have been cut off
         except OSError as error:
             raise CannotWrite(f"{self.file}: cannot be written: {error.strerror}") from None
 
-    def done(self):
-        """(name, Entry) of each picture whose result is there, and whose files are as they were, in turn: a
-        million entries take gigabytes. Of two of one name the last counts.
+    def done(self, sources):
+        """(name, Entry) of each picture that this run has done, and of each that one before it has, if its
+        result is there and its files are as they were; in turn, since a million entries take gigabytes. Of
+        two of one name the last counts. sources: {name: its files}; what came of others, as before there was
+        a ground truth, is not done.
         """
         for line in self._lines():
-            stamps = line["sources"] + line["result"]
-            if line["key"] == self.key and stamps == _stamps(path for path, *_ in stamps):
-                entry = _entry(*line["entry"])
-                yield entry.row["name"], entry
+            entry = _entry(*line["entry"])
+            name = entry.row["name"]
+            if line["key"] != self.key or name not in sources:
+                continue
+            stamps = line["sources"], line["result"]
+            if line.get("run") == self.run or stamps == (_sources(sources[name]), self._results(entry)):
+                yield name, entry
+
+    def _results(self, entry):
+        """The stamps of a picture's results, by names that still hold when their folder has moved."""
+        return _stamps(self.out, _files(entry))
 
     def last_number(self):
         """The largest number that is taken in the gallery, by what is done or by pictures of other data; 0
@@ -83,14 +112,24 @@ class Journal:
                         continue
 
 
-def _stamps(files):
-    """[[file, bytes, time of change]], to tell whether one has changed; [] in all but the name where it is
-    gone."""
+def _stamps(folder, files):
+    """[[file, bytes, time of change]], to tell whether one has changed; the name alone where it is gone."""
     stamps = []
     for file in files:
-        there = os.stat(file) if os.path.exists(file) else None
+        path = os.path.join(folder, file)
+        there = os.stat(path) if os.path.exists(path) else None
         stamps.append([str(file), *((there.st_size, there.st_mtime_ns) if there else ())])
     return stamps
+
+
+def _sources(files):
+    """The stamps of what a picture came of, by names that hold from any working folder."""
+    return _stamps("", map(os.path.abspath, files))
+
+
+def _files(entry):
+    """What was written of a picture, under the folder of the results."""
+    return sorted({entry.file, *entry.thumbnails.values(), *entry.shown.values()})
 
 
 def _entry(row, file, size, thumbnails, shown, number):

@@ -16,7 +16,12 @@ class NoWriter:
 
 
 class FileHandler(logging.FileHandler):
-    """A full disk ends the run, with one line, where logging would print a traceback and go on."""
+    """A full disk ends the run, with one line, where logging would print a traceback and go on. What is not
+    UTF-8 in a file's name is written with backslashes.
+    """
+
+    def __init__(self, path):
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
 
     def handleError(self, record):
         error = sys.exception()

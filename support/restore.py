@@ -85,6 +85,11 @@ def restore(
         log.warning("out of GPU memory: trying again with tiles of %d x %d pixels", *sides)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether numpy or PyTorch found no room; on a CPU PyTorch has no error of its own for that."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def forwards(height: int, width: int, tile: int | None = None, self_ensemble: int = 0) -> Counter:
     """How often `restore` runs the network for a picture of that size, by (height, width) of what it is
     given, padded to multiples of 8 as the networks do.

@@ -50,7 +50,7 @@ def test_every_command_prints_its_help(name):
         ("search", "--seed -1", ["--seed", "'-1'", "from 0"]),
         ("search", "--clean_inputs 1.5", ["--clean_inputs", "'1.5'", "from 0 to 1"]),
         ("search", "--ema 0.9", ["--ema"]),
-        ("train", "--ema 1.5", ["--ema", "'1.5'", "from 0 to 1"]),
+        ("train", "--ema 1", ["--ema", "'1'", "from 0, less than 1"]),
         ("train", "--max_minutes 0", ["--max_minutes", "'0'", "above 0"]),
         ("train", "--workers -1", ["--workers", "'-1'", "from 0"]),
         ("train", "--clean_side top", ["--clean_side", "'top'", "left", "right"]),

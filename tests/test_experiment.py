@@ -1,6 +1,7 @@
 """A run of either training script: its options, its clock, what it keeps, and how it goes on."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -15,10 +16,12 @@ import pytest
 import torch
 from torch import nn
 
+import dataset
 from model_train import CheckpointError
 from support import command, devices, experiment, options
 from support.errors import Interrupted, UserError
 from support.experiment import Experiment
+from support.logs import FileHandler
 from tests.made import scalars
 
 
@@ -28,6 +31,7 @@ def parser():
     made.add_argument("--steps_per_epoch", type=command.positive, default=2)
     made.add_argument("--batch_size", type=command.positive, default=2)
     made.add_argument("--learning_rate", type=float, default=0.1)
+    made.add_argument("--learning_rate_min", type=float, default=0.01)
     options.add_arguments(made)
     return made
 
@@ -177,6 +181,51 @@ def test_max_minutes_counts_across_resumes(clock, folder):
     assert longer.progress() == pytest.approx(28 / 120)
 
 
+def test_a_budget_that_is_over_before_the_first_step_is_refused_and_can_be_given_again(clock, folder):
+    run, net = begun("--max_minutes", "1")
+    clock.seconds += 61  # as for decoding
+    with pytest.raises(UserError, match="--max_minutes 1: over before the first step; give more"):
+        train(run, net)
+    assert not Path("run", "summary.json").exists()
+    run = resumed("--resume", "run", "--max_minutes", "2")
+    run.start(net=net)
+    assert train(run, net)[1] == [0, 1]
+
+
+def test_what_a_budget_will_not_come_to_is_said_after_the_first_epoch(clock, folder, caplog):
+    """Preparation is not taken for the rate."""
+    run, net = begun("--epochs", "9", "--max_minutes", "1")
+    run.args.arch_start, run.args.internal_start, run.args.freeze_start = 5, 3, 0
+    rainy = (dataset.Half(Path("a.png")), dataset.Half(Path("b.png")))
+    run.scenes = {"weights": [dataset.Scene("a", rainy, rainy[0])]}
+    clock.seconds += 20
+
+    def five_seconds(step):
+        clock.seconds += 5
+
+    with caplog.at_level(logging.WARNING, "manas"):
+        assert list(train(run, net, five_seconds)) == [1, 2, 3, 4]
+    assert [record.getMessage() for record in caplog.records] == [
+        "--arch_start 5 is not reached at this rate: --max_minutes ends the run in epoch 4: "
+        "NOTHING IS SEARCHED"
+    ]
+
+
+def test_a_run_without_any_score_says_null_for_the_best(folder):
+    run, net = begun()
+    train(run, net, scores_of=lambda epoch: scores(*3 * [math.nan]))
+    run.finish()
+    found = json.loads(Path("run", "summary.json").read_text(), parse_constant=pytest.fail)
+    assert found["best"] == {"psnr": None, "ssim": None, "loss": None}
+
+
+def test_the_last_rate_is_not_above_the_first(folder):
+    assert new("--learning_rate", "1e-3").args.learning_rate_min == 1e-3
+    assert new("--learning_rate", "0.1").args.learning_rate_min == 0.01
+    with pytest.raises(UserError, match=r"--learning_rate_min 0\.2: .* --learning_rate, which is 0\.1"):
+        new("--learning_rate_min", "0.2")
+
+
 # --- what is kept ---
 
 
@@ -255,11 +304,15 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(folder):
         new("--save", "run")
 
 
-def test_a_finished_run_that_goes_on_with_more_minutes_is_unfinished_until_it_ends(folder):
-    run = new("--save", "eval-EXP-1", "--max_minutes", "1e-9")
+def test_a_finished_run_that_goes_on_with_more_minutes_is_unfinished_until_it_ends(clock, folder):
+    run = new("--save", "eval-EXP-1", "--max_minutes", "1")
     net = network()
     run.start(net=net)
-    train(run, net)
+
+    def half_a_minute(step):
+        clock.seconds += 30
+
+    train(run, net, half_a_minute)
     run.finish()
     Path("eval-EXP-1", "best_psnr.pt").touch()
     assert experiment.newest("eval", "best_psnr.pt") == Path("eval-EXP-1", "best_psnr.pt")
@@ -339,10 +392,23 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(folder, number):
     said, done = stopped(2, number)
     assert done == [0, 1, 2]
     assert signal.Signals(number).name in said
-    assert said.endswith("go on with: python train.py --resume run")
+    assert said.endswith("go on with: python train.py --resume run --device cpu")
     state = torch.load("run/last.pt", weights_only=True)
     assert state["step"] == 3
     assert not Path("run", "summary.json").exists()
+
+
+def test_going_on_is_with_the_flags_that_are_not_remembered(folder):
+    """Else a run begun on cuda:1 would be taken to cuda:0."""
+    run = new("--save", "a run", "--workers", "0", "--no_graphs", "--seed", "3")
+    said = run.how_to_go_on()
+    assert said == "go on with: python train.py --resume 'a run' --device cpu --no_graphs --workers 0"
+
+
+def test_a_name_that_is_not_utf_8_does_not_end_a_run(folder):
+    record = logging.LogRecord("manas", logging.WARNING, "", 0, os.fsdecode(b"d\xe9j\xe0.png"), None, None)
+    FileHandler("log.txt").emit(record)
+    assert Path("log.txt").read_text(encoding="utf-8") == "d\\udce9j\\udce0.png\n"
 
 
 @pytest.mark.parametrize("step", range(6))
@@ -445,6 +511,13 @@ def test_what_cannot_be_resumed_is_named(folder):
     with pytest.raises(CheckpointError, match=r"run/last\.pt: cannot.*run/last\.prev\.pt: cannot") as error:
         resumed("--resume", "run")
     assert "\n" not in str(error.value)
+
+
+def test_a_resumed_run_is_not_saved_elsewhere(folder):
+    stopped(2)
+    with pytest.raises(UserError, match="--save other: --resume run goes on in its own folder"):
+        resumed("--resume", "run", "--save", "other")
+    assert resumed("--resume", "run", "--save", "run").step == resumed("--resume", "--save", "run").step == 3
 
 
 def test_every_option_that_differs_is_named(folder):

@@ -98,6 +98,11 @@ def test_append_keeps_the_file_valid_and_what_was_there(vocabulary):
     assert tuple(namespace["found"]) == tuple(random_genotype(3))
 
 
+def test_a_folder_whose_name_is_not_utf_8_does_not_cost_a_search_its_genotype(vocabulary):
+    genotypes.append("found", random_genotype(3), os.fsdecode(b"data in d\xe9j\xe0"), vocabulary)
+    assert "# data in d\\udce9j\\udce0\nfound = " in vocabulary.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", ["PRIMITIVES", "check", "json", "tuple", "class", "2nd", "a-b", ""])
 def test_names_that_would_break_the_file_are_refused(name, vocabulary):
     before = vocabulary.read_text(encoding="utf-8")

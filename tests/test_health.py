@@ -65,19 +65,19 @@ def test_more_than_half_of_the_edges_without_computation_is_a_collapse(name):
     assert judged(moving, genotype_with(13, name)).collapse is None
     found = judged(moving, [HEALTHY, genotype_with(14, name)])
     assert found.collapse == "14 of 27 edges are skip_connect or none"
-    assert found.healthy == 3
-    assert judged(moving, genotype_with(14, name)).healthy is None
+    assert found.healthy == [3]
+    assert judged(moving, genotype_with(14, name)).healthy == []
 
 
 def test_an_entropy_that_stands_still_undecided_is_a_collapse_after_the_window():
     assert judged([0.9] * (WINDOW - 1)).collapse is None
     found = judged([0.9] * WINDOW)
     assert "stood still" in found.collapse
-    assert found.healthy is None
+    assert found.healthy == []
     moving = [0.99, 0.97, 0.95]
     found = judged([*moving, *[0.9] * WINDOW])
     assert "stood still" in found.collapse
-    assert found.healthy == 5  # the last that moved, and not the last of the ten that did not
+    assert found.healthy[-1] == 5  # the last that moved, and not the last of the ten that did not
 
 
 def test_what_counts_as_standing_still_is_a_share_of_what_was_decided():
@@ -100,7 +100,7 @@ def test_a_collapse_is_named_once_and_again_when_it_changes(caplog):
         "COLLAPSED in epoch 6: 20 of 27 edges are skip_connect or none",
         "no longer collapsed in epoch 7",
     ]
-    assert found.collapse is None and found.healthy == 8
+    assert found.collapse is None and found.healthy == [3, 7, 8]
 
 
 def test_a_resumed_search_judges_as_if_it_had_not_stopped():

@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import re
 import struct
 import sys
 import warnings
@@ -346,6 +347,26 @@ def test_a_jpeg_with_a_piece_missing_inside_is_refused_though_it_has_its_end(tmp
     assert capfd.readouterr().err == ""  # nor does the check print of what it tries
     path.write_bytes(whole[:-502] + whole[-2:])
     refused(path, "ends before its last pixels", (load, read_image))
+
+
+def test_a_jpeg_may_fill_up_before_its_markers(tmp_path):
+    """With any number of FF (ITU-T T.81, B.1.1.2)."""
+    whole = encoded(noise((96, 96, 3)), "JPEG", restart_marker_blocks=4)
+    (tmp_path / "x.jpg").write_bytes(whole)
+    start = whole.index(b"\xff\xda")
+    filled = whole[:start] + re.sub(rb"(?=\xff[\xd0-\xda])", b"\xff", whole[start:])
+    (tmp_path / "y.jpg").write_bytes(filled)
+    assert len(filled) > len(whole) + 2
+    assert np.array_equal(load(tmp_path / "y.jpg").rgb, load(tmp_path / "x.jpg").rgb)
+    (tmp_path / "y.jpg").write_bytes(filled[:-502] + filled[-2:])
+    refused(tmp_path / "y.jpg", "ends before its last pixels", (load, read_image))
+
+
+def test_a_large_colour_profile_is_no_damage(tmp_path):
+    """Pillow's own bound is a megabyte."""
+    image = noise((8, 8, 3))
+    (tmp_path / "x.png").write_bytes(encoded(image, "PNG", icc_profile=b"profile " * 250_000))
+    assert np.array_equal(load(tmp_path / "x.png").rgb, image)
 
 
 def test_a_tiff_with_a_damaged_strip_is_refused(tmp_path):

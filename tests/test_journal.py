@@ -6,13 +6,17 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import model_train
 import test_view
+from support.errors import UserError
 from support.images import read_image
+from support.journal import Journal
 from tests.made import ROOT, photograph, torchrun, view, write_network, write_pairs, write_scenes
 
 
@@ -133,6 +137,70 @@ def test_what_has_changed_is_done_again(network, folder, monkeypatch, capsys):
     model_train.save(network, "net.pt")
     assert again() == 5
     assert again(flags) == 5
+
+
+def test_what_was_restored_without_a_truth_is_scored_when_there_is_one(folder, monkeypatch):
+    for i in range(3):
+        test_view.images.write_image(Path("set", f"{i}_in.png"), photograph(i))
+    assert view("--path set --result_path out --skip_done") == 0
+    for i in range(3):
+        test_view.images.write_image(Path("set", f"{i}_GT.png"), photograph(i))
+    restored = count_restored(monkeypatch)
+    assert view("--path set --result_path out --skip_done") == 0
+    rows = content("out")["results.csv"]
+    assert len(restored) == len(rows) == 3 and all(row["psnr_rgb"] for row in rows)
+
+
+def test_a_picture_that_is_touched_while_others_are_restored_stays_in_the_tables(folder, monkeypatch):
+    write_pairs(Path("pairs"), 3)
+    restore = test_view.restore
+
+    def touching(*args, **options):
+        os.utime("pairs/0.png", (1, 1))
+        return restore(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(test_view, "restore", touching)
+        patch.setattr(
+            Journal, "add", lambda *args, add=Journal.add: (add(*args), os.utime("pairs/0.png", (2, 2)))
+        )
+        assert view("--path pairs --clean_side left --result_path out") == 0
+    assert len(content("out")["results.csv"]) == 3
+    restored = count_restored(monkeypatch)
+    assert view("--path pairs --clean_side left --result_path out --skip_done") == 0
+    assert len(restored) == 1
+
+
+def test_what_is_done_is_known_from_another_folder_and_when_results_have_moved(folder, monkeypatch):
+    write_pairs(Path("pairs"), 2)
+    flags = f"--clean_side left --skip_done --ckt_path {folder}/net.pt"
+    assert view(f"{flags} --path pairs --result_path out") == 0
+    Path("out").rename("moved")
+    Path("sub").mkdir()
+    monkeypatch.chdir("sub")
+    restored = count_restored(monkeypatch)
+    assert view(f"{flags} --path ../pairs --result_path ../moved") == 0
+    assert not restored and len(content("../moved")["results.csv"]) == 2
+
+
+def test_two_runs_at_once_do_not_share_a_folder_of_results(folder):
+    write_pairs(Path("pairs"), 1)
+    Path("out").mkdir()
+    lock = "from support.lock import lock_folder; from pathlib import Path; import sys\n"
+    lock += (
+        "handle = lock_folder(Path('out'), '.done.lock', ''); print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", lock]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    other = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    with other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match="out: another process runs in it"):
+            view("--path pairs --clean_side left --result_path out")
+        other.stdin.close()
+    assert view("--path pairs --clean_side left --result_path out") == 0
 
 
 def test_two_data_sets_in_one_folder_keep_their_own_pictures_in_the_gallery(folder, monkeypatch):

@@ -29,7 +29,7 @@ from model_train import from_supernet
 from support import health, validation
 from support.draw import svg
 from support.errors import Interrupted, UserError
-from support.experiment import BEST, LOCK, STATES
+from support.experiment import BEST, LOCK, STATES, Experiment
 from support.health import ALPHA_ROWS, BETA_ROWS
 from tests.made import (
     ROOT,
@@ -284,15 +284,16 @@ def test_unrolled_steps_look_ahead_on_the_batch_of_the_weights(vocabulary, monke
         assert not torch.equal(found[name], drawn[name])
 
 
-def test_a_search_that_never_searches_says_so_and_keeps_no_genotype(vocabulary):
+def test_a_search_that_never_searches_says_so_and_keeps_no_genotype(vocabulary, monkeypatch):
     write_pairs(Path("pairs"), 3)
     assert search(f"--data pairs --clean_side left {ONE_STEP} --name idle --save run") == 1
     assert "NOTHING IS SEARCHED" in Path("run", "log.txt").read_text()
     # The second one's time is up before its first architecture step.
-    flags = f"{TINY} --arch_start 2 --max_minutes 1e-5 --name short --save 2"
+    flags = f"{TINY} --arch_start 2 --max_minutes 99 --name short --save 2"
+    monkeypatch.setattr(Experiment, "progress", lambda run: float(run.step))
     assert search(f"--data pairs --clean_side left {flags}") == 1
-    assert state("2")["step"] <= 2
-    assert "NOTHING IS SEARCHED" not in Path("2", "log.txt").read_text()
+    assert state("2")["step"] == 1
+    assert "--arch_start 2 is not reached at this rate" in Path("2", "log.txt").read_text()
     for run in ("run", "2"):
         assert "NOTHING WAS SEARCHED in " in Path(run, "log.txt").read_text()
         assert not Path(run, "genotype.json").exists()
@@ -329,7 +330,9 @@ def test_a_search_stopped_twice_is_bit_equal_to_one_that_was_not(finished, vocab
     for step, draw in ((2, 2), (3, 1)):
         with monkeypatch.context() as patch:
             interrupt(patch, dataset, draw)
-            said = f"SIGTERM after step {step}; .*train_search_batch.py --resume run$"
+            said = (
+                f"SIGTERM after step {step}; .*train_search_batch.py --resume run --device cpu --workers 0$"
+            )
             with pytest.raises(Interrupted, match=said):
                 search(flags)
         assert not Path("run", "genotype.json").exists()
@@ -477,6 +480,25 @@ def test_deterministic_has_pytorch_choose_such_kernels(vocabulary, monkeypatch):
     assert train_model_batch.get_args_parser().parse_args(["--deterministic"]).deterministic
 
 
+def test_a_finished_search_that_goes_on_asks_for_another_name_before_it_does(vocabulary, monkeypatch):
+    """A default one is numbered, at the end."""
+    write_pairs(Path("pairs"), 3)
+    flags = f"--data pairs --clean_side left {TINY} --arch_start 1 --max_minutes 99"
+    for name, run in (("--name mine", "1"), ("", "2")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Experiment, "progress", lambda run: run.step / 2)
+            assert search(f"{flags} {name} --save {run}") == 0
+        assert state(run)["step"] == 2
+    with pytest.raises(GenotypeError, match="--name mine: already taken"):
+        search("--resume 1")
+    assert state("1")["step"] == 2
+    assert search("--resume 1 --name other") == 0
+    assert search("--resume 2") == 0
+    default = state("2")["options"]["name"]
+    for name in ("mine", "other", default, f"{default}_2"):
+        assert f"\n{name} = Genotype(" in vocabulary.read_text(encoding="utf-8")
+
+
 # --- random instead of searched ---
 
 
@@ -496,7 +518,8 @@ def test_random_genotypes_are_written_with_their_origin_and_no_data_is_opened(vo
     for name, genotype in zip(names, drawn, strict=True):
         assert f"\n{name} = {genotypes.literal(genotype)}\n" in text
     assert text.count("# drawn at random, not searched; seed 5, commit ") == 3
-    assert "--arch random_s5_00" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--arch random_s5_00" in said and "the newest, which now is random_s5_02" in said
 
     after = vocabulary.read_bytes()
     with pytest.raises(GenotypeError, match="random_s5_00: already taken"):

@@ -1,6 +1,7 @@
 """Stage 2 from its command line to the checkpoint: what it trains, keeps, refuses, and how it continues."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ from model_train import CheckpointError, DerainNetwork
 from support import experiment
 from support.averaging import Averaged
 from support.errors import Interrupted, UserError
-from support.experiment import BEST, LOCK, STATES
+from support.experiment import BEST, LOCK, STATES, Experiment
 from support.images import read_image
 from tests.made import (
     ROOT,
@@ -45,7 +46,7 @@ MIXED = "--data scenes pairs --clean_side right left --arch genotype.json"
 
 
 def train(flags, here="--workers 0 --device cpu"):
-    train_model_batch.main(train_model_batch.get_args_parser().parse_args(f"{flags} {here}".split()))
+    return train_model_batch.main(train_model_batch.get_args_parser().parse_args(f"{flags} {here}".split()))
 
 
 def weights(run):
@@ -280,6 +281,24 @@ def test_fine_tuning_is_gentle_and_keeps_the_checkpoint_where_nothing_is_better(
     assert (options["learning_rate"], options["freeze_start"], options["warmup_steps"]) == (3e-4, 2, 100)
 
 
+def test_fine_tuning_that_is_stopped_in_its_first_validation_still_has_what_it_began_with(data, monkeypatch):
+    net = trained_network()
+    worse = f"--data pairs --clean_side left --weights trained.pt {TINY} --learning_rate 1 --warmup_steps 0"
+
+    def stopping(*args, full_images=dataset.full_images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from full_images(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "full_images", stopping)
+        with pytest.raises(Interrupted, match="SIGTERM after step 0"):
+            train(f"{worse} --save run")
+    train("--resume run")
+    assert_same(model_train.load("run/best_psnr.pt").state_dict(), net.state_dict())
+    log = Path("run", "log.txt").read_text()
+    assert log.count("before the first step") == log.count("no epoch scored a better psnr") == 1
+
+
 def test_another_genotype_than_that_of_the_weights_is_refused(data):
     trained_network(seed=1)
     with pytest.raises(UserError, match=r"--arch genotype\.json: not the genotype of --weights trained\.pt"):
@@ -330,7 +349,9 @@ def test_a_training_stopped_twice_is_bit_equal_to_one_that_was_not(data, monkeyp
     for step, draw in ((2, 2), (3, 1)):
         with monkeypatch.context() as patch:
             interrupt(patch, dataset, draw)
-            said = f"SIGTERM after step {step}; .*train_model_batch.py --resume parts$"
+            said = (
+                f"SIGTERM after step {step}; .*train_model_batch.py --resume parts --device cpu --workers 0$"
+            )
             with pytest.raises(Interrupted, match=said):
                 train(flags)
         assert not Path("parts", "summary.json").exists()
@@ -390,6 +411,13 @@ def test_a_step_that_is_not_finite_leaves_no_trace(data, monkeypatch, value=floa
     found = scalars("run")
     assert [step for step, _ in found["loss"]] == [1, 2]
     assert [step for step, _ in found["val_psnr"]] == [1, 2, 3]
+
+
+def test_a_training_that_kept_no_network_says_so_and_ends_with_status_1(data, monkeypatch):
+    monkeypatch.setattr(Experiment, "validate", lambda *_: dict.fromkeys(["psnr", "ssim", "loss"], math.nan))
+    assert train(f"{PAIRS} {ONE_STEP} --save run") == 1
+    log = Path("run", "log.txt").read_text()
+    assert "NOTHING IS KEPT" in log and "score it with" not in log
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_state_intact(data, monkeypatch):

@@ -1,4 +1,7 @@
+import os
 import shutil
+import struct
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,6 +92,49 @@ def test_a_video_that_the_disk_cut_short_does_not_pass_as_whole(tmp_path, suffix
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trimmed_video_is_whole(tmp_path, caplog):
+    """Trimming, as on a phone, leaves the frames in the file and moves the start of its edit list."""
+    path = tmp_path / "trimmed.mp4"
+    write_video(path, frames(30, 48, 64), 10)
+    data = bytearray(path.read_bytes())
+    edits, track = data.index(b"elst"), data.index(b"mdhd")
+    timescale = data[track + 16 : track + 20]  # ticks a second: the start moves by one second
+    data[edits + 16 : edits + 20] = timescale
+    path.write_bytes(data)
+    assert len(list(Video(path))) == 20
+    assert "trimmed.mp4: 20 of its 30 frames are shown" in caplog.text
+    whole = Video(tmp_path / "trimmed.mp4")
+    path.write_bytes(data[:-10])
+    with pytest.raises(EndsEarly, match="after 20 of 30 frames"):
+        list(whole)
+
+
+def test_a_video_whose_sound_goes_on_is_whole(tmp_path):
+    path = tmp_path / "sound.mkv"
+    write_video(path, frames(50, 48, 64), 10)
+    data = bytearray(path.read_bytes())
+    length = data.index(b"\x44\x89\x88") + 3  # of the segment, a float64
+    data[length : length + 8] = struct.pack(">d", 1.1 * struct.unpack(">d", data[length : length + 8])[0])
+    path.write_bytes(data)
+    video = Video(path)
+    assert (video.frames, len(list(video))) == (50, 50)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="names with a colon, or that are no text, are not allowed"
+)
+def test_names_that_ffmpeg_takes_for_something_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video("12:30.mp4", frames(3, 16, 16), 25)
+    assert len(list(Video("12:30.mp4"))) == 3
+    name = os.fsdecode(b"caf\xe9.mp4")
+    shutil.copy("12:30.mp4", name)
+    with pytest.raises(UserError, match="its name is not UTF-8"):
+        Video(name)
+    with pytest.raises(UserError, match="its name is not UTF-8"):
+        write_video(name, frames(3, 16, 16), 25)
 
 
 def test_what_was_done_before_the_disk_was_full_is_kept(tmp_path, monkeypatch):

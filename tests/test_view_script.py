@@ -5,6 +5,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -211,7 +213,8 @@ def test_a_folder_without_ground_truth_is_restored_and_not_scored(network, capsy
     output = read_image("out/a.png").astype(int)
     assert np.abs(output - restored(network, photograph(0, 21, 34))).max() <= 1
     assert read_image("out/deep/b.jpg").shape == (40, 23, 3)
-    expected = {"a.png", "deep", "index.html", "gallery", "results.csv", "results.json", ".done.0.jsonl"}
+    expected = {"a.png", "deep", "index.html", "gallery", "results.csv", "results.json"}
+    expected |= {".done.0.jsonl", ".done.lock"}
     assert {file.name for file in Path("out").iterdir()} == expected
     rows = table()
     assert [(row["height"], row["width"]) for row in rows.values()] == [("21", "34"), ("40", "23")]
@@ -346,9 +349,25 @@ def test_a_full_disk_stops_the_run_and_what_was_done_keeps_its_tables(network, c
     assert "out/2.png: cannot be written: No space left on device; stopped there, 2 of 4 pictures" in error
     assert "3.png" not in error
     assert list(table()) == ["0", "1"]
+    assert not list(Path("out").rglob("*00003-*"))
     assert json.loads(Path("out", "results.json").read_text())["means"]["all"]["output"]["images"] == 2
     assert "2 pictures not done" in Path("out", "result_full.txt").read_text()
     assert Path("out", "index.html").is_file()
+
+
+def test_of_a_picture_that_finds_no_room_half_way_nothing_stays(network, monkeypatch):
+    """And the tables, which come after it, have that room."""
+    write_pairs(Path("pairs"), 2)
+    write = Path.write_bytes
+
+    def full(self, data):
+        if self.suffix == ".jpg" and len(pictures()) == 2:
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert view("--path pairs --clean_side left --result_path out") == 1
+    assert pictures() == {"0.png"} and list(table()) == ["0"]
 
 
 def test_a_table_that_cannot_be_written_is_one_line_after_the_scores(network, capsys):
@@ -360,6 +379,7 @@ def test_a_table_that_cannot_be_written_is_one_line_after_the_scores(network, ca
     assert "all           1" in out
     assert "pairs/1.png: is empty" in error
     assert "out/results.csv: cannot be written" in error
+    assert {"results.json", "result_full.txt", "index.html"} <= set(os.listdir("out"))
 
 
 def test_ctrl_c_leaves_tables_of_what_was_done(network, capsys, monkeypatch):
@@ -377,6 +397,19 @@ def test_ctrl_c_leaves_tables_of_what_was_done(network, capsys, monkeypatch):
     assert "interrupted: 2 of 4 pictures are done" in capsys.readouterr().err
     assert list(table()) == ["0", "1"]
     assert pictures() == {"0.png", "1.png"}
+
+
+def test_a_signal_while_the_tables_are_written_does_not_cost_them(network, monkeypatch):
+    write_pairs(Path("pairs"), 2)
+    together, asked = test_view.together, []
+
+    def asking(*outcome):
+        asked.append(os.kill(os.getpid(), signal.SIGTERM))
+        return together(*outcome)
+
+    monkeypatch.setattr(test_view, "together", asking)
+    assert view("--path pairs --clean_side left --result_path out") == 0
+    assert asked and list(table()) == ["0", "1"]
 
 
 def test_ctrl_c_that_ends_the_reader_of_the_output_too_leaves_the_tables(network, monkeypatch):
@@ -420,6 +453,29 @@ def test_only_bad_files_write_no_results(network):
     for path, status in (("good", 0), ("photos", 1), ("good", 0)):
         assert view(f"--path {path} --result_path out") == status
         assert pictures() == {"b.png"}
+        tables = {"results.csv", "results.json", "index.html"}  # not those of the run before
+        assert tables & set(os.listdir("out")) == (tables if path == "good" else set())
+
+
+def test_a_picture_too_large_for_the_memory_is_reported_and_the_rest_goes_on(network, capsys, monkeypatch):
+    """Numpy and PyTorch each say so in their own way; what else goes wrong is no matter of size."""
+    write_pairs(Path("pairs"), 4)
+    restore = test_view.restore
+    errors = [MemoryError(), RuntimeError("... DefaultCPUAllocator: can't allocate memory: ..."), None, None]
+
+    def too_large(*args, **options):
+        if error := errors.pop(0):
+            raise error
+        return restore(*args, **options)
+
+    monkeypatch.setattr(test_view, "restore", too_large)
+    assert view("--path pairs --clean_side left --result_path out") == 1
+    assert list(table()) == ["2", "3"]
+    error = capsys.readouterr().err
+    assert "pairs/0.png: too large for the memory here; see --tile" in error and "pairs/1.png: too" in error
+    errors.append(RuntimeError("another"))
+    with pytest.raises(RuntimeError, match="another"):
+        view("--path pairs --clean_side left --result_path other")
 
 
 def test_a_grey_picture_is_grey_in_the_gallery_too(network, monkeypatch):
@@ -474,6 +530,22 @@ def test_the_pictures_themselves_are_not_overwritten(path):
     with pytest.raises(UserError, match="--result_path photos: lies among the pictures"):
         view(f"--path {path} --result_path ./photos/")
     assert np.array_equal(read_image("photos/a.png"), photograph(0))
+
+
+def test_a_picture_is_not_overwritten_through_a_link_or_from_a_folder_above():
+    write_image("real/a.png", photograph(0))
+    Path("todo").mkdir()
+    Path("todo/a.png").symlink_to("../real/a.png")
+    write_image("photos/b.png", photograph(1))
+    write_image("photos/photos/b.png", photograph(2))
+    before = {file: file.read_bytes() for file in Path().rglob("*.png")}
+    for path, out, names in (
+        ("todo", "real", "real/a.png is todo"),
+        ("photos", ".", "photos/b.png is photos"),
+    ):
+        with pytest.raises(UserError, match=rf"--result_path {re.escape(out)}: {names}/"):
+            view(f"--path {path} --result_path {out}")
+    assert {file: file.read_bytes() for file in Path().rglob("*.png")} == before
 
 
 def test_results_inside_the_pictures_folder_would_be_restored_again(network):

@@ -1,0 +1,35 @@
+"""One process in a folder at a time."""
+
+import errno
+import os
+
+from support.errors import UserError
+
+if os.name == "posix":
+    import fcntl
+else:
+    import msvcrt
+
+
+def lock_folder(folder, name, flag):
+    """A handle, of the file `name` in it, that keeps other processes from a folder for as long as this one
+    lives and has the handle. flag: what names the folder. UserError where another process is in it.
+
+    A record lock, since loader workers, which outlive a killed process by seconds, do not inherit it.
+    """
+    try:
+        handle = (folder / name).open("w")
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written: {error.strerror}") from None
+    try:
+        if os.name == "posix":
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        handle.close()
+        raise UserError(f"{folder}: another process runs in it; stop that one, or choose another") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # file systems without locks
+            raise
+    return handle
