@@ -22,6 +22,7 @@ from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
 from support.distributed import average
+from support.graphs import Recorded
 
 
 class Architect:
@@ -39,6 +40,8 @@ class Architect:
         memory. With batch_statistics BatchNorm then normalises by the part.
     hessian_parts: likewise for the double backward, which takes about 2.6 times a gradient's memory: at least
         `parts`, and no more with batch_statistics, by which the images of a batch see each other.
+    recorded: first-order gradients come of CUDA graphs, which takes one process and one part; constants: what
+        the loss depends on but the batch, as in `support.graphs.Recorded`.
 
     Of several processes each has its share of a batch: every gradient, the virtual step's and the product's
     included, is averaged over them where it is taken, which makes it that of the whole batch.
@@ -54,6 +57,8 @@ class Architect:
         batch_statistics=False,
         parts=1,
         hessian_parts=1,
+        recorded=False,
+        constants=lambda: None,
     ):
         self.net = net
         self.weights = net.weights()
@@ -66,6 +71,7 @@ class Architect:
         self.batch_statistics = batch_statistics
         self.parts = parts
         self.hessian_parts = parts if batch_statistics else max(parts, hessian_parts)
+        self.recorded = Recorded(self.first_order, constants=constants) if recorded else None
 
     def step(self, batch, training_batch=None, accept=None):
         """One step of the optimizer; returns L_val before it, penalty included, as a tensor.
@@ -75,7 +81,7 @@ class Architect:
         accept(arch_loss=, arch_gradient_norm=) is given and false, alpha and beta are left as they were too.
         """
         if self.weight_optimizer is None:
-            loss, gradient = self.first_order(batch)
+            loss, gradient = (self.recorded or self.first_order)(batch)
         else:
             loss, gradient = self.unrolled(batch, training_batch)
         if accept is None or accept(arch_loss=loss, arch_gradient_norm=get_total_norm(gradient)):

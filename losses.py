@@ -72,17 +72,13 @@ def _images_of(scene, scenes, like):
     return like.new_zeros(scenes).index_add(0, scene, like.new_ones(len(scene)))
 
 
-def total_variation(outputs, scene=None, scenes=None):
-    """2 * (mean squared vertical + mean squared horizontal difference) of NxCxHxW, averaged over the images.
-
-    scene, scenes: average over the images of each scene and then over the scenes, which differs where they
-        have unequal numbers: then the loss of a batch is the mean of its scenes' losses, however divided.
+def total_variation(outputs, scene, scenes):
+    """2 * (mean squared vertical + mean squared horizontal difference) of NxCxHxW, averaged over the images
+    of each scene and then over the scenes: so a batch's loss is the mean of its scenes', however divided.
     """
     vertical = outputs.diff(dim=2).square().mean((1, 2, 3))
     horizontal = outputs.diff(dim=3).square().mean((1, 2, 3))
     each = 2 * (vertical + horizontal)
-    if scene is None:
-        return each.mean()
     return (each / _images_of(scene, scenes, outputs)[scene]).sum() / scenes
 
 

@@ -198,25 +198,7 @@ def build(run):
         print(f"genotype: {name}")
         return DerainNetwork(genotype, args.channels, args.residual)
     if args.weights:
-        net = model_train.load(args.weights)
-        if args.arch and genotypes.find(args.arch)[1] != net.genotype:
-            raise UserError(
-                f"--arch {args.arch}: not the genotype of --weights {args.weights}; leave one out"
-            )
-        if "channels" in run.given and args.channels != list(net.channels):
-            try:
-                net = model_train.widen(net, args.channels, args.seed)
-            except ValueError as error:
-                widths = " ".join(map(str, net.channels))
-                raise UserError(
-                    f"--channels: --weights {args.weights} has {widths}; leave one out, or give a multiple: "
-                    f"{error}"
-                ) from None
-        if "residual" in run.given and not net.residual:
-            raise UserError(f"--residual: --weights {args.weights} was trained without it; leave one out")
-        args.channels, args.residual = list(net.channels), net.residual
-        print(f"weights: {args.weights}, channels {' '.join(map(str, net.channels))}")
-        return net
+        return fine_tuned(run)
     if args.arch is None and args.demo:
         demo_search = experiment.newest("search", "genotype.json", demo=True)
         args.arch = str(demo_search) if demo_search else None
@@ -224,6 +206,28 @@ def build(run):
     print(f"genotype: {args.arch}")
     torch.manual_seed(args.seed)
     return DerainNetwork(genotype, args.channels, args.residual)
+
+
+def fine_tuned(run):
+    """The network of --weights, widened where --channels says so; settles args.channels and args.residual."""
+    args = run.args
+    net = model_train.load(args.weights)
+    if args.arch and genotypes.find(args.arch)[1] != net.genotype:
+        raise UserError(f"--arch {args.arch}: not the genotype of --weights {args.weights}; leave one out")
+    if "channels" in run.given and args.channels != list(net.channels):
+        try:
+            net = model_train.widen(net, args.channels, args.seed)
+        except ValueError as error:
+            widths = " ".join(map(str, net.channels))
+            raise UserError(
+                f"--channels: --weights {args.weights} has {widths}; leave one out, or give a multiple: "
+                f"{error}"
+            ) from None
+    if "residual" in run.given and not net.residual:
+        raise UserError(f"--residual: --weights {args.weights} was trained without it; leave one out")
+    args.channels, args.residual = list(net.channels), net.residual
+    print(f"weights: {args.weights}, channels {' '.join(map(str, net.channels))}")
+    return net
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from support.command import not_negative, patch, positive
 from support.draw import draw_genotype
 from support.errors import Interrupted, UserError
 from support.experiment import Experiment, log
-from support.graphs import Backward, Recorded
+from support.graphs import Backward
 from support.health import Health
 from support.validation import means, measure
 
@@ -177,9 +177,9 @@ def main(args):
         batch_statistics=args.arch_batch_statistics,
         parts=args.accumulate,
         hessian_parts=HESSIAN_PARTS,
+        recorded=run.records(),
+        constants=run.uses_internal,
     )
-    if run.records():
-        architect.first_order = Recorded(architect.first_order, constants=run.uses_internal)
     backward = Backward(
         distributed.parallel(net, ignored=("alpha", "beta")),
         weights,

@@ -72,7 +72,7 @@ from support.fast import (
     keep_freed_memory,
     no_compiler,
 )
-from support.graphs import Backward, Recorded
+from support.graphs import Backward
 from support.rain import write_scenes
 from support.restore import forwards
 
@@ -374,9 +374,8 @@ def search_step(
         penalty,
         optimizer if unrolled else None,
         hessian_parts=train_search_batch.HESSIAN_PARTS,
+        recorded=recorded,
     )
-    if recorded:
-        architect.first_order = Recorded(architect.first_order)
     backward = Backward(net, net.weights(), loss, recorded=recorded, changed=net.buffers())
     net.train()
 

@@ -275,7 +275,7 @@ class Experiment:
                 write_bytes(self.folder / "options.json", (json.dumps(options, indent=1) + "\n").encode())
             self._open_log()
             # Events of an epoch's end stand at the step that ended it, with which its totals begin anew.
-            redone = self.step + (not self.totals)
+            redone = self.step + (not self.unscored())
             self.writer = SummaryWriter(self.folder, purge_step=redone if self.state else None)
         except OSError as error:
             raise UserError(f"--save {self.folder}: cannot be written: {error.strerror}") from None
@@ -476,9 +476,13 @@ class Experiment:
         """The epoch of the present step, from 1."""
         return self.step // self.args.steps_per_epoch + 1
 
+    def unscored(self):
+        """Whether steps were taken since the last scores."""
+        return bool(self.totals)
+
     def done(self):
         """Whether the last epoch has its scores."""
-        return not self.totals and self.progress() >= 1
+        return not self.unscored() and self.progress() >= 1
 
     def epochs(self):
         """Numbers of the epochs that remain, from 1; one that a stopped run left without scores is first."""
@@ -486,7 +490,7 @@ class Experiment:
             self.save()  # from now on a run that is killed can be resumed
         self.begun = self.progress(), self.step
         while not self.done():
-            yield (self.step - bool(self.totals)) // self.args.steps_per_epoch + 1
+            yield (self.step - self.unscored()) // self.args.steps_per_epoch + 1
         if self.step == 0:
             self.give_up(f"--max_minutes {self.args.max_minutes:g}: over before the first step; give more")
 
