@@ -24,7 +24,7 @@ def pick_device(name=None):
         name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which "meta", that computes nothing, refuses
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # where streams and graphs are made that name no device
     except (RuntimeError, AssertionError) as error:

@@ -18,6 +18,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,8 @@ _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # as Pillow names them
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _PLANES = 256, 257, 258, 262, 274, 277, 284
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # those that carry no segment are left out
 _JPEG_END = re.compile(rb"\xff+[^\x00\x01\xff]")  # of coded pixels: a restart, or any other marker
-_whole_jpegs = set()  # length and checksum of those seen to be whole
+_whole_jpegs = set()  # length and checksum of those seen to be whole, of late
+_REMEMBERED = 100_000
 _NOISE = np.random.default_rng(0).integers(0, 255, 64, dtype=np.uint8).tobytes()
 _QUALITY = {
     ".jpg": cv2.IMWRITE_JPEG_QUALITY,
@@ -87,7 +89,7 @@ def load(path: str | Path) -> Picture:
     """
     data, header = _open(path)
     if header.frames > 1:
-        log.warning("%s: holds %d pages or frames; only the first is read", path, header.frames)
+        _say_frames(path, header.frames)
     pixels = _decode(path, data, header)
     if pixels.shape[:2] != header.size:
         raise UserError(f"{path}: is damaged: its header promises {header.size}, it holds {pixels.shape[:2]}")
@@ -98,6 +100,12 @@ def load(path: str | Path) -> Picture:
     if pixels.shape[2] == 3:
         return Picture(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
     return Picture(cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB), pixels[..., 3].copy(), grey=header.mode == "LA")
+
+
+@lru_cache(maxsize=1000)
+def _say_frames(path, frames):
+    """Once, though a training reads its files over and over."""
+    log.warning("%s: holds %d pages or frames; only the first is read", path, frames)
 
 
 def save(path: str | Path, picture: Picture, quality: int = 95) -> None:
@@ -366,6 +374,8 @@ def _check_coded_pixels(path: str | Path, data: bytes) -> None:
     if digest not in _whole_jpegs:
         if not np.array_equal(_small(path, data), _small(path, _lengthened(data))):
             raise UserError(f"{path}: is truncated or damaged: it ends before its last pixels")
+        if len(_whole_jpegs) >= _REMEMBERED:
+            _whole_jpegs.clear()
         _whole_jpegs.add(digest)
 
 

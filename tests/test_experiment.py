@@ -95,7 +95,7 @@ def clock(monkeypatch):
 # --- the command line ---
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x"])
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x", "meta"])
 def test_a_device_that_is_not_there_is_named(name):
     with pytest.raises(UserError, match=f"--device {name}: not available"):
         devices.pick_device(name)

@@ -233,7 +233,8 @@ def test_of_several_pages_or_frames_the_first_is_read_and_it_is_said(tmp_path, c
     Image.fromarray(smooth()).save(tmp_path / "x", format, save_all=True, append_images=more, **options)
     with caplog.at_level(logging.WARNING):
         assert np.array_equal(load(tmp_path / "x").rgb, smooth())
-    assert f"{tmp_path / 'x'}: holds 3 pages or frames; only the first is read" in caplog.text
+    load(tmp_path / "x")
+    assert caplog.text.count(f"{tmp_path / 'x'}: holds 3 pages or frames; only the first is read") == 1
 
 
 def test_a_camera_s_second_jpeg_is_not_worth_a_word(tmp_path, caplog):
