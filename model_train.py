@@ -240,7 +240,8 @@ def read(path):
         raise CheckpointError(f"{path}: not a file; a checkpoint is one file, such as best_psnr.pt")
     try:
         _check_archive(path)
-        with warnings.catch_warnings(action="ignore"):  # about kinds of files that are refused anyway
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kinds of files that are refused anyway
             payload = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None

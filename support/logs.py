@@ -24,7 +24,7 @@ class FileHandler(logging.FileHandler):
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
 
     def handleError(self, record):
-        error = sys.exception()
+        error = sys.exc_info()[1]
         if isinstance(error, OSError):
             error.filename = self.baseFilename
         raise error

@@ -357,7 +357,7 @@ def test_a_jpeg_may_fill_up_before_its_markers(tmp_path):
     start = whole.index(b"\xff\xda")
     filled = whole[:start] + re.sub(rb"(?=\xff[\xd0-\xda])", b"\xff", whole[start:])
     (tmp_path / "y.jpg").write_bytes(filled)
-    assert len(filled) > len(whole) + 2
+    assert len(filled) > len(whole)
     assert np.array_equal(load(tmp_path / "y.jpg").rgb, load(tmp_path / "x.jpg").rgb)
     (tmp_path / "y.jpg").write_bytes(filled[:-502] + filled[-2:])
     refused(tmp_path / "y.jpg", "ends before its last pixels", (load, read_image))

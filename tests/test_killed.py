@@ -19,7 +19,8 @@ import genotypes
 import train_model_batch
 import train_search_batch
 from support.errors import UserError
-from support.experiment import BEST, STATES, Experiment, _claim
+from support.experiment import BEST, LOCK, STATES, Experiment
+from support.lock import lock_folder
 from tests.made import (
     ROOT,
     assert_same,
@@ -230,7 +231,7 @@ def test_the_command_killed_at_random_times_and_resumed_is_the_same(whole, tmp_p
 
 
 def hold(folder, pipe):
-    lock = _claim(folder)
+    lock = lock_folder(folder, LOCK, "--save")
     pipe.send(lock.name)
     pipe.recv()
 
@@ -250,4 +251,4 @@ def test_a_folder_in_which_another_process_runs_is_refused(processes, stage, fol
     assert [path.name for path in (folder / "run").iterdir()] == ["run.lock"]
     other.kill()  # which needs no cleaning up after it
     other.join()
-    _claim(folder / "run").close()
+    lock_folder(folder / "run", LOCK, "--save").close()
