@@ -180,7 +180,13 @@ def find(arch=None):
             raise GenotypeError(f"{__file__}: holds no genotype yet; search one, or give --arch")
         arch = list(known)[-1]
     if arch in known:
-        return arch, check(known[arch])
+        try:
+            return arch, check(known[arch])
+        except GenotypeError as error:
+            raise GenotypeError(
+                f"{__file__}: {arch}: {error}; if an operation was removed, add it again, take this genotype "
+                "out, or give another --arch"
+            ) from None
     if not arch.endswith(".json"):
         newest = ", ".join(list(known)[-5:])
         raise GenotypeError(

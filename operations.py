@@ -282,7 +282,10 @@ OPERATIONS = {
     "SE_A_M": lambda channels: ChannelGate(channels, 4, use_max=True),
     "CBAM": cbam,
 }
-assert tuple(OPERATIONS) == PRIMITIVES, "OPERATIONS and genotypes.PRIMITIVES name the same, in one order"
+assert tuple(OPERATIONS) == PRIMITIVES, (
+    "operations.OPERATIONS and genotypes.PRIMITIVES are to name the same in one order; only one has "
+    f"{sorted({*OPERATIONS} ^ {*PRIMITIVES})}"
+)
 
 
 # --- the attention module -----------------------------------------------------------------------------------

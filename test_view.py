@@ -268,7 +268,7 @@ def find_pictures(args, path):
     print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}{truth}", flush=True)
     if unscored and (hint := distributed.from_main(partial(check.hint, found.scenes))):
         print(hint, flush=True)
-    if not unscored and (hint := distributed.from_main(partial(check.side_hint, found.scenes))):
+    if not unscored and (hint := distributed.from_main(partial(check.pair_hint, found.scenes))):
         print(f"{path}: {hint}", flush=True)
     if path.is_dir() and (others := other_kinds(path)):
         video = "; give a video as --path" if {*others} & {*images.VIDEO_EXTENSIONS} else ""

@@ -120,6 +120,12 @@ def main(args):
     run.start(**tracked)
     run.compile(net)
     run.describe()
+    if args.warmup_steps >= run.steps_in_all:
+        experiment.log.warning(
+            "--warmup_steps %d: the run has %d steps, so its rate does not rise to --learning_rate",
+            args.warmup_steps,
+            run.steps_in_all,
+        )
     validation = dataset.spread(scenes["validation"], args.val_scenes)
     if distributed.is_main():
         genotypes.write_json(net.genotype, run.folder / "genotype.json")

@@ -46,6 +46,8 @@ NAMED = 5  # files a line
 HINT_FROM = 8
 HINT_MATCH, HINT_RAIN = 0.6, 0.15
 CLEAN_DIFFERS = "clean half differs from the other densities'"
+OTHER_PICTURE = "rain over another picture than the clean one"
+EQUAL = "no rain, equal to the clean one"
 DID_MDN = {TRAINING: 4000, TEST: 1200}  # scenes of three densities; pairs
 
 
@@ -136,7 +138,9 @@ def _examine(scene, root):
         matches.append(match(image, own))
         rain.append(rain_score(image, own))
         if matches[-1] < MATCH:
-            fault("rain over another picture than the clean one", half.path, f"match {matches[-1]:.2f}")
+            fault(OTHER_PICTURE, half.path, f"match {matches[-1]:.2f}")
+        if np.array_equal(image, own):
+            fault(EQUAL, half.path, "")
     return Look(scene, faults, size, thumbnail(agreed), rain, min(matches))
 
 
@@ -210,7 +214,11 @@ def check(folder, found):
     if side:  # nothing that follows from it is worth a line
         by_kind.pop(CLEAN_DIFFERS, None)
         looks = [look._replace(thumbnail=None) for look in looks]
+    equal = by_kind.pop(EQUAL, [])
     findings += [Finding(f"{kind} ({len(texts):,}): {_list(texts)}") for kind, texts in by_kind.items()]
+    if equal:  # a few dry pictures may be meant
+        most = len(equal) > sum(len(look.scene.rainy) for look in looks) / 2
+        findings.append(Finding(f"{EQUAL} ({len(equal):,}): {_list(equal)}", wrong=most))
     findings += side or [*swapped(looks, folder), *side_by_side(looks), *duplicates(looks)]
     findings += [] if side else untrainable(found, looks)
     return Checked(folder, looks, findings)
@@ -249,9 +257,15 @@ def wrong_side(looks):
     return [Finding(f"{text}, and check again")] if text else []
 
 
-def side_hint(scenes):
-    """A line for a user who did not ask: whether a few pairs have their rain on the clean side; "" if not."""
-    return _wrong_side([examine(scene, Path()) for scene in spread(scenes, HINT_FROM)])
+def pair_hint(scenes):
+    """A line for a user who did not ask: what is wrong with most of a few pairs; "" where nothing is."""
+    looks = [examine(scene, Path()) for scene in spread(scenes, HINT_FROM)]
+    images = sum(len(look.scene.rainy) for look in looks)
+    faults = Counter(kind for look in looks for kind, _ in look.faults)
+    for kind in (OTHER_PICTURE, EQUAL):
+        if faults[kind] > images / 2:
+            return f"{kind}, {faults[kind]} of {images} images looked at; python dataset.py looks at all"
+    return _wrong_side(looks)
 
 
 def _wrong_side(looks):
@@ -366,7 +380,7 @@ def _list(texts):
 
 
 def _named(path, root, text):
-    return f"{_relative(path, root)} ({text})"
+    return f"{_relative(path, root)} ({text})" if text else _relative(path, root)
 
 
 def _relative(path, root):

@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -29,7 +30,7 @@ from model_train import RUN, CheckpointError, hard_link, read, write_whole
 from support import distributed
 from support.buffers import Buffers
 from support.cache import open_cache
-from support.check import side_hint
+from support.check import pair_hint
 from support.command import announce_demo, stopped_by_sigterm
 from support.devices import be_deterministic, pick_device, slow_half
 from support.errors import Interrupted, UserError
@@ -46,6 +47,9 @@ LOCK = "run.lock"
 STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
 SUMMARY = "summary.json"  # of a run that has finished
+RATE_FROM = (
+    10  # steps: those before, in which kernels are chosen, compiled or recorded, tell nothing of the rate
+)
 # Flags that name a first epoch, and what does not happen where the run ends before it.
 STARTS = {
     "arch_start": "NOTHING IS SEARCHED",
@@ -118,6 +122,7 @@ class Experiment:
         self.in_a_row = {}  # and without a good one between them, by kind of step
         self.bad = {}  # scenes left out: why, by key
         self.scenes = None  # those of each part
+        self.hints = []  # what seems to be wrong with them
         self.cache = None  # of their pictures, with --cache
         self.saved = 0  # the step that last.pt is of
         self.state = None
@@ -244,7 +249,11 @@ class Experiment:
             log.info("continuing %s after step %d", self.folder, self.step)
         else:
             log.info("run folder %s on %s", self.folder, self.device)
-            log.info("options: %s", " ".join(f"--{k} {_text(v)}" for k, v in options.items()))
+        flags = [text for name, value in options.items() for text in as_flag(name, value)]
+        origin = f"{sys.executable}, commit {distributed.from_main(commit)}, torch {torch.__version__}"
+        for line in (f"command: {shlex.join(sys.argv)}", f"options: {shlex.join(flags)}", f"by {origin}"):
+            log.info("%s", line)
+            self.writer.add_text(line.split()[0].strip(":"), line, self.step)
         if self.args.amp and (why := slow_half(self.device)):
             log.warning("--amp: %s", why)
         self.buffers = Buffers(parts["net"])
@@ -355,18 +364,20 @@ class Experiment:
                     dataset.find_training(args.data, args.clean_side, print), args.split_seed
                 )
             )
-            distributed.from_main(self._look_at_sides)
+            self.hints = distributed.from_main(self._look_at_pairs)
         if args.cache is not None:
             self._decode_once(self.scenes)
         return self.scenes
 
-    def _look_at_sides(self):
-        """Say so where a folder's rain seems to be on the clean side."""
+    def _look_at_pairs(self):
+        """What seems to be wrong with most pairs of a folder, a line each."""
         scenes = [scene for part in self.scenes.values() for scene in part]
+        hints = []
         for folder in dict.fromkeys(self.args.data):
             own = [scene for scene in scenes if Path(folder) in scene.rainy[0].path.parents]
-            if hint := side_hint(own):
-                print(f"{folder}: {hint}", flush=True)
+            if hint := pair_hint(own):
+                hints.append(f"{folder}: {hint}")
+        return hints
 
     def _decode_once(self, parts):
         """Have the pictures of all parts as pixels on the disk."""
@@ -385,7 +396,17 @@ class Experiment:
         if self.kind == "eval":  # it trains on both
             parts = {"training": parts["weights"] + parts["architecture"], "validation": parts["validation"]}
         log.info("scenes: %s", ", ".join(f"{number} {part}" for part, number in parts.items()))
+        for hint in self.hints:
+            log.warning("%s", hint)
         self._warn_of_starts(self.args.epochs)
+
+    def _foretell(self):
+        """With --max_minutes, warn of what the run will not come to at its rate so far."""
+        steps = self.step - self.begun[1]
+        if self.args.max_minutes and steps > 0:
+            progress = self.progress()
+            left = (1 - progress) * steps / max(progress - self.begun[0], 1e-9)
+            self._warn_of_starts(math.ceil((self.step + left) / self.args.steps_per_epoch))
 
     def _warn_of_starts(self, last):
         """Say, once each, what the run will not come to if `last` is its last epoch."""
@@ -505,7 +526,7 @@ class Experiment:
             disable=None if distributed.is_main() else True,
         )
         bar.update(self.step % self.args.steps_per_epoch)
-        saved = time.monotonic()
+        saved, taken = time.monotonic(), 0
         with bar:
             while self.step < end and self.progress() < 1:
                 self.buffers.keep()
@@ -513,6 +534,11 @@ class Experiment:
                 self.step += 1
                 bar.update()
                 self.stop_if_asked()
+                taken += 1
+                if taken == RATE_FROM:
+                    self.begun = self.progress(), self.step
+                elif taken == 3 * RATE_FROM:
+                    self._foretell()
                 if time.monotonic() - saved > 60 * self.args.save_every:
                     self.save()
                     saved = time.monotonic()
@@ -534,8 +560,7 @@ class Experiment:
         launcher = torchrun if distributed.launched() else "python"
         flags = ["--resume", str(self.folder)]
         for name in sorted(self.given.intersection(HERE)):
-            value = getattr(self.args, name)
-            flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            flags += as_flag(name, getattr(self.args, name))
         return f"go on with: {launcher} {self.parser.prog} {shlex.join(flags)}"
 
     # --- what can go wrong ---
@@ -667,10 +692,7 @@ class Experiment:
             log.warning(
                 "epoch %d: %d steps skipped; %d scenes left out so far", epoch, skipped, len(self.bad)
             )
-        if self.args.max_minutes:
-            progress, epochs = self.progress(), (self.step - self.begun[1]) / self.args.steps_per_epoch
-            left = (1 - progress) * epochs / max(progress - self.begun[0], 1e-9)
-            self._warn_of_starts(math.ceil(epoch + left))
+        self._foretell()
         self._keep_best(scores, write_best)
         self.save()
 
@@ -803,6 +825,15 @@ def clip(parameters, largest):
     """
     norm = nn.utils.clip_grad_norm_(parameters, largest or math.inf)
     return {"gradient_norm": norm, "clipped": (norm > (largest or math.inf)).float()}
+
+
+def as_flag(name, value):
+    """An option as it is written on a command line: a list of words; [] of one that was not given."""
+    if value is None or value is False or value == []:
+        return []
+    if value is True or value == "":
+        return [f"--{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
 
 
 def _text(value):

@@ -98,6 +98,16 @@ def test_what_is_good_but_cannot_be_trained_on_is_noted(tmp_path, run):
     assert status == 0 and "without ground truth: to be restored, but not" in report
 
 
+def test_pictures_without_rain_are_noted_and_wrong_where_they_are_most(tmp_path, run):
+    write_pairs(tmp_path, 6)
+    for i, (status, count) in enumerate([(0, 1), (0, 2), (0, 3), (1, 4)]):
+        clean = read_image(tmp_path / f"{i}.png")[:, :32]
+        write_image(tmp_path / f"{i}.png", np.hstack([clean, clean]))
+        found, said = run(tmp_path, "--clean_side", "left")
+        assert f"no rain, equal to the clean one ({count}): 0.png" in said
+        assert found == status
+
+
 def test_copies_of_a_background_are_noted(tmp_path, run):
     write_pairs(tmp_path, 4)
     write_image(tmp_path / "again.png", np.hstack([photograph(2), rain_on(photograph(2), 77)]))

@@ -76,6 +76,16 @@ def test_unknown_name_and_file_are_refused(tmp_path):
         genotypes.find(str(tmp_path / "text.json"))
 
 
+def test_a_genotype_of_an_operation_that_is_gone_is_named(monkeypatch):
+    genotype = random_genotype(3)
+    cell = (("gone", *genotype.attention[0][0][1:]), *genotype.attention[0][1:])
+    monkeypatch.setattr(
+        genotypes, "old", genotype._replace(attention=(cell, *genotype.attention[1:])), raising=False
+    )
+    with pytest.raises(GenotypeError, match=r"genotypes\.py: old: .*'gone'.* if an operation was removed"):
+        genotypes.find()
+
+
 def test_newest_is_the_last_in_the_file():
     assert genotypes.find()[0] == list(genotypes.named())[-1]
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,11 +26,12 @@ from support import experiment
 from support.averaging import Averaged
 from support.errors import Interrupted, UserError
 from support.experiment import BEST, LOCK, STATES, Experiment
-from support.images import read_image
+from support.images import read_image, write_image
 from tests.made import (
     ROOT,
     assert_same,
     interrupt,
+    photograph,
     random_genotype,
     scalars,
     spoil,
@@ -225,6 +227,30 @@ def test_rain_on_the_clean_side_is_said_by_folder(data, capsys):
         train(f"{flags} {ONE_STEP} --save run-{len(said)}")
         assert said in (printed := capsys.readouterr().out)
         assert bool(said) == ("the rain is on" in printed)
+        assert said in Path(f"run-{len(said)}", "log.txt").read_text()
+
+
+def test_pairs_that_do_not_belong_together_are_said(data, capsys):
+    """And those that are the same picture twice."""
+    for folder, first, hint in (("other", 1, "rain over another picture"), ("same", 0, "no rain, equal to")):
+        for i in range(6):
+            write_image(Path(folder, "target", f"{i}.png"), photograph(i, 64, 64))
+            write_image(Path(folder, "input", f"{i}.png"), photograph((i + first) % 6, 64, 64))
+        train(f"--data {folder} --arch genotype.json {ONE_STEP} --save run-{folder}")
+        assert f"{folder}: {hint}" in capsys.readouterr().out
+
+
+def test_a_log_says_by_what_command_and_code_a_run_was_made(data, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_model_batch.py", "--data", "my pairs"])
+    train(f"{PAIRS} {ONE_STEP} --warmup_steps 100 --save run")
+    log = Path("run", "log.txt").read_text()
+    assert "command: train_model_batch.py --data 'my pairs'\n" in log
+    assert re.search(rf"by .*, commit [0-9a-f+]+, torch {re.escape(torch.__version__)}\n", log)
+    assert "--warmup_steps 100: the run has 1 steps, so its rate does not rise to --learning_rate" in log
+    (line,) = re.findall(r"options: (.*)", log)
+    given = train_model_batch.get_args_parser().parse_args(shlex.split(line))
+    options = json.loads(Path("run", "options.json").read_text())
+    assert {name: getattr(given, name) for name in options} == options
 
 
 # --- fine-tuning ---
