@@ -204,7 +204,7 @@ def conclude(gallery, facts, failures, status, montage_of):
     means, scores = summarise(rows, facts) if rows and METRICS[0] in rows[0] else ({}, [])
     said = [*scores, f"{len(rows)} restored pictures in {out}"]
     shown = {name: facts[name] for name in ("checkpoint", "data", "device")}
-    shown["self-ensemble"] = facts["options"]["self_ensemble"] or "no"
+    shown |= {"self-ensemble": "no"} | in_words(facts["options"])
     # Files first: Ctrl-C ends a `| tee`, too, and then nothing can be printed.
     attempts = []
     if rows:
@@ -213,6 +213,7 @@ def conclude(gallery, facts, failures, status, montage_of):
         attempts.append(lambda: said.append(f"look at them: {gallery.write(shown, failures)}"))
         if montage_of is not None:
             attempts.append(lambda: montage(gallery.examples(montage_of), out / MONTAGE))
+            attempts.append(lambda: said.append(f"the montage: {out / MONTAGE}"))
     for attempt in attempts:  # one may find room where another does not
         try:
             attempt()
@@ -526,13 +527,24 @@ def summarise(rows, facts):
             left_out = {metric: count for metric, count in found["left_out"].items() if count}
             if left_out:
                 lines.append(f"  {whose} not in the means (equal images, or under 11 pixels): {left_out}")
-    count = facts["options"]["self_ensemble"]
-    ensemble = f", self-ensemble of {count}" if count else ""
-    lines.insert(0, f"scores of {facts['checkpoint']}{ensemble}, on the 8-bit pictures; PSNR in dB")
+    how = "".join(f", {name} {value}" for name, value in in_words(facts["options"]).items())
+    lines.insert(0, f"scores of {facts['checkpoint']}{how}, on the 8-bit pictures; PSNR in dB")
     missing, alone = facts["pictures"] - len(rows), facts["without_partner"]
     if missing or alone:
         lines.append(f"  not in the scores: {missing} pictures not done, {alone} files without a partner")
     return means, lines
+
+
+def in_words(options):
+    """What was asked for that changes the scores, {what: how}."""
+    words = {}
+    if options["self_ensemble"]:
+        words["self-ensemble"] = f"of {options['self_ensemble']}"
+    if options["tile"] is not None:
+        words["tiles"] = f"of {options['tile']}" if options["tile"] else "never"
+    if options["amp"]:
+        words["precision"] = "half"
+    return words
 
 
 def _finite(value):

@@ -207,15 +207,19 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     """The image files of a folder, told by extension, in natural order of relative path: 2.png before 10.png.
 
     Hidden files and folders are left out: they are other systems' side files, thumbnails, or an interrupted
-    run's. May be empty. Raises UserError if `folder` is not a folder that can be read; of folders in it that
-    cannot, a warning tells.
+    run's. Links to nothing are not: who reads them will say so. May be empty. Raises UserError if `folder` is
+    not a folder that can be read; of folders in it that cannot, a warning tells.
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: {'is not a folder' if os.path.exists(folder) else 'no such folder'}")
     found = _walk(folder) if recursive else (folder / name for name in _names_in(folder))
-    images = [p for p in found if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and os.path.isfile(p)]
+    images = [p for p in found if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and _is_file(p)]
     return sorted(images, key=lambda p: _natural(p.relative_to(folder).as_posix()))
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -502,7 +502,11 @@ def get_args_parser():
     parser.add_argument(
         "--test", type=command.natural, default=0, help="photographs to keep for the test part"
     )
-    parser.add_argument("--size", type=command.side, help="crop to squares (default: the photographs' size)")
+    parser.add_argument(
+        "--size",
+        type=command.side,
+        help="scale the middle square to this side, up where it is smaller (default: keep the size)",
+    )
     parser.add_argument("--clean_side", choices=["left", "right"], help="this half of side by side files")
     parser.add_argument(
         "--workers",

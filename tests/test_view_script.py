@@ -444,6 +444,25 @@ def test_names_that_are_no_text_are_scored_too(network):
     assert b"caf\xe9," in Path("out", "results.csv").read_bytes()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_a_link_to_nothing_is_reported_as_any_bad_file(network, capsys):
+    write_pairs(Path("pairs"), 2)
+    Path("pairs/1.png").unlink()
+    Path("pairs/1.png").symlink_to("gone.png")
+    assert view("--path pairs --clean_side left --result_path out") == 1
+    assert "pairs/1.png: cannot be read: No such file" in capsys.readouterr().err
+    assert list(table()) == ["0"]
+
+
+def test_scores_say_what_they_are_of_but_the_default(network, capsys):
+    write_pairs(Path("pairs"), 1)
+    assert view("--path pairs --clean_side left --result_path out --tile 64 --self_ensemble --montage") == 0
+    out = capsys.readouterr().out
+    assert "scores of net.pt, self-ensemble of 4, tiles of 64, on the 8-bit pictures" in out
+    assert f"the montage: {Path('out', 'montage.png')}" in out
+    assert "<dt>tiles</dt><dd>of 64</dd>" in Path("out", "index.html").read_text()
+
+
 def test_only_bad_files_write_no_results(network):
     Path("photos").mkdir()
     Path("photos/a.jpg").write_text("no image")
