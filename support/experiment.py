@@ -47,9 +47,7 @@ LOCK = "run.lock"
 STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
 SUMMARY = "summary.json"  # of a run that has finished
-RATE_FROM = (
-    10  # steps: those before, in which kernels are chosen, compiled or recorded, tell nothing of the rate
-)
+RATE_FROM = 10  # steps: in the first ones kernels are chosen, compiled or recorded
 # Flags that name a first epoch, and what does not happen where the run ends before it.
 STARTS = {
     "arch_start": "NOTHING IS SEARCHED",
@@ -412,14 +410,12 @@ class Experiment:
         """Say, once each, what the run will not come to if `last` is its last epoch."""
         several = any(len(scene.rainy) > 1 for scenes in (self.scenes or {}).values() for scene in scenes)
         for name, what in STARTS.items():
-            start = getattr(self.args, name, 0)
+            start = getattr(self.args, name, 0) or 0
             if start > last and name not in self.unreached and (several or name != "internal_start"):
                 self.unreached.add(name)
-                when = (
-                    "after the last epoch"
-                    if last == self.args.epochs
-                    else (f"not reached at this rate: --max_minutes ends the run in epoch {last}")
-                )
+                when = f"not reached at this rate: --max_minutes ends the run in epoch {last}"
+                if last == self.args.epochs:
+                    when = "after the last epoch"
                 log.warning("--%s %d is %s: %s", name, start, when, what)
 
     def batches(self, scenes, first_step=0):
@@ -442,7 +438,7 @@ class Experiment:
 
     def has_begun(self, name):
         """Whether what a flag of `STARTS` begins is on in the present epoch."""
-        return 0 < getattr(self.args, name) <= self.epoch()
+        return 0 < (getattr(self.args, name) or 0) <= self.epoch()  # None in older runs: never
 
     def uses_internal(self):
         """Whether the internal loss counts in the present epoch."""

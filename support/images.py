@@ -617,7 +617,7 @@ def _is_cut(path):
         if suffix in (".mkv", ".webm"):
             head = file.read(4096)
             start = head.find(b"\x18\x53\x80\x67")  # the segment, which holds all the rest
-            if start >= 0 and (first := head[start + 4]):
+            if start >= 0 and (first := int.from_bytes(head[start + 4 : start + 5], "big")):
                 width = 9 - first.bit_length()  # bytes of its size, by the first bit that is set
                 length = int.from_bytes(head[start + 4 : start + 4 + width], "big") - (1 << 7 * width)
                 unknown = length == (1 << 7 * width) - 1

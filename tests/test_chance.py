@@ -37,6 +37,8 @@ def test_every_genotype_is_trained_alike_and_once(folder, monkeypatch, capsys):
     assert len(summaries) == 8
     compare(command)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")} == summaries
+    with pytest.raises(UserError, match="--steps_per_epoch 3: the run in .* was begun with 2"):
+        compare(command.replace("--steps_per_epoch 2", "--steps_per_epoch 3"))
     again = capsys.readouterr().out
     assert again.strip() in first  # read from the summaries, the table is the same
     rows = re.findall(r"^ +\d+\. (\w+) +(searched|random) +[\d,]+ +([\d.]+) ([\d.]+) +([\d.]+)", again, re.M)

@@ -210,6 +210,20 @@ def test_what_a_budget_will_not_come_to_is_said_after_the_first_epoch(clock, fol
     ]
 
 
+@pytest.mark.parametrize(("start", "unreached"), [(3, False), (4, True)])
+def test_the_rate_is_known_after_some_steps_without_the_first_ones(clock, folder, start, unreached):
+    """In 10 minutes are 5 steps of 24 s and 96 of 5 s: two epochs of 50, and the beginning of a third."""
+    run, net = begun("--epochs", "99", "--steps_per_epoch", "50", "--max_minutes", "10")
+    run.args.arch_start = start
+
+    def seconds(step):
+        clock.seconds += 24 if step < 5 else 5
+        if step >= 30:
+            assert ("NOTHING IS SEARCHED" in Path("run", "log.txt").read_text()) == unreached
+
+    assert [*train(run, net, seconds)][-1] == 3
+
+
 def test_a_run_without_any_score_says_null_for_the_best(folder):
     run, net = begun()
     train(run, net, scores_of=lambda epoch: scores(*3 * [math.nan]))

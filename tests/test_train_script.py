@@ -325,6 +325,18 @@ def test_fine_tuning_that_is_stopped_in_its_first_validation_still_has_what_it_b
     assert log.count("before the first step") == log.count("no epoch scored a better psnr") == 1
 
 
+def test_a_run_begun_when_freeze_start_had_no_number_goes_on(data, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, dataset, draw=3)
+        with pytest.raises(Interrupted):
+            train(f"{PAIRS} {TINY} --save run")
+    begun = state("run")
+    begun["options"]["freeze_start"] = None
+    torch.save(begun, "run/last.pt")
+    train("--resume run")
+    assert json.loads(Path("run", "summary.json").read_text())["steps"] == 4
+
+
 def test_another_genotype_than_that_of_the_weights_is_refused(data):
     trained_network(seed=1)
     with pytest.raises(UserError, match=r"--arch genotype\.json: not the genotype of --weights trained\.pt"):
