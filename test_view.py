@@ -213,13 +213,14 @@ def conclude(gallery, facts, failures, status, montage_of):
         attempts.append(lambda: said.append(f"look at them: {gallery.write(shown, failures)}"))
         if montage_of is not None:
             attempts.append(lambda: montage(gallery.examples(montage_of), out / MONTAGE))
-            attempts.append(lambda: said.append(f"the montage: {out / MONTAGE}"))
     for attempt in attempts:  # one may find room where another does not
         try:
             attempt()
         except UserError as error:
             failures.append(str(error))
             status = status or 1
+    if montage_of is not None and (out / MONTAGE).is_file():
+        said.append(f"the montage: {out / MONTAGE}")
     if said:
         print(*said, sep="\n")
     if failures:

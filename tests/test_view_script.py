@@ -380,6 +380,9 @@ def test_a_table_that_cannot_be_written_is_one_line_after_the_scores(network, ca
     assert "pairs/1.png: is empty" in error
     assert "out/results.csv: cannot be written" in error
     assert {"results.json", "result_full.txt", "index.html"} <= set(os.listdir("out"))
+    Path("other/montage.png/taken").mkdir(parents=True)
+    assert view("--path pairs --clean_side left --result_path other --montage") == 1
+    assert "the montage" not in capsys.readouterr().out
 
 
 def test_ctrl_c_leaves_tables_of_what_was_done(network, capsys, monkeypatch):
