@@ -393,7 +393,10 @@ class Experiment:
         parts = {part: len(scenes) for part, scenes in self.scenes.items()}
         if self.kind == "eval":  # it trains on both
             parts = {"training": parts["weights"] + parts["architecture"], "validation": parts["validation"]}
-        log.info("scenes: %s", ", ".join(f"{number} {part}" for part, number in parts.items()))
+        said = ", ".join(f"{number} {part}" for part, number in parts.items())
+        if 0 < (self.args.val_scenes or 0) < parts["validation"]:
+            said += f", of which {self.args.val_scenes} are scored (--val_scenes)"
+        log.info("scenes: %s", said)
         for hint in self.hints:
             log.warning("%s", hint)
         self._warn_of_starts(self.args.epochs)

@@ -57,8 +57,9 @@ def add_arguments(parser):
     data.add_argument("--split_seed", type=int, default=0, help="of the split into parts (default: 0)")
     data.add_argument(
         "--val_scenes",
-        type=positive,
-        help="score only so many validation scenes, evenly spread (default: all)",
+        type=natural,
+        default=50,
+        help="validation scenes to score after each epoch, evenly spread; 0: all (default: 50)",
     )
     cores = os.cpu_count() or 2
     data.add_argument(

@@ -730,6 +730,19 @@ def test_pictures_alike_by_way_of_a_third_are_one_background():
         assert [groups[i] for i, v in enumerate(order) if v is other][0] not in together
 
 
+def test_pictures_far_apart_in_a_long_list_are_one_background():
+    """Of 700 pictures number 3 is there again as 300 and 650, and 500 is like both 299 and 301."""
+    pictures = np.random.default_rng(0).normal(size=(700, 256))
+    pictures[[300, 650]] = pictures[3]
+    pictures /= np.linalg.norm(pictures, axis=1, keepdims=True)
+    pictures[500] = pictures[299] + pictures[301]
+    pictures[500] /= np.linalg.norm(pictures[500])
+    expected = [*range(700)]
+    expected[300] = expected[650] = 3
+    expected[301] = expected[500] = 299
+    assert dataset.same_pictures([*pictures], threshold=0.65) == expected
+
+
 def test_flat_pictures_are_not_taken_for_one_another():
     flat = dataset.thumbnail(np.full((32, 32, 3), 9, np.uint8))
     assert dataset.same_pictures([flat, flat, dataset.thumbnail(photograph(0))]) == [0, 1, 2]
@@ -976,7 +989,7 @@ def test_as_many_sides_as_folders_or_one(tmp_path, sides):
 def test_spread_takes_its_scenes_from_every_mixed_folder():
     scenes = [*range(10), *range(100, 105)]
     assert dataset.spread(scenes, 3) == [0, 5, 100]
-    assert dataset.spread(scenes) == dataset.spread(scenes, 99) == scenes
+    assert dataset.spread(scenes) == dataset.spread(scenes, 0) == dataset.spread(scenes, 99) == scenes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are no text are Linux's")

@@ -101,6 +101,22 @@ def test_a_device_that_is_not_there_is_named(name):
         devices.pick_device(name)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "60 validation, of which 50 are scored (--val_scenes)"),
+        (("--val_scenes", "0"), "60 validation"),
+        (("--val_scenes", "60"), "60 validation"),
+    ],
+)
+def test_the_log_says_how_many_validation_scenes_are_scored(flags, said):
+    run, _ = begun(*flags)
+    scene = SimpleNamespace(rainy=["rainy"])
+    run.scenes = {"weights": 600 * [scene], "architecture": 540 * [scene], "validation": 60 * [scene]}
+    run.describe()
+    assert Path("run/log.txt").read_text().endswith(f" scenes: 1140 training, {said}\n")
+
+
 def test_a_gpu_by_number_is_the_one_that_streams_are_made_on(monkeypatch):
     """And "cuda", which torch.cuda.set_device refuses, is the one that PyTorch has."""
     chosen, zeros = [], torch.zeros
