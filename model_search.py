@@ -55,8 +55,8 @@ class MixedModule(nn.Module):
 class MixedOperation(nn.Module):
     """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW; beta: 9 weights, one an operation.
 
-    Each operation but `none`, which adds nothing, multiplies x by a gate: the gates are summed, and x, whose
-    poolings they share, is multiplied once.
+    `none` adds nothing. The paper's other eight multiply x by a gate: the gates are summed, and x, whose
+    poolings they share, is multiplied once. An operation without the method `gate` is evaluated by itself.
     """
 
     def __init__(self, channels):
@@ -65,9 +65,14 @@ class MixedOperation(nn.Module):
 
     def forward(self, x, beta):
         pooled = Pooled(x)
-        weighted = zip(beta, self.operations.items(), strict=True)
-        gates = [b * operation.gate(pooled) for b, (name, operation) in weighted if name != "none"]
-        return x * total(sorted(gates, key=torch.numel))  # those of one weight a channel or pixel are cheap
+        gates, others = [], []
+        for b, (name, operation) in zip(beta, self.operations.items(), strict=True):
+            if hasattr(operation, "gate"):
+                gates.append(b * operation.gate(pooled))
+            elif name != "none":
+                others.append(b * operation(x))
+        gate = total(sorted(gates, key=torch.numel))  # those of one weight a channel or pixel are cheap
+        return total([x * gate, *others])
 
 
 class MixedAttention(AttentionModule):

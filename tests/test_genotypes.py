@@ -164,23 +164,25 @@ def test_random_genotypes_are_none_that_has_a_name(monkeypatch):
 
 
 def test_random_genotypes_are_spread_as_the_search_would_derive_them():
+    number = len(PRIMITIVES)
     drawn = genotypes.draw_random(4000, seed=0)
     kinds = [kind for genotype in drawn for cell in genotype.modules for kind in cell]
     assert kinds.count("fusion") / len(kinds) == pytest.approx(1 / 2, abs=0.01)
     modules = [edges for genotype in drawn for cell in genotype.attention for edges in cell]
     first = [edges[0] for edges in modules]
     for name in PRIMITIVES[1:]:
-        assert first.count(name) / len(modules) == pytest.approx(1 / 8, abs=0.01)
+        assert first.count(name) / len(modules) == pytest.approx(1 / (number - 1), abs=0.01)
     assert "none" not in first
     both = sum("none" not in edges[1:] for edges in modules)
-    assert both / len(modules) == pytest.approx(64 / 81, abs=0.01)
+    assert both / len(modules) == pytest.approx((1 - 1 / number) ** 2, abs=0.01)
     assert not any(edges[1:] == ("none", "none") for edges in modules)
-    for edge in (1, 2):  # 1/9 is `none`; of the 1/81 with two, half get an operation here
+    none = 1 / number - 1 / number**2 / 2  # of the modules with two, half get an operation here
+    for edge in (1, 2):
         share = sum(edges[edge] == "none" for edges in modules) / len(modules)
-        assert share == pytest.approx(1 / 9 - 1 / 162, abs=0.01)
+        assert share == pytest.approx(none, abs=0.01)
         for name in PRIMITIVES[1:]:
             share = sum(edges[edge] == name for edges in modules) / len(modules)
-            assert share == pytest.approx((1 - 1 / 9 + 1 / 162) / 8, abs=0.01)
+            assert share == pytest.approx((1 - none) / (number - 1), abs=0.01)
 
 
 def test_where_one_name_is_taken_none_is_added(vocabulary):

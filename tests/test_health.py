@@ -118,13 +118,13 @@ def test_a_resumed_search_judges_as_if_it_had_not_stopped():
 
 def test_a_heat_map_has_a_cell_an_entry_and_frames_the_first_choice():
     torch.manual_seed(0)
-    beta = torch.randn(27, 9, dtype=torch.double).softmax(-1)
+    beta = torch.randn(27, len(PRIMITIVES), dtype=torch.double).softmax(-1)
     picture = health.heat_map(beta, BETA_ROWS, PRIMITIVES, EDGES)
     assert picture.dtype == np.uint8 and picture.ndim == 3
     width, height = health.ENTRY
     red = (picture == (255, 0, 0)).all(-1)
     rows, columns = np.nonzero(red)
-    left = picture.shape[1] - 8 - 9 * width
+    left = picture.shape[1] - 8 - len(PRIMITIVES) * width
     for i, best in enumerate(beta.argmax(-1).tolist()):
         bottom = picture.shape[0] - 8 - height * (26 - i) - 6 * (8 - i // 3)
         inside = red[bottom - height : bottom]

@@ -115,8 +115,8 @@ def test_modules_of_a_mixture_read_the_same_input():
 
 
 def beta_of(*rows):
-    """3x9 with the given {operation: weight} in each row."""
-    beta = torch.full((3, 9), 0.01)
+    """A row an edge, with the given {operation: weight} in each row."""
+    beta = torch.full((3, len(PRIMITIVES)), 0.01)
     for row, weights in zip(beta, rows, strict=True):
         for name, weight in weights.items():
             row[PRIMITIVES.index(name)] = weight

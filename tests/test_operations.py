@@ -28,12 +28,19 @@ def test_what_the_gates_of_an_edge_pool_is_computed_once(monkeypatch):
             operations, name, lambda x, *rest, f=function, n=name: pooled.append((n, x, *rest)) or f(x, *rest)
         )
     with torch.inference_mode():
-        edge(x, torch.full((9,), 1 / 9))
+        edge(x, torch.ones(len(PRIMITIVES)))
     of_x = [(name, dimensions) for name, tensor, dimensions in pooled if tensor is x]
     assert sorted(of_x) == [("maximum", (1,)), ("maximum", (2, 3)), ("mean", (1,)), ("mean", (2, 3))]
 
 
-@pytest.mark.parametrize("name", PRIMITIVES[2:])
+def test_an_operation_that_is_no_gate_has_its_share_of_a_mixed_edge(monkeypatch):
+    monkeypatch.setitem(OPERATIONS, "SE", lambda channels: nn.Conv2d(channels, channels, 3, padding=1))
+    edge, x, beta = MixedOperation(8).eval(), torch.rand(2, 8, 9, 9), torch.rand(len(PRIMITIVES))
+    expected = sum(b * operation(x) for b, operation in zip(beta, edge.operations.values(), strict=True))
+    torch.testing.assert_close(edge(x, beta), expected)
+
+
+@pytest.mark.parametrize("name", [n for n in PRIMITIVES[2:] if hasattr(OPERATIONS[n](2), "gate")])
 def test_gates_lie_between_zero_and_the_input(name):
     x = torch.rand(2, 8, 9, 9) + 0.1
     gate = OPERATIONS[name](8).eval()(x) / x

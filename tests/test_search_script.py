@@ -186,7 +186,7 @@ def test_health_is_one_line_an_epoch_with_the_rows_means_and_what_changed(finish
     assert expected in lines[1]
     found = scalars(finished.run)
     assert found["margin_beta/cell 3 scale 1/8 U1-U2"][-1] == (4, pytest.approx(margins[-1].item()))
-    row = -(beta[0] * beta[0].log()).sum() / math.log(9)
+    row = -(beta[0] * beta[0].log()).sum() / math.log(len(PRIMITIVES))
     assert found["entropy_beta/cell 1 scale 1 F1-U1"][-1] == (4, pytest.approx(row.item()))
     first, second = (genotypes.read_json(finished.run / f"genotype_00{i}.json") for i in (1, 2))
     pairs = [
