@@ -6,6 +6,7 @@ layouts that `find` knows, by the names of folders and files alone:
     Rain_Heavy/train2018new/*.jpg  Rain_Medium/...  Rain_Light/...   rain|clean; one name is one scene
     input/*  target/*  (or rain norain, rainy gt, ...)               pairs of two files of one name
     rain-1.png norain-1.png, or 1_in.png 1_GT.png, ...               pairs told by the files' names
+    park/park-R-*.png park/park-C-000.png                            all frames of a scene and its clean one
     *.jpg with --clean_side left or right                            clean|rain or rain|clean side by side
     *.jpg                                                            single images, no ground truth
 
@@ -52,8 +53,11 @@ CLEAN_FOLDERS = {
 # Taken for such only where files in them pair, as photographs are sorted into folders of these names, too.
 PERHAPS_RAINY = {"in", "real_world"}
 PERHAPS_CLEAN = {"hq", "clear", "real_world_gt"}
-# Of a clean file among rainy ones: norain-1, 1_GT, 1gt.
-CLEAN_NAME = re.compile(r"^norain[-_]|[-_](norain|gt)$|(?<=\d)gt$", re.IGNORECASE)
+# Of a clean file among rainy ones: norain-1, 1_GT, 1gt, park-C-000.
+CLEAN_NAME = re.compile(r"^norain[-_]|[-_](norain|gt)$|(?<=\d)gt$|-c-\d{3}$", re.IGNORECASE)
+FIRST_CLEAN = re.compile(r"-c-000$", re.IGNORECASE)  # in GT-Rain of all frames of a scene
+TRAINING_NAME = re.compile(r"train(ing)?(?![a-z])", re.IGNORECASE)
+TEST_NAME = re.compile(r"(test(ing)?|val(id|idation)?)(?![a-z])", re.IGNORECASE)
 SIDES = ("left", "right")
 PARTS = {"weights": 0.50, "architecture": 0.45, "validation": 0.05}
 GIVE_UP = 100  # scenes in a row that cannot be read: the disk is gone, not some files
@@ -114,16 +118,27 @@ def find(path, clean_side=None):
     if by_density := _density_folders(path):
         return _densities(path, by_density, clean_side or "right")
     if found := _in_folders(path):
+        if not found.scenes:
+            one, other = (found.unpaired[i].relative_to(path) for i in (0, -1))  # the clean ones come last
+            if one.parts[0] != other.parts[0]:
+                raise UserError(f"{path}: no two names make a pair, as {one} and {other}; name pairs alike")
         return found
     if Path(os.path.abspath(path)).name == TEST:  # also of "."
         clean_side = clean_side or "right"
     files = list_images(path, recursive=clean_side is None)
-    if clean_side is None and (sets := _sets(path, files)):
-        more = f" and {len(sets) - 3} more" if len(sets) > 3 else ""
-        raise UserError(f"{path}: holds sets of pairs, {', '.join(sets[:3])}{more}; give them one by one")
-    if any(CLEAN_NAME.search(file.stem) for file in files) and (found := _told_by_name(path)):
+    below = files or list_images(path, recursive=True)
+    if (clean_side is None or not files) and (sets := _sets(path, below)):
+        raise UserError(f"{path}: holds sets of pairs, {_some(sets)}; give them one by one")
+    if any(CLEAN_NAME.search(file.stem) for file in below) and (found := _told_by_name(path)):
         return found
+    if below and not files:
+        folders = sorted({str(file.parent.relative_to(path)) for file in below})
+        raise UserError(f"{path}: holds no images itself, but {_some(folders)} do; give them one by one")
     return _flat(path, files, clean_side)
+
+
+def _some(names):
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def find_training(paths, clean_sides=(), say=lambda line: None):
@@ -135,7 +150,7 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
     """
     scenes = []
     for root, side in with_sides(paths, clean_sides):
-        if os.path.isdir(root / TRAINING):
+        while os.path.isdir(root / TRAINING):  # an archive may hold it, too
             root = root / TRAINING
         found = find(root, side)
         say(f"{root}: {len(found.scenes):,} {found.layout}")
@@ -185,10 +200,15 @@ def _pair_folders(path, perhaps=False):
     kinds = RAINY_FOLDERS, CLEAN_FOLDERS
     if perhaps:
         kinds = RAINY_FOLDERS | PERHAPS_RAINY, CLEAN_FOLDERS | PERHAPS_CLEAN
-    names = {folder: folder.name.lower() for folder in _folders(path)}
+    names = {folder: _called(folder) for folder in _folders(path)}
     if perhaps:  # rainy_images, input_crops
         names = {folder: re.sub(r"[-_](images?|imgs?|crops)$", "", name) for folder, name in names.items()}
     return [[folder for folder, name in names.items() if name in kind] for kind in kinds]
+
+
+def _called(folder):
+    """The name of a folder as those of pairs are spelled here."""
+    return folder.name.lower().replace(" ", "_")
 
 
 def _in_folders(path):
@@ -212,16 +232,15 @@ def _in_folders(path):
             raise UserError(f"{path}: no images in {rainy[0].name} and {clean[0].name}")
         found = _paired(f"pairs in {rainy[0].name}/ and {clean[0].name}/", rainy[0], *keys)
         if found.scenes or not perhaps:
-            return found
+            return _of_one_set(path, found)
     return None
 
 
 def _sets(path, files):
     """The folders below `path` with pairs among `files`, in two folders: relative names."""
     below = {folder for file in files for folder in file.relative_to(path).parents}
-    kinds = RAINY_FOLDERS, CLEAN_FOLDERS
-    rainy, clean = ({f.parent for f in below if f.name.lower() in kind} for kind in kinds)
-    return sorted(str(folder) for folder in rainy & clean if _holds_pairs(path / folder))
+    above = {folder.parent for folder in below}
+    return sorted(str(folder) for folder in above if _holds_pairs(path / folder))
 
 
 def _holds_pairs(path):
@@ -230,6 +249,16 @@ def _holds_pairs(path):
     except UserError:  # it does, and something is wrong with them
         return True
     return bool(found and found.scenes)
+
+
+def _of_one_set(path, found):
+    """`found`, or UserError where some pairs are in a training set's folder and others in a test set's."""
+    files = [scene.rainy[0].path.relative_to(path) for scene in found.scenes]
+    folders = sorted({folder for file in files for folder in file.parts[:-1]})
+    training, other = ([f for f in folders if name.match(f)] for name in (TRAINING_NAME, TEST_NAME))
+    if training and other:
+        raise UserError(f"{path}: holds pairs in {_some(training)} and in {_some(other)}; give one of them")
+    return found
 
 
 def _density_folders(path):
@@ -269,16 +298,22 @@ def _paired(layout, rainy_root, rainy, clean):
         if key in by_key:
             raise UserError(f"{file}: two clean images of one name ({by_key[key].name}); rename one")
         by_key[key] = file
-    for file, key in clean.items():  # 1gt.png of 1.png
+    for file, key in clean.items():  # 1gt.png of 1.png, and park-C-000.png of all park-R-*.png
         by_key.setdefault(re.sub(r"(?<=\d)gt$", "", key), file)
+        if FIRST_CLEAN.search(file.stem):
+            by_key.setdefault(key.removesuffix("_000"), file)
     scenes, unpaired, used = [], [], set()
+    # Beside a rainy or clean 7.png or 7_1.png, 7_2.png is a picture of its own.
     taken = set(rainy.values())
+    taken.update(k for f, key in clean.items() if not FIRST_CLEAN.search(f.stem) for k in _less_exact(key))
+    named = {(key, file.stem) for file, key in rainy.items()}
+    ambiguous = {key for key, count in Counter(key for key, _ in named).items() if count > 1}  # A.png, a.png
     for name, (file, key) in zip(_names(rainy_root, rainy), rainy.items(), strict=True):
-        partner = by_key.get(key)
-        for other in _less_exact(key) if partner is None else ():
-            if other in taken:  # beside a rainy 7.png, 7_2.png is a picture of its own
+        partner = None
+        for candidate in () if key in ambiguous else (key, *_less_exact(key)):
+            if candidate != key and candidate in taken:
                 break
-            if partner := by_key.get(other):
+            if partner := by_key.get(candidate):
                 break
         if partner is None:
             unpaired.append(file)
@@ -293,12 +328,16 @@ def _pair_key(file, folder):
     """What two files of a pair share: the relative name without suffix, rain-/norain- or _rain/_clean/_gt."""
     key = unicodedata.normalize("NFC", file.relative_to(folder).with_suffix("").as_posix().lower())
     key = re.sub(r"(^|/)(no)?rain[-_]", r"\1", key)
+    key = re.sub(r"-[rc]-(\d{3})$", r"_\1", key)
     return re.sub(r"[-_](rain|rainy|norain|clean|gt)$", "", key)
 
 
 def _less_exact(key):
-    """Keys that the clean image of a rainy one may have: 7 for 7_in, 7_1, 7_2, 7x2, heavy/7, light/7_1."""
-    for ending in (r"_in$", r"_[a-z]*\d+$|(?<=\d)x\d$", r"^(x\d|heavy|medium|light|small|large)/"):
+    """Keys that the clean image of a rainy one may have: 7 for 7_in, 7_1, 7_2, 7x2, heavy/7, light/7_1, and
+    with what Outdoor-Rain and RainCityscapes say of the rain, 7_s80_a04 and 7_rain_alpha_0.02_beta_0.01.
+    """
+    numbers = r"_s\d+_a\d+$|_rain_alpha_.*$|_[a-z]*\d+$|(?<=\d)x\d$"
+    for ending in (r"_in$", numbers, r"^(x\d|heavy|medium|light|small|large)/"):
         shorter = re.sub(ending, "", key)
         if shorter != key:
             yield shorter
@@ -316,14 +355,14 @@ def _told_by_name(path):
         if CLEAN_NAME.search(file.stem):
             if key not in clean.values():  # the first of a name; the others have no partner
                 clean[file] = key
-        elif file.parent.name.lower() in RAINY_FOLDERS and file.parent != path:
+        elif _called(file.parent) in RAINY_FOLDERS and file.parent != path:
             rainy[file] = re.sub(r"[^/]+/([^/]+)$", r"\1", key)
         else:
             rainy[file] = key
     found = _paired("pairs told by their names", path, rainy, clean)
     in_pairs = {half.path for scene in found.scenes for half in (*scene.rainy, scene.clean)}
     unpaired = [file for file in files if file not in in_pairs]
-    return found._replace(unpaired=unpaired) if len(unpaired) <= len(files) / 2 else None
+    return _of_one_set(path, found._replace(unpaired=unpaired)) if len(unpaired) <= len(files) / 2 else None
 
 
 def _flat(root, files, side):
@@ -447,7 +486,7 @@ def split(scenes, seed=0):
 
 
 def spread(scenes, count=None):
-    """`count` of the scenes, evenly over the list: every mixed folder has its share. None or 0: all of them."""
+    """`count` of the scenes, evenly over the list: every mixed folder has its share. None, 0: all of them."""
     if not count or count >= len(scenes):
         return scenes
     return [scenes[i * len(scenes) // count] for i in range(count)]
@@ -467,8 +506,15 @@ def background_keys(scenes):
     names = {}
     for scene in scenes:
         index = first[scene.clean]
-        names[index] = min(names.get(index, scene.name), scene.name)
+        name = _without_crop(scene)
+        names[index] = min(names.get(index, name), name)
     return [names[first[scene.clean]] for scene in scenes]
+
+
+def _without_crop(scene):
+    """The scene's name, less the number of its crop if it lies in input_crops or the like."""
+    is_crop = scene.rainy[0].path.parent.name.lower().endswith("crops")
+    return re.sub(r"[-_]\d+$", "", scene.name) if is_crop else scene.name
 
 
 def read_half(half):

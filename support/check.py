@@ -331,7 +331,7 @@ def _flag(rain):
 def duplicates(looks):
     """A note where one background stands in several scenes."""
     groups = _groups(looks)
-    copies = [" = ".join(look.scene.name for look in group) for group in groups if len(group) > 1]
+    copies = [_equal([look.scene.name for look in group]) for group in groups if len(group) > 1]
     if copies:
         text = f"{len(groups):,} different backgrounds in {sum(map(len, groups)):,} scenes: {_list(copies)}"
         yield Finding(f"{text}; a split keeps copies together", wrong=False)
@@ -377,6 +377,10 @@ def _backgrounds(checked):
 def _list(texts):
     more = f" and {len(texts) - NAMED:,} more" if len(texts) > NAMED else ""
     return ", ".join(texts[:NAMED]) + more
+
+
+def _equal(names):
+    return " = ".join(names[:NAMED]) + (f" = {len(names) - NAMED:,} more" if len(names) > NAMED else "")
 
 
 def _named(path, root, text):

@@ -245,7 +245,7 @@ def _walk(folder: str | Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(place)
-        visible = [name for name in folders if name[0] != "."]
+        visible = [name for name in folders if name[0] != "." and name != "@eaDir"]  # Synology's thumbnails
         folders[:] = sorted(visible, key=lambda name: (os.path.islink(os.path.join(root, name)), name))
         yield from (Path(root, file) for file in files)
 

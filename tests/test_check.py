@@ -114,6 +114,10 @@ def test_copies_of_a_background_are_noted(tmp_path, run):
     status, report = run(tmp_path, "--clean_side", "left")
     assert status == 0
     assert "4 different backgrounds in 5 scenes: 2 = again" in report
+    for i in range(9):
+        write_image(tmp_path / f"again_{i}.png", np.hstack([photograph(2), rain_on(photograph(2), i)]))
+    status, report = run(tmp_path, "--clean_side", "left")
+    assert "14 scenes: 2 = again = again_0 = again_1 = again_2 = 6 more;" in report
 
 
 # --- one fault in a set that is good otherwise ---

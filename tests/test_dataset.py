@@ -146,6 +146,10 @@ def test_one_side_for_all_folders_leaves_did_mdn_as_published(tmp_path):
         ("input_crops", "target_crops", "1.png", "1.png"),
         ("lq", "hq", "caf\u00e9.png", "cafe\u0301.png"),
         ("real_world", "real_world_gt", "1_2.png", "1.png"),
+        ("in", "gt", "im_0001_s80_a04.png", "im_0001.png"),
+        ("rain", "gt", "ulm_1_rain_alpha_0.02_beta_0.01_dropsize_0.01_pattern_3.png", "ulm_1.png"),
+        ("rainy image", "ground truth", "901_14.png", "901.png"),
+        ("Park", "Park", "Park-Webcam-R-017.png", "Park-Webcam-C-000.png"),
     ],
 )
 def test_paired_folders_are_matched_by_name(tmp_path, rainy_folder, clean_folder, rainy_name, clean_name):
@@ -223,7 +227,11 @@ def test_pairs_told_by_their_names_stay_in_their_folders(tmp_path):
         ("rain/4 rain/4gt norain/4 norain/4gt", "4 4gt", ""),
         ("input/1 input/1_in target/1", "1", "1_in"),
         ("rain/heavy/walk rain/heavy/walk_2 norain/walk", "heavy/walk", "walk_2"),
-        ("rain/parkA/1 rain/parkB/1 norain/1", "", "1 1 1"),
+        ("rain/parkA/1 rain/parkB/1 rain/2 norain/1 norain/2", "2", "1 1 1"),
+        ("rain/A rain/a rain/b norain/A norain/b", "b", "A a A"),
+        ("rain/rain-1 rain/1 rain/2 norain/1 norain/2", "2", "1 rain-1 1"),
+        ("rain/7_1 rain/7_3 norain/7 norain/7_1", "7_1", "7_3 7"),
+        ("park-R-000 park-R-002 park-C-000 park-C-001", "park-R-000", "park-C-001 park-R-002"),
         ("input/1 target/1 in/1 target_crops/1 hq/1", "1", ""),
     ],
 )
@@ -235,6 +243,67 @@ def test_a_less_exact_name_never_takes_the_partner_of_an_exact_one(tmp_path, lay
     assert [file.stem for file in found.unpaired] == unpaired.split()
 
 
+def test_all_frames_of_a_scene_in_gt_rain_have_its_clean_one(tmp_path):
+    names = [f"{scene}/{scene}-R-{i:03}" for scene in ("Park", "Lake") for i in range(3)]
+    one_to_one = [f"Ulm/Ulm-{kind}-00{i}" for i in range(3) for kind in "RC"]
+    for name in (*names, "Park/Park-C-000", "Lake/Lake-C-000", *one_to_one):
+        write_image(tmp_path / f"{name}.png", photograph(0))
+    found = find(tmp_path)
+    assert not found.unpaired and len(found.scenes) == 9
+    for scene in found.scenes:
+        name, _, number = scene.rainy[0].path.stem.split("-")
+        assert scene.clean.path.stem == f"{name}-C-{number if name == 'Ulm' else '000'}"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "train/rain-1 train/norain-1 test/rainy/rain-1 test/norain-1",
+        "input/train/1 input/test_a/2 target/train/1 target/test_a/2",
+        "input/training/1 input/val/2 target/training/1 target/val/2",
+        "train_1/rain-1 train_1/norain-1 test-1/rain-1 test-1/norain-1",
+    ],
+)
+def test_training_and_test_pairs_are_not_taken_for_one_set(tmp_path, layout):
+    for name in layout.split():
+        write_image(tmp_path / f"{name}.png", photograph(0))
+    with pytest.raises(UserError, match=r"holds pairs in train.* and in (test|val).*; give one of them$"):
+        find(tmp_path)
+
+
+def test_where_no_names_make_a_pair_two_of_them_are_shown(tmp_path):
+    for name in ("input/rain-001", "target/norain-1"):
+        write_image(tmp_path / f"{name}.png", photograph(0))
+    words = r"no two names make a pair, as input/rain-001.png and target/norain-1.png; name pairs alike$"
+    with pytest.raises(UserError, match=words):
+        find(tmp_path)
+
+
+def test_a_side_for_a_folder_without_pictures_of_its_own(tmp_path):
+    """Pairs told otherwise below are found, sets named; of side-by-side files the folders are."""
+    for name in ("names/test/rain-1", "names/test/norain-1", "sets/a/input/1", "sets/a/target/1"):
+        write_image(tmp_path / f"{name}.png", photograph(0))
+    write_pairs(tmp_path / "sides" / "training", 1)
+    write_pairs(tmp_path / "sides" / "test_syn", 1)
+    assert find(tmp_path / "names", "left").layout == "pairs told by their names"
+    with pytest.raises(UserError, match="holds sets of pairs, a; give them one by one"):
+        find(tmp_path / "sets", "left")
+    words = "sides: holds no images itself, but test_syn, training do; give them one by one"
+    with pytest.raises(UserError, match=words):
+        find(tmp_path / "sides", "left")
+
+
+def test_did_mdn_in_a_folder_of_its_own_name(tmp_path):
+    write_scenes(tmp_path / dataset.TRAINING / dataset.TRAINING, 1)
+    assert len(find_training([tmp_path])) == 1
+
+
+def test_thumbnails_of_a_network_disk_are_no_pictures(tmp_path):
+    for name in ("1", "@eaDir/1.png/SYNOPHOTO_THUMB_M"):
+        write_image(tmp_path / f"{name}.png", photograph(0))
+    assert [scene.name for scene in find(tmp_path).scenes] == ["1"]
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -244,6 +313,7 @@ def test_a_less_exact_name_never_takes_the_partner_of_an_exact_one(tmp_path, lay
         "2020/rain/a 2020/clean/b 2020/c",
         "ford_gt ford-gt a b c",
         "real_world/a real_world_gt/b",
+        "IMG-C-001 IMG-R-002 IMG-001",
     ],
 )
 def test_photographs_whose_names_say_something_by_chance_are_single_images(tmp_path, layout):
@@ -279,9 +349,10 @@ def test_pairs_told_by_their_names_are_not_cut_in_half(tmp_path):
 
 def test_a_folder_of_sets_is_refused_by_their_names(tmp_path):
     """Its clean images would be restored like rainy ones, and nothing scored."""
-    for name in ("A/input/1", "A/target/1", "b/B/rain/heavy/1", "b/B/norain/1", "C/input/1", "1", "norain-1"):
+    pairs = "A/input/1 A/target/1 b/B/rain/heavy/1 b/B/norain/1 c/in/1_s80_a04 c/gt/1"
+    for name in (*pairs.split(), "C/input/1", "1", "norain-1"):
         write_image(tmp_path / f"{name}.png", photograph(0))
-    with pytest.raises(UserError, match=r"holds sets of pairs, A, b/B; give them one by one$"):
+    with pytest.raises(UserError, match=r"holds sets of pairs, A, b/B, c; give them one by one$"):
         find(tmp_path)
     (scene,) = find(tmp_path / "b" / "B").scenes
     assert scene.clean.path == tmp_path / "b/B/norain/1.png"
@@ -685,6 +756,16 @@ def test_one_background_in_several_scenes_of_did_mdns_layout_is_in_one_part(tmp_
         part = part_of(scenes, seed)
         assert len(part) == 7
         assert part["3"] == part["again"]
+
+
+def test_crops_of_one_picture_are_in_one_part(tmp_path):
+    for i in range(4):
+        for k in range(3):
+            for folder in ("input_crops", "target_crops"):
+                write_image(tmp_path / folder / f"{i}-{k}.png", photograph(3 * i + k))
+    for part in split(find_training([tmp_path])).values():
+        names = [scene.name for scene in part]
+        assert {f"{name[0]}-{k}" for name in names for k in range(3)} == {*names}
 
 
 def test_one_background_in_two_folders_is_in_one_part(tmp_path):
