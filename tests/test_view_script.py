@@ -626,6 +626,16 @@ def test_the_newest_finished_network_is_the_default_and_said_first(network, caps
     assert not np.array_equal(read_image("out/photo.png"), shipped)
 
 
+@pytest.mark.parametrize("upright, number, lines", [(True, 8, 1), (False, 8, 0), (True, 4, 0)])
+def test_quarter_turns_of_a_network_that_was_not_trained_on_them_are_warned_of(upright, number, lines, capsys):
+    write_image("photo.png", photograph(0)[:16, :16])
+    Path("run").mkdir()
+    Path("net.pt").rename("run/net.pt")
+    Path("run/options.json").write_text(json.dumps({"upright": upright}))
+    view(f"--path photo.png --ckt_path run/net.pt --result_path out --self_ensemble {number}")
+    assert capsys.readouterr().out.count("--self_ensemble 8: it has seen no quarter turns") == lines
+
+
 def test_a_demos_network_is_not_taken_for_a_picture_without_a_word(network, capsys):
     write_image("photo.png", photograph(0))
     for demo, lines in ((False, 0), (True, 1)):
