@@ -198,7 +198,7 @@ def find(arch=None):
 def read_json(path):
     """The Genotype in a genotype.json; raises GenotypeError naming the file if there is none."""
     try:
-        return check(json.loads(Path(path).read_text(encoding="utf-8")))
+        return check(json.loads(Path(path).read_text(encoding="utf-8-sig")))  # some editors begin with a mark
     except OSError as error:
         raise GenotypeError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

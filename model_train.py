@@ -154,11 +154,14 @@ def widen(net, channels, seed=0):
 def checkpoint(net, half=False):
     """All that `restore` needs to build the network again, as plain tensors, numbers and strings.
 
-    half: the convolutions' weights in float16, the statistics as they are: half the size.
+    half: the convolutions' weights in float16, but for those it cannot hold, the statistics as they are:
+        half the size.
     """
     weights = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
     if half:
-        weights = {name: w.half() if w.ndim == 4 else w for name, w in weights.items()}
+        largest = torch.finfo(torch.float16).max
+        halved = {name: w.half() for name, w in weights.items() if w.ndim == 4 and w.abs().max() <= largest}
+        weights |= halved
     return {
         "format": FORMAT,
         "genotype": genotypes.to_lists(net.genotype),
@@ -316,6 +319,13 @@ def restore(payload, path="checkpoint"):
         genotype = genotypes.check(payload.get("genotype"))
     except genotypes.GenotypeError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    return filled(partial(DerainNetwork, genotype), payload, path)
+
+
+def filled(make, payload, path):
+    """The network make(channels, residual) of a checkpoint's channels, residual and weights, once these are
+    found to be such and to fit it; else CheckpointError, naming `path`.
+    """
     channels, residual, weights = (payload.get(name) for name in ("channels", "residual", "weights"))
     if not (
         isinstance(channels, list)
@@ -333,7 +343,7 @@ def restore(payload, path="checkpoint"):
         raise CheckpointError(f"{path}: holds no weights")
 
     with torch.device("meta"):  # shapes first: nothing is allocated for a file whose tensors do not fit
-        net = DerainNetwork(genotype, channels, residual)
+        net = make(channels, residual)
     weights = _fitting(net.state_dict(), weights, path)
     net = net.to_empty(device="cpu")
     net.load_state_dict(weights)

@@ -238,7 +238,9 @@ def choose_checkpoint(args):
     folder = checkpoint.resolve().parent
     is_upright = folder == SHIPPED.parent or experiment.noted(folder, "options.json", "upright")
     if args.self_ensemble == 8 and is_upright:
-        print("--self_ensemble 8: it has seen no quarter turns (--upright): 4 is better, and faster", flush=True)
+        print(
+            "--self_ensemble 8: it has seen no quarter turns (--upright): 4 is better, and faster", flush=True
+        )
     return checkpoint
 
 

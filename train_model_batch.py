@@ -10,6 +10,7 @@ All training scenes but the validation part are trained on with the multi-to-one
 chosen on the validation part. The test set is not opened.
 """
 
+import shlex
 from functools import partial
 
 import torch
@@ -188,7 +189,8 @@ def main(args):
     if not (run.folder / "best_psnr.pt").exists():
         experiment.log.error("NOTHING IS KEPT: no epoch had a validation score that is a number")
         return 1
-    experiment.log.info("score it with: python test_view.py --ckt_path %s", run.folder / "best_psnr.pt")
+    best = shlex.quote(str(run.folder / "best_psnr.pt"))
+    experiment.log.info("score it with: python test_view.py --ckt_path %s", best)
     return 0
 
 

@@ -15,10 +15,10 @@ and TensorBoard: support/health.py.
 
 import argparse
 import re
+import shlex
 import time
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ import genotypes
 from architect import Architect
 from losses import MEASURES, architecture_regulariser, choice_sizes, complexity, multi_to_one
 from model_search import SearchNetwork
-from model_train import SUPERNET, CheckpointError, from_supernet, read, write_whole
+from model_train import SUPERNET, CheckpointError, filled, from_supernet, read, write_whole
 from support import command, devices, distributed, experiment, options
 from support.command import not_negative, patch, positive
 from support.draw import draw_genotype
@@ -260,7 +260,7 @@ def conclude(run, net, health, validation, searched):
     gap = discretisation_gap(run, net, genotype, validation)
     run.finish(genotype=genotype._asdict(), collapse=health.collapse, validation_psnr=gap)
     arch = run.folder / "genotype.json" if args.demo else name
-    log.info("retrain it with: python train_model_batch.py --arch %s", arch)
+    log.info("retrain it with: python train_model_batch.py --arch %s", shlex.quote(str(arch)))
     return 0
 
 
@@ -387,13 +387,10 @@ def load_supernet(path):
     payload = read(path)
     if payload.get("format") != SUPERNET:
         raise CheckpointError(f"{path}: not a supernet; give a best_*.pt of a search")
-    net = SearchNetwork(payload["channels"], payload["residual"])
     try:
-        net.load_state_dict(payload["weights"])
-    except RuntimeError as error:
-        why = shorten(str(error), 200)
-        raise CheckpointError(f"{path}: has other operations than genotypes.py: {why}") from None
-    return net
+        return filled(SearchNetwork, payload, path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; a supernet is of the operations in genotypes.py") from None
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 import fnmatch
 import json
 import math
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -25,11 +26,13 @@ import dataset
 import genotypes
 import train_model_batch
 from model_train import from_supernet
-from support import command, devices, experiment
+from support import command, devices, experiment, options
 from support.errors import UserError
 from support.validation import validate
 from train_search_batch import load_supernet
 
+# Options that are a run's own, or do not change what it computes.
+OF_EACH = {"arch", "seed"} | options.FREE_OPTIONS - {"max_minutes"}
 RECALIBRATION = 16  # batches from which BatchNorm's statistics of a genotype with shared weights are taken
 
 
@@ -51,25 +54,40 @@ def get_args_parser():
 
 
 def main(args):
+    """Print the table; returns the exit status: 0, or 1 where some genotype has no score."""
     groups = {}
     for group, patterns in (("random", args.random), ("searched", args.searched)):
         for name in dict.fromkeys(name for pattern in patterns for name in matching(pattern)):
             if name in groups:
                 raise UserError(f"--searched {name}: is among --random, too; narrow one of them")
             groups[name] = group
+    given = train_model_batch.get_args_parser().parse_args(args.flags).given
+    if ours := sorted(given & {"arch", "seed", "save", "resume"}):
+        raise UserError(f"--{ours[0]}: differs from run to run, so leave it out after --")
     supernet = load_supernet(args.supernet) if args.supernet else None  # before hours of training
-    psnr, parameters = {}, {}
-    for seed in args.seeds:  # seed by seed, so that a comparison cut short is a fair one
-        for name in groups:
-            summary = retrain(name, seed, args.runs, args.flags)
-            psnr.setdefault(name, []).append(summary["best"]["psnr"])
-            parameters[name] = summary["parameters"]
+    seeds = dict.fromkeys(args.seeds)  # seed by seed, so that a comparison cut short is a fair one
+    runs = {(name, seed): Path(args.runs, f"{name}-s{seed}") for seed in seeds for name in groups}
+    check_alike(runs)
+    psnr, parameters, failures = {}, {}, {}
+    for (name, seed), folder in runs.items():
+        summary = retrain(name, seed, folder, args.flags)
+        check_alike(runs)
+        if summary["best"]["psnr"] is None:
+            failures[name] = f"{folder}: no epoch had a score that is a number; {name} is left out"
+            continue
+        psnr.setdefault(name, []).append(summary["best"]["psnr"])
+        parameters[name] = summary["parameters"]
+    for name in failures:
+        psnr.pop(name, None)
+    groups = {name: group for name, group in groups.items() if name in psnr}
     shared = {}
-    if supernet:
-        begun = run_folder(next(iter(groups)), args.seeds[0], args.runs) / "options.json"
-        options = json.loads(begun.read_text(encoding="utf-8"))  # with the data that was found, or a demo's
-        shared = shared_scores(supernet, list(groups), argparse.Namespace(**options))
-    print(report(groups, psnr, parameters, shared))
+    if supernet and groups:
+        begun_with = read_json(next(iter(runs.values())) / "options.json")  # with the data found, or a demo's
+        shared = shared_scores(supernet, list(groups), argparse.Namespace(**begun_with))
+    if groups:
+        print(report(groups, psnr, parameters, shared))
+    print(*failures.values(), sep="\n", end="\n" * bool(failures), file=sys.stderr)
+    return 1 if failures else 0
 
 
 def matching(pattern):
@@ -80,25 +98,45 @@ def matching(pattern):
     return names
 
 
-def retrain(name, seed, runs, flags):
+def retrain(name, seed, folder, flags):
     """The summary of a genotype's training run, which is begun, continued or only read."""
-    folder = run_folder(name, seed, runs)
     begun = any((folder / state).exists() for state in experiment.STATES)
     how = ["--resume", str(folder)] if begun else ["--save", str(folder)]
     args = train_model_batch.get_args_parser().parse_args([*flags, "--arch", name, "--seed", str(seed), *how])
-    if not (folder / "summary.json").exists():
+    if not (folder / experiment.SUMMARY).exists():
         train_model_batch.main(args)
     else:
-        begun = json.loads((folder / "options.json").read_text(encoding="utf-8"))
-        experiment.refuse_other_options(folder, vars(args), args.given, begun)
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    if summary["best"]["psnr"] is None:
-        raise UserError(f"{folder}: no epoch had a score that is a number, so it cannot be compared")
-    return summary
+        experiment.refuse_other_options(folder, vars(args), args.given, read_json(folder / "options.json"))
+    return read_json(folder / experiment.SUMMARY)
 
 
-def run_folder(name, seed, runs):
-    return Path(runs, f"{name}-s{seed}")
+def check_alike(runs):
+    """UserError unless those of the runs that were begun, {(name, seed): folder}, are of the genotypes that
+    have these names now, and all of the same options.
+    """
+    first, expected = None, {}
+    for (name, _), folder in runs.items():
+        if not (folder / "genotype.json").exists():
+            continue
+        if genotypes.read_json(folder / "genotype.json") != genotypes.find(name)[1]:
+            raise UserError(
+                f"{folder}: is of another genotype called {name}; take it away, or give other --runs"
+            )
+        own = read_json(folder / "options.json")
+        first, expected = first or folder, expected or own
+        for option in sorted(own.keys() & expected.keys() - OF_EACH):
+            if own[option] != expected[option]:
+                raise UserError(
+                    f"{folder}: was trained with --{option} {own[option]}, {first} with {expected[option]}; "
+                    "take one of them away, or give other --runs"
+                )
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); take its folder away to train it anew") from None
 
 
 # --- scores with shared weights -----------------------------------------------------------------------------
@@ -144,7 +182,8 @@ def report(groups, psnr, parameters, shared=None):
     drawn = [name for name in order if groups[name] == "random"]
     correlations = {"parameters": parameters, "PSNR with shared weights": shared}
     for what, scores in correlations.items():
-        if scores and len(drawn) > 2:
+        differ = scores and all(len({of[n] for n in drawn}) > 1 for of in (scores, means))
+        if differ and len(drawn) > 2:
             rho, p = stats.spearmanr([scores[n] for n in drawn], [means[n] for n in drawn])
             lines.append(f"random ones: rank correlation of PSNR with {what}: {rho:+.2f} (p = {p:.2f})")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ how many are above 38 dB, which on dry pictures is the harm done; and the larges
 in grey levels, the median of the pictures and the worst of them by name: where to look for artefacts.
 """
 
+import os
 import sys
 
 import numpy as np
@@ -21,7 +22,7 @@ from support import command, devices
 from support.command import natural, positive
 from support.errors import UserError
 from support.fast import for_inference, keep_freed_memory
-from support.restore import restore
+from support.restore import NotFinite, restore
 from support.tiling import BLOCK, worst_block
 
 UNHARMED = 38  # dB
@@ -53,7 +54,7 @@ def main(args):
     scenes = []
     for folder, side in dataset.with_sides(args.folders, [args.clean_side] if args.clean_side else []):
         inner = folder / dataset.TRAINING
-        scenes += dataset.find(inner if inner.is_dir() else folder, side).scenes
+        scenes += dataset.find(inner if os.path.isdir(inner) else folder, side).scenes
     scenes = scenes[:: args.every]
     changes = {path: {} for path in nets}
     unusable = []
@@ -65,7 +66,11 @@ def main(args):
             continue
         for name, image in pictures.items():
             for path, net in nets.items():
-                output = restore(net, image, device)
+                try:
+                    output = restore(net, image, device)
+                except NotFinite:
+                    unusable.append(f"{path}: its output for {name} is not finite")
+                    continue
                 with np.errstate(divide="ignore"):  # inf where they are equal
                     psnr = peak_signal_noise_ratio(image, output, data_range=255)
                 changes[path][name] = psnr, worst_block(output, image)

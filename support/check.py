@@ -443,7 +443,7 @@ def main(args):
 
 def parts(path):
     """The folders that `path` stands for: DID-MDN's two where it holds them, training first."""
-    return [Path(path, name) for name in DID_MDN if Path(path, name).is_dir()] or [Path(path)]
+    return [Path(path, name) for name in DID_MDN if os.path.isdir(Path(path, name))] or [Path(path)]
 
 
 def report(title, findings):

@@ -32,7 +32,7 @@ from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -132,25 +132,28 @@ def main(args):
         "threads": args.threads,
         "channels": args.channels,
     }
-    kept = []
+    points = []
     if args.source:
         measured = read(args.source)
-        kept = [point for point in measured["points"] if point["row"] not in rows]
+        points = measured["points"]
         differing = [name for name, value in facts.items() if measured["facts"].get(name) != value]
         if rows and differing:
             raise UserError(f"--from {args.source}: was measured with other {differing[0]}; measure all rows")
         facts = measured["facts"]
     print(", ".join(f"{name}: {value}" for name, value in facts.items()), end="\n\n")
     print(f"{'row':9} {'curve':11} {'against':>11} {'seconds':>9} {'MB':>7} {'scenes/s':>8}")
-    points = []
+    by_row = {row: [point for point in points if point["row"] == row] for row in ROWS}
     for row, measuring in ROWS.items():
-        for point in measuring(args, row) if row in rows else [p for p in kept if p["row"] == row]:
+        of_row = []
+        for point in measuring(args, row) if row in rows else by_row[row]:
             print(table_line(point), flush=True)
-            points.append(point)
+            of_row.append(point)
+        by_row[row] = of_row
+        points = [*chain(*by_row.values())]
+        if args.json:  # after each, since they take minutes
+            text = json.dumps({"facts": facts, "points": points}, indent=1)
+            images.write_bytes(args.json, f"{text}\n".encode())
     print("\n".join(conclusions(points)))
-    if args.json:
-        text = json.dumps({"facts": facts, "points": points}, indent=1)
-        images.write_bytes(args.json, f"{text}\n".encode())
     if args.svg:
         images.write_bytes(args.svg, svg(facts, points).encode())
 
@@ -159,16 +162,30 @@ def read(path):
     """What --json wrote: {facts, points}."""
     try:
         measured = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"--from {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--from {path}: {error}; a file that --json wrote is expected") from None
     if not (
         _has(measured, "facts", "points")
         and _has(measured["facts"], "machine", "torch", "threads", "channels")
         and isinstance(measured["points"], list)
-        and all(_has(point, "row", "curve", "x") for point in measured["points"])
+        and all(_is_point(point) for point in measured["points"])
     ):
         raise UserError(f"--from {path}: no file that --json wrote")
     return measured
+
+
+def _is_point(point):
+    return (
+        _has(point, "row", "curve", "x")
+        and point["row"] in (*ROWS,)
+        and isinstance(point["curve"], str)
+        and all(
+            type(value) in (int, float) and 0 <= value < math.inf
+            for value in (point["x"], *(point.get(field) or 0 for field in (*COSTS, "scenes_per_second")))
+        )
+    )
 
 
 def _has(value, *names):
@@ -388,10 +405,10 @@ def table_line(point):
 
 
 def curves(points, row, field):
-    """{curve: [(x, y), ...]} of a row's points where the field was measured."""
+    """{curve: [(x, y), ...]} of a row's points where the field was measured, and is not 0."""
     found = {}
     for point in points:
-        if point["row"] == row and point.get(field) is not None:
+        if point["row"] == row and (point.get(field) or 0) > 0:
             found.setdefault(point["curve"], []).append((point["x"], point[field]))
     return found
 
@@ -494,7 +511,7 @@ def _panel(page, x, y, title, against, lines, row=None, field=None):
         page.text(across(at), bottom + 14, label, 12, FAINT)
     ends = []
     for name, curve in lines.items():
-        ink = INKS[COLOURS[name]]
+        ink = INKS[COLOURS.get(name, 0)]
         (x0, y0), (x1, y1) = curve[0], curve[-1]
         if row and x1 > x0:
             expected = EXPECTED.get((row, field), 1)

@@ -20,10 +20,12 @@ reaches what no style has: a sixth of Rain800's rain darkens, blended in ways th
 """
 
 import os
+import shlex
 import shutil
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -38,7 +40,7 @@ from tqdm import tqdm
 from dataset import DENSITIES, TEST, TRAINING, start_worker
 from support import command
 from support.errors import UserError
-from support.images import list_images, read_image, write_bytes, write_image
+from support.images import CannotWrite, list_images, read_image, write_bytes, write_image
 
 JPEG_QUALITY = 75  # DID-MDN's, by the quantisation tables of its files
 
@@ -368,9 +370,14 @@ class _Making(Dataset):
                 scene = borrow_scene(image, rng, borrow_in_turn(self.pairs, self.rain_side, rng, failures))
             else:
                 scene = make_scene(image, rng, self.style, self.angle)
-            _write_scene(scene, image, self.out, name, is_test=i < self.test)
         except UserError as error:
             return failures, str(error)
+        try:
+            _write_scene(scene, image, self.out, name, is_test=i < self.test)
+        except CannotWrite as error:
+            return failures, str(error)
+        except UserError as error:  # its name is too long, or a side of it for JPEG
+            failures.append(f"{path}: left out: {error}")
         return failures, None
 
 
@@ -380,12 +387,20 @@ def _own_rng(seed, name):
 
 
 def _write_scene(scene, clean, out, name, is_test=False) -> None:
-    for level, rainy in scene.items():
-        if is_test:
-            path = out / TEST / f"{level.lower()}_{name}.jpg"
-        else:
-            path = out / TRAINING / f"Rain_{level}" / "train2018new" / f"{name}.jpg"
-        write_image(path, np.hstack([rainy, clean]), JPEG_QUALITY)
+    written = []
+    try:
+        for level, rainy in scene.items():
+            if is_test:
+                path = out / TEST / f"{level.lower()}_{name}.jpg"
+            else:
+                path = out / TRAINING / f"Rain_{level}" / "train2018new" / f"{name}.jpg"
+            write_image(path, np.hstack([rainy, clean]), JPEG_QUALITY)
+            written.append(path)
+    except UserError:
+        for path in written:  # a scene is whole or not there
+            with suppress(OSError):
+                path.unlink()
+        raise
 
 
 def _name(paths: Iterable[str | Path]) -> dict[str, Path]:
@@ -521,7 +536,9 @@ def main(args) -> int:
     """Returns the exit status: 0, or 1 if some photographs could not be read. Raises UserError."""
     options = {k: v for k, v in vars(args).items() if k not in ("clean_dirs", "out_dir", "given")}
     failures = write_scenes(find_photographs(args.clean_dirs), args.out_dir, **options)
-    print(f"scenes are in {args.out_dir}; to look them over: python dataset.py {args.out_dir}")
+    if any((Path(args.out_dir) / part).exists() for part in (TRAINING, TEST)):
+        look = shlex.join(["python", "dataset.py", args.out_dir])
+        print(f"scenes are in {args.out_dir}; to look them over: {look}")
     return 1 if failures else 0
 
 

@@ -5,11 +5,12 @@
 
 Gates that pool over the whole picture (SE, SE_A_M, CBAM) see one tile's statistics at a time, so tiles are
 not exact. For each side of the tiles (last: as chosen by default) and overlap: RGB PSNR of tiled against
-whole, mean and worst of the pictures, the worst mean difference of a 16x16 block in grey levels, and the time
-beside the whole pictures'.
+whole, mean (without equal pictures) and worst, the worst mean difference of a 16x16 block in grey levels, and
+the time beside the whole pictures'.
 """
 
 import argparse
+import sys
 import time
 
 import cv2
@@ -18,14 +19,18 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from model_train import SHIPPED, load
 from support import command, devices, images
+from support.errors import UserError
 from support.fast import keep_freed_memory
-from support.restore import OVERLAP, restore
+from support.restore import OVERLAP, SMALLEST_TILE, restore
 
 BLOCK = 16
 
 
 def side(text):
-    return None if text == "default" else multiple_of_8(text)
+    value = None if text == "default" else multiple_of_8(text)
+    if value and value < SMALLEST_TILE:
+        raise argparse.ArgumentTypeError(f"{text} is less than {SMALLEST_TILE}, the smallest tile")
+    return value
 
 
 def multiple_of_8(text):
@@ -56,12 +61,22 @@ def get_args_parser():
 
 
 def main(args):
+    """Print the table; returns 1 where some file could not be used."""
     keep_freed_memory()
     device = devices.pick_device(args.device)
     net = load(args.ckt_path, device)
-    rainy = [images.read_image(path) for path in args.pictures]
+    readable, unusable = {}, []
+    for path in args.pictures:
+        try:
+            readable[path] = images.read_image(path)
+        except UserError as error:
+            unusable.append(str(error))
+    if not readable:
+        raise UserError(unusable[0])
+    rainy = list(readable.values())
+    restore(net, rainy[0][:SMALLEST_TILE, :SMALLEST_TILE], device)  # the first time takes longer
     wholes, whole_seconds = zip(*(timed(net, image, device, tile=0) for image in rainy), strict=True)
-    for path, image, seconds in zip(args.pictures, rainy, whole_seconds, strict=True):
+    for path, image, seconds in zip(readable, rainy, whole_seconds, strict=True):
         print(f"{path}: {image.shape[1]}x{image.shape[0]}, whole in {seconds:.1f} s")
     print(f"\n{'tile':>7} {'overlap':>7} {'PSNR, dB':>9} {'worst':>6} {'block':>6} {'time':>5}")
     for tile in args.tiles:
@@ -75,8 +90,13 @@ def main(args):
             block = max(worst_block(*pair) for pair in pairs)
             ratio = sum(seconds) / sum(whole_seconds)
             size = "default" if tile is None else tile
-            figures = f"{np.mean(psnr):9.2f} {min(psnr):6.2f} {block:6.1f} {ratio:5.2f}"
+            differ = [value for value in psnr if np.isfinite(value)]
+            mean = np.mean(differ) if differ else np.inf
+            figures = f"{mean:9.2f} {min(psnr):6.2f} {block:6.1f} {ratio:5.2f}"
             print(f"{size:>7} {overlap:7} {figures}", flush=True)
+    if unusable:
+        print(f"{len(unusable)} could not be used:", *unusable, sep="\n  ", file=sys.stderr)
+    return 1 if unusable else 0
 
 
 def timed(net, image, device, **how):

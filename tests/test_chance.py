@@ -1,6 +1,8 @@
 """Searched against random genotypes: what is trained, what is trained only once, and what is reported."""
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ FLAGS = (
 
 def compare(flags):
     with session():
-        chance.main(chance.get_args_parser().parse_args(flags.split()))
+        return chance.main(chance.get_args_parser().parse_args(flags.split()))
 
 
 def test_every_genotype_is_trained_alike_and_once(folder, monkeypatch, capsys):
@@ -39,6 +41,8 @@ def test_every_genotype_is_trained_alike_and_once(folder, monkeypatch, capsys):
     assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")} == summaries
     with pytest.raises(UserError, match="--steps_per_epoch 3: the run in .* was begun with 2"):
         compare(command.replace("--steps_per_epoch 2", "--steps_per_epoch 3"))
+    with pytest.raises(UserError, match="--seed: differs from run to run, so leave it out after --"):
+        compare(f"{command} --seed 3")
     again = capsys.readouterr().out
     assert again.strip() in first  # read from the summaries, the table is the same
     rows = re.findall(r"^ +\d+\. (\w+) +(searched|random) +[\d,]+ +([\d.]+) ([\d.]+) +([\d.]+)", again, re.M)
@@ -50,6 +54,35 @@ def test_every_genotype_is_trained_alike_and_once(folder, monkeypatch, capsys):
     for *_, one, two, mean in rows:
         assert (float(one) + float(two)) / 2 == pytest.approx(float(mean), abs=2e-3)
     assert "rank correlation of PSNR with PSNR with shared weights" in again
+
+
+def test_runs_that_are_not_alike_are_not_compared(folder, monkeypatch, capsys):
+    write_pairs(folder / "pairs", 6)
+    for seed, name in enumerate(("found", "random_0", "random_1")):
+        monkeypatch.setattr(genotypes, name, random_genotype(seed), raising=False)
+    command = f"--searched found --random random_0 --seeds 0 0 --runs runs -- {FLAGS}"
+    assert compare(f"{command} --learning_rate 0.01") == 0
+    summary = folder / "runs/random_0-s0/summary.json"
+    with pytest.raises(UserError, match="random_1-s0: was trained with --learning_rate 0.001, .* with 0.01;"):
+        compare(command.replace("random_0", "random_*"))
+    shutil.rmtree(folder / "runs/random_1-s0")
+    capsys.readouterr()
+
+    kept = summary.read_text()
+    summary.write_text(json.dumps(json.loads(kept) | {"best": {"psnr": None}}))
+    assert compare(command) == 1
+    said = capsys.readouterr()
+    assert "random_0-s0: no epoch had a score that is a number; random_0 is left out" in said.err
+    assert "found" in said.out and "random_0" not in said.out
+    summary.write_text(kept[:9])
+    with pytest.raises(
+        UserError, match=r"random_0-s0.summary\.json: cannot be read .*; take its folder away"
+    ):
+        compare(command)
+    summary.write_text(kept)
+    monkeypatch.setattr(genotypes, "random_0", random_genotype(9))
+    with pytest.raises(UserError, match="random_0-s0: is of another genotype called random_0"):
+        compare(command)
 
 
 def test_shared_weights_are_scored_on_the_data_that_the_runs_found(folder, monkeypatch, capsys):
@@ -81,6 +114,7 @@ def test_report_gives_mean_spread_interval_and_rank_correlation():
     assert "random      3 genotypes: mean 24.000 dB, SD 3.000, 95 % interval of the mean +-7.452" in text
     assert "21.000 to 27.000; 200 parameters on average" in text
     assert "searched    1 genotypes: mean 25.000 dB, a single one" in text
+    assert "correlation" not in chance.report(groups, dict.fromkeys(psnr, [20.0, 20.0]), parameters)
     assert "with parameters: -1.00" in text and "with shared weights: +1.00" in text
 
 
@@ -90,6 +124,9 @@ def test_a_supernet_is_loaded_as_it_was_saved(tmp_path):
     loaded = train_search_batch.load_supernet(tmp_path / "net.pt")
     x = torch.rand(1, 3, 16, 16)
     assert torch.equal(from_supernet(loaded).eval()(x), from_supernet(net).eval()(x))
+    torch.save({"format": train_search_batch.SUPERNET}, tmp_path / "empty.pt")
+    with pytest.raises(CheckpointError, match=r"empty\.pt: channels None are not four even numbers"):
+        train_search_batch.load_supernet(tmp_path / "empty.pt")
     torch.save({"format": "manas-network-1"}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"other\.pt: not a supernet"):
         train_search_batch.load_supernet(tmp_path / "other.pt")
@@ -100,7 +137,7 @@ def test_a_supernet_of_other_operations_is_refused(tmp_path):
     net.beta = torch.nn.Parameter(net.beta.detach()[:, 1:])
     net.genotype = lambda: random_genotype(0)
     train_search_batch.save_supernet(net, tmp_path / "net.pt")
-    with pytest.raises(CheckpointError, match=r"net\.pt: has other operations than genotypes\.py.*beta"):
+    with pytest.raises(CheckpointError, match=r"net\.pt: .*beta is .*; .* operations in genotypes\.py"):
         train_search_batch.load_supernet(tmp_path / "net.pt")
 
 

@@ -78,6 +78,23 @@ def test_a_bad_file_is_named_and_the_rest_is_reported(checkpoints, tmp_path, cap
     assert status == 1 and "1 pictures" in said.out and "bad.png" in said.err
 
 
+def test_a_network_whose_output_is_not_finite_is_named_and_the_other_is_reported(
+    checkpoints, tmp_path, capsys, monkeypatch
+):
+    write_image(tmp_path / "p" / "a.png", photograph(0))
+
+    def loaded(path, device):
+        net = load(path, device)
+        if path == str(checkpoints[0]):
+            torch.nn.init.constant_(net.head.to_rgb.weight, torch.nan)
+        return net
+
+    monkeypatch.setattr(changes, "load", loaded)
+    status, said = change([tmp_path / "p", "--ckt_path", *checkpoints], capsys)
+    assert status == 1 and f"{checkpoints[1]}: 1 pictures" in said.out and "some.pt: 1" not in said.out
+    assert f"{checkpoints[0]}: its output for {tmp_path}/p/a.png is not finite" in said.err
+
+
 def test_did_mdns_folder_stands_for_its_training_set(checkpoints, tmp_path, capsys):
     """And its rainy halves are looked at, not whole files."""
     write_scenes(tmp_path / "set", 2)

@@ -108,6 +108,12 @@ def test_pictures_without_rain_are_noted_and_wrong_where_they_are_most(tmp_path,
         assert found == status
 
 
+def test_a_folder_that_cannot_be_asked_for_is_one_line(tmp_path, run):
+    """As one that may not be looked into; Path.is_dir raises on both."""
+    with pytest.raises(UserError, match="x: no such file or folder"):
+        run(tmp_path / (300 * "x"))
+
+
 def test_copies_of_a_background_are_noted(tmp_path, run):
     write_pairs(tmp_path, 4)
     write_image(tmp_path / "again.png", np.hstack([photograph(2), rain_on(photograph(2), 77)]))

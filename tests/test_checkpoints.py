@@ -326,6 +326,14 @@ def test_a_checkpoint_of_half_the_size_is_the_same_network_to_float16(saved, tmp
     assert {weight.dtype for weight in held.values() if weight.ndim == 4} == {torch.float16}
 
 
+def test_what_float16_cannot_hold_stays_as_it_is(saved, tmp_path):
+    net = model_train.load(saved[1])
+    torch.nn.init.constant_(net.head.to_rgb.weight, 1e5)
+    model_train.export(net, tmp_path / "small.pt")
+    again = model_train.load(tmp_path / "small.pt")
+    assert torch.equal(again.head.to_rgb.weight, net.head.to_rgb.weight)
+
+
 def test_networks_are_widened_by_one_factor_alone(saved):
     net = model_train.load(saved[1])
     odd = [2 * net.channels[0], *net.channels[1:]]

@@ -38,6 +38,9 @@ def test_json_round_trip(tmp_path):
     genotype = random_genotype(1)
     genotypes.write_json(genotype, tmp_path / "genotype.json")
     assert genotypes.find(str(tmp_path / "genotype.json"))[1] == genotype
+    marked = tmp_path / "marked.json"  # as some editors save it
+    marked.write_text((tmp_path / "genotype.json").read_text(), encoding="utf-8-sig")
+    assert genotypes.read_json(marked) == genotype
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,12 @@ def test_a_slope_is_the_power_of_what_grows():
     assert growth.slope([(1, 1.0), (10, 10.0), (100, 1.0)]) == pytest.approx(0)
 
 
+def test_what_took_no_time_that_could_be_measured_is_left_out():
+    made = curve("batch", "training", (1, 2), seconds=(0.0, 1.0), mb=(100.0, 1.0))
+    assert growth.curves(made, "batch", "seconds") == {}
+    assert not [line for line in growth.conclusions(made) if "seconds" in line]
+
+
 def test_what_grows_worse_than_linear_is_pointed_out(points):
     said = growth.conclusions(points)
     worse = {tuple(line.split()[:3]) for line in said if "WORSE" in line}
@@ -276,6 +282,11 @@ def test_one_row_is_measured_anew_and_the_others_are_kept(points, monkeypatch, t
     others = [point for point in points if point["row"] != "batch"]
     assert [point for point in measured["points"] if point["row"] != "batch"] == others
     assert [point for point in measured["points"] if point["row"] == "batch"] == [new]
+    monkeypatch.setitem(growth.ROWS, "patch", lambda args, row: 1 / 0)  # as where it is interrupted
+    new["seconds"] = 8.0
+    with pytest.raises(ZeroDivisionError):
+        growth.main(parse("--rows", "batch", "patch", "--from", str(file), "--json", str(file)))
+    assert growth.read(file)["points"] == [p if p["row"] != "batch" else new for p in measured["points"]]
     with pytest.raises(UserError, match="measured with other threads"):
         growth.main(parse("--rows", "batch", "--from", str(file), "--threads", "2"))
 
@@ -292,6 +303,8 @@ def test_one_row_is_measured_anew_and_the_others_are_kept(points, monkeypatch, t
         ("--from list.json", "--from list.json: no file that --json wrote"),
         ("--from facts.json", "--from facts.json: no file that --json wrote"),
         ("--from points.json", "--from points.json: no file that --json wrote"),
+        ("--from word.json", "--from word.json: no file that --json wrote"),
+        ("--from row.json", "--from row.json: no file that --json wrote"),
         ("--from made.json --svg made.json/a.svg", "made.json"),
     ],
 )
@@ -301,6 +314,8 @@ def test_a_mistake_is_one_line_and_status_2(flags, words, points, monkeypatch, t
     Path("list.json").write_text("[]")
     Path("facts.json").write_text(json.dumps({"facts": {"cores": 4}, "points": points}))
     Path("points.json").write_text(json.dumps({"facts": FACTS, "points": [{"row": "batch"}]}))
+    for name, change in (("word", {"x": "abc"}), ("row", {"row": "other"})):
+        Path(f"{name}.json").write_text(json.dumps({"facts": FACTS, "points": [points[0] | change]}))
     Path("made.json").write_text(json.dumps({"facts": FACTS, "points": points}))
     done = at_the_command_line(growth, *flags.split())
     assert done.returncode == 2

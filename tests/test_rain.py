@@ -435,6 +435,30 @@ def test_an_unreadable_photograph_is_named_and_the_rest_goes_on(photographs, tmp
     assert len(files(tmp_path / "out")) == 9
 
 
+def test_a_photograph_whose_scene_cannot_be_written_is_named_and_the_rest_goes_on(
+    photographs, tmp_path, capsys
+):
+    write_image(photographs / "wide.png", np.zeros((16, 33008, 3), np.uint8))
+    assert main(get_args_parser().parse_args([str(photographs), str(tmp_path / "out")])) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{photographs}/wide.png: left out: ") and "66016x16" in line
+    assert len(files(tmp_path / "out")) == 9
+
+
+def test_of_a_scene_whose_name_gets_too_long_nothing_stays(tmp_path):
+    clean = np.zeros((16, 16, 3), np.uint8)
+    with pytest.raises(UserError, match="medium_.*: cannot be written: File name too long"):
+        support.rain._write_scene(dict.fromkeys(DENSITIES, clean), clean, tmp_path, 245 * "x", is_test=True)
+    assert not files(tmp_path)
+
+
+def test_where_nothing_is_made_nothing_is_shown(tmp_path, capsys):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "broken.jpg").write_bytes(b"not an image")
+    assert main(get_args_parser().parse_args([str(tmp_path / "p"), str(tmp_path / "out")])) == 1
+    assert not capsys.readouterr().out
+
+
 # --- the demo set -------------------------------------------------------------------------------------------
 
 

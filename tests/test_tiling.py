@@ -7,6 +7,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from model_train import DerainNetwork, load, save
 from support import tiling
+from support.errors import UserError
 from support.images import write_image
 from support.restore import restore
 from tests.made import photograph, random_genotype
@@ -65,3 +66,21 @@ def test_sides_are_multiples_of_8(capsys):
     with pytest.raises(SystemExit):
         tiling.get_args_parser().parse_args(["x.png", "--tiles", "100"])
     assert "100 is not a multiple of 8" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tiling.get_args_parser().parse_args(["x.png", "--tiles", "56"])
+    assert "--tiles: 56 is less than 64, the smallest tile" in capsys.readouterr().err
+
+
+def test_equal_pictures_are_left_out_of_the_mean_and_bad_ones_are_named(picture, capsys):
+    alone = table(picture, "--tiles 64", capsys)[64, tiling.OVERLAP]
+    small, bad = picture.with_name("small.png"), picture.with_name("bad.png")
+    write_image(small, photograph(1, 48, 64))
+    bad.write_bytes(b"no picture")
+    command = [*map(str, (bad, picture, small)), "--device", "cpu", "--ckt_path"]
+    command += [str(picture.with_name("net.pt")), "--tiles", "64"]
+    assert tiling.main(tiling.get_args_parser().parse_args(command)) == 1
+    said = capsys.readouterr()
+    assert [float(value) for value in said.out.splitlines()[-1].split()[2:4]] == list(alone[:2])
+    assert said.err.startswith("1 could not be used:\n  ") and "bad.png" in said.err
+    with pytest.raises(UserError, match="bad.png"):
+        tiling.main(tiling.get_args_parser().parse_args([str(bad), *command[3:]]))

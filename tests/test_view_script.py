@@ -627,7 +627,9 @@ def test_the_newest_finished_network_is_the_default_and_said_first(network, caps
 
 
 @pytest.mark.parametrize("upright, number, lines", [(True, 8, 1), (False, 8, 0), (True, 4, 0)])
-def test_quarter_turns_of_a_network_that_was_not_trained_on_them_are_warned_of(upright, number, lines, capsys):
+def test_quarter_turns_of_a_network_that_was_not_trained_on_them_are_warned_of(
+    upright, number, lines, capsys
+):
     write_image("photo.png", photograph(0)[:16, :16])
     Path("run").mkdir()
     Path("net.pt").rename("run/net.pt")
