@@ -46,6 +46,7 @@ DEMO_DATA = "datasets/demo"
 LOCK = "run.lock"
 STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
+KEPT = ("best", "begun_with", "skipped", "in_a_row", "bad")  # in a state; those of older runs lack some
 SUMMARY = "summary.json"  # of a run that has finished
 RATE_FROM = 10  # steps: in the first ones kernels are chosen, compiled or recorded
 # Flags that name a first epoch, and what does not happen where the run ends before it.
@@ -194,12 +195,9 @@ class Experiment:
         vars(begun).update({name: value for name, value in vars(args).items() if name in anew})
         self.step = self.saved = self.state["step"]
         self.before = self.state["seconds"]
-        self.best = self.state["best"]
         self.totals = self.state["totals"]
-        self.skipped = self.state.get("skipped", 0)  # states of older runs lack what follows
-        self.begun_with = self.state.get("begun_with")
-        self.in_a_row = self.state.get("in_a_row", {})
-        self.bad = self.state.get("bad", {})
+        for name in KEPT:
+            setattr(self, name, self.state.get(name, getattr(self, name)))
         if self.state.get("scenes"):
             missing = [folder for folder in begun.data if not Path(folder).exists()]
             if missing:
@@ -725,12 +723,8 @@ class Experiment:
             "options": vars(self.args),
             "step": self.step,
             "seconds": self.seconds(),
-            "best": self.best,
-            "begun_with": self.begun_with,
             "totals": {name: (float(total), number) for name, (total, number) in self.totals.items()},
-            "skipped": self.skipped,
-            "in_a_row": self.in_a_row,
-            "bad": self.bad,
+            **{name: getattr(self, name) for name in KEPT},
             "scenes": {part: [dataset.plain(scene) for scene in scenes[part]] for part in scenes},
             "written": self._written(),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},

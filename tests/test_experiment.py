@@ -109,7 +109,7 @@ def test_a_device_that_is_not_there_is_named(name):
         (("--val_scenes", "60"), "60 validation"),
     ],
 )
-def test_the_log_says_how_many_validation_scenes_are_scored(flags, said):
+def test_the_log_says_how_many_validation_scenes_are_scored(flags, said, folder):
     run, _ = begun(*flags)
     scene = SimpleNamespace(rainy=["rainy"])
     run.scenes = {"weights": 600 * [scene], "architecture": 540 * [scene], "validation": 60 * [scene]}
