@@ -66,12 +66,12 @@ def get_args_parser():
         prog="test_view.py", description="Restore pictures, and score them where there is ground truth."
     )
     add = parser.add_argument
-    add("--path", help=f"folder or file (default: {DEFAULT_PATH}, else the demo)")
+    add("--path", help=f"picture, folder or video (default: {DEFAULT_PATH}, else the demo)")
     add("--result_path", default="results", help="where the results go (default: results)")
     add(
         "--ckt_path",
-        help="checkpoint (default: the newest finished eval-EXP-* run's, else eval-EXP/derain.pt; on a "
-        "laptop eval-EXP/derain_light.pt)",
+        help="checkpoint (default: the newest finished eval-EXP-* run's, else eval-EXP/derain.pt); on a laptop "
+        "give eval-EXP/derain_light.pt",
     )
     add("--clean_side", choices=dataset.SIDES, help="files are side by side, and this half of them is clean")
     add("--demo", action="store_true", help="restore and score photographs at hand")
@@ -79,7 +79,7 @@ def get_args_parser():
     add(
         "--tile",
         type=tile,
-        help="side of the tiles in pixels, a multiple of 8; 0: never tile (default: only large pictures)",
+        help="side of the tiles in pixels, a multiple of 8; 0: never tile (default: above a megapixel)",
     )
     add(
         "--self_ensemble",

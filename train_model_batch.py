@@ -63,7 +63,9 @@ def get_args_parser():
     train.add_argument("--batch_size", type=positive, default=32, help="scenes a step (default: 32)")
     train.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: 64)")
     options.add_network_arguments(train)
-    train.add_argument("--ema", type=decay, default=0.0, help="decay of averaged weights, as 0.999; 0: none")
+    train.add_argument(
+        "--ema", type=decay, default=0.0, help="decay of averaged weights, as 0.999 (default: 0, none)"
+    )
     train.add_argument(
         "--mse_weight", type=not_negative, default=1.0, help="of the external loss's MSE (default: 1)"
     )

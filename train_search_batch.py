@@ -38,7 +38,7 @@ from support.graphs import Backward
 from support.health import Health
 from support.validation import means, measure
 
-# The demo: the whole method in under 5 minutes on two cores, the warm-ups scaled with the schedule.
+# The demo: the whole method in some six minutes on two cores, the warm-ups scaled with the schedule.
 DEMO = {
     "epochs": 4,
     "steps_per_epoch": 20,

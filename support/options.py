@@ -26,7 +26,9 @@ def add_network_arguments(group):
         help="widths at scales 1 to 1/8 (default: 32 64 128 256)",
     )
     group.add_argument("--residual", action="store_true", help="learn the difference to the input")
-    group.add_argument("--clean_inputs", type=share, default=0.0, help="share of draws with a dry input")
+    group.add_argument(
+        "--clean_inputs", type=share, default=0.0, help="share of draws with a dry input (default: 0)"
+    )
     group.add_argument(
         "--upright", action="store_true", help="flip patches, but do not turn them: rain falls"
     )
@@ -114,7 +116,7 @@ def add_arguments(parser):
         action="store_true",
         help="CUDA: launch each kernel by itself (default: steps are recorded and replayed as CUDA graphs)",
     )
-    run.add_argument("--max_minutes", type=above_zero, help="fit the cosine schedule to this time")
+    run.add_argument("--max_minutes", type=above_zero, help="end the run, and the cosine schedule, by then")
     run.add_argument(
         "--save_every", type=above_zero, default=10, help="minutes between checkpoints (default: 10)"
     )
