@@ -291,6 +291,12 @@ def _densities(path, folders, side):
     return Found(f"DID-MDN scenes, {len(files)} densities, clean half {side}", scenes, unpaired)
 
 
+def truth_without_rain(path, scenes):
+    """The folders below `path`, relative names, that are named like clean images' and yet in no pair."""
+    parents = {scene.rainy[0].path.parent for scene in scenes} - {path} if os.path.isdir(path) else ()
+    return sorted(str(folder.relative_to(path)) for folder in parents if _called(folder) in CLEAN_FOLDERS)
+
+
 def _paired(layout, rainy_root, rainy, clean):
     """Pairs of rainy and clean files, {file: key}; their names are relative to `rainy_root`."""
     by_key = {}

@@ -70,8 +70,8 @@ def get_args_parser():
     add("--result_path", default="results", help="where the results go (default: results)")
     add(
         "--ckt_path",
-        help="checkpoint (default: the newest finished eval-EXP-* run's, else eval-EXP/derain.pt); on a laptop "
-        "give eval-EXP/derain_light.pt",
+        help="checkpoint (default: the newest finished eval-EXP-* run's, else eval-EXP/derain.pt); on a "
+        "laptop give eval-EXP/derain_light.pt",
     )
     add("--clean_side", choices=dataset.SIDES, help="files are side by side, and this half of them is clean")
     add("--demo", action="store_true", help="restore and score photographs at hand")
@@ -276,6 +276,12 @@ def find_pictures(args, path):
     print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}{truth}", flush=True)
     if unscored and (hint := distributed.from_main(partial(check.hint, found.scenes))):
         print(hint, flush=True)
+    if unscored and (folders := dataset.truth_without_rain(path, found.scenes)):
+        print(
+            f"{', '.join(folders)}: named like ground truth, but of no rainy folder beside it; to have scores, "
+            "name that one input",
+            flush=True,
+        )
     if not unscored and (hint := distributed.from_main(partial(check.pair_hint, found.scenes))):
         print(f"{path}: {hint}", flush=True)
     if path.is_dir() and (others := other_kinds(path)):

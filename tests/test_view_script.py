@@ -638,6 +638,15 @@ def test_quarter_turns_of_a_network_that_was_not_trained_on_them_are_warned_of(
     assert capsys.readouterr().out.count("--self_ensemble 8: it has seen no quarter turns") == lines
 
 
+def test_a_folder_of_truth_beside_none_of_rain_is_pointed_out(capsys):
+    for folder in ("set/rainstreak", "set/gt"):
+        write_image(f"{folder}/1.png", photograph(0)[:16, :16])
+    assert view("--path set --result_path out") == 0
+    assert "gt: named like ground truth, but of no rainy folder beside it;" in capsys.readouterr().out
+    assert view("--path set/gt --result_path out2") == 0  # on purpose
+    assert "named like" not in capsys.readouterr().out
+
+
 def test_a_demos_network_is_not_taken_for_a_picture_without_a_word(network, capsys):
     write_image("photo.png", photograph(0))
     for demo, lines in ((False, 0), (True, 1)):
