@@ -278,8 +278,8 @@ def find_pictures(args, path):
         print(hint, flush=True)
     if unscored and (folders := dataset.truth_without_rain(path, found.scenes)):
         print(
-            f"{', '.join(folders)}: named like ground truth, but of no rainy folder beside it; to have scores, "
-            "name that one input",
+            f"{', '.join(folders)}: named like ground truth, but of no rainy folder beside it; to have "
+            "scores, name that one input",
             flush=True,
         )
     if not unscored and (hint := distributed.from_main(partial(check.pair_hint, found.scenes))):
