@@ -425,12 +425,12 @@ def export(net, path):
         "usage": "rainy -> restored, Nx3xHxW RGB float32 in [0, 1], any N, H, W; clamp the output",
     }
     free = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
-    # Without it, sizes in the file would be bound to whether the example's needed padding.
-    with _config.patch(backed_size_oblivious=True), torch.no_grad():
-        program = torch.export.export(net, (torch.rand(2, 3, 41, 53),), dynamic_shapes=free)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     _write_nothing(temporary, path)  # torch.export raises an error of its own where it cannot write
     try:
+        # Without it, sizes in the file would be bound to whether the example's needed padding.
+        with _config.patch(backed_size_oblivious=True), torch.no_grad():
+            program = torch.export.export(net, (torch.rand(2, 3, 41, 53),), dynamic_shapes=free)
         if path.suffix == ".onnx":
             axes = ({0: "batch", 2: "height", 3: "width"},)
             names = {"input_names": ["rainy"], "output_names": ["restored"], "dynamic_shapes": axes}

@@ -280,7 +280,7 @@ def test_rain800s_darkening_rain_darkens_other_photographs_too(photograph):
     assert moved.mean() < photograph[:height, :width].mean() - 10
 
 
-def test_command_with_the_rain_of_pairs(photographs, tmp_path, lent):
+def test_command_with_the_rain_of_pairs(photographs, tmp_path, lent, capsys):
     rainy, clean, _ = lent
     for k in range(3):
         write_image(tmp_path / "pairs" / f"{k}.png", np.hstack([clean[k:], rainy[k:]]))
@@ -291,8 +291,10 @@ def test_command_with_the_rain_of_pairs(photographs, tmp_path, lent):
     pair = read_image(out / "DID-MDN-training/Rain_Medium/train2018new/third.jpg")
     assert pair.shape == (64, 192, 3) and pair[:, :96].mean() < pair[:, 96:].mean() - 10
     (tmp_path / "pairs" / "broken.png").write_bytes(b"not an image")
-    done = run(photographs, again, *borrowed)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "broken.png" in done.stderr
+    capsys.readouterr()
+    assert main(get_args_parser().parse_args([*map(str, (photographs, again, *borrowed))])) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "broken.png" in line
     assert files(again) == files(out)
 
 
