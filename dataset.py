@@ -53,11 +53,12 @@ CLEAN_FOLDERS = {
 # Taken for such only where files in them pair, as photographs are sorted into folders of these names, too.
 PERHAPS_RAINY = {"in", "real_world"}
 PERHAPS_CLEAN = {"hq", "clear", "real_world_gt"}
-# Of a clean file among rainy ones: norain-1, 1_GT, 1gt, park-C-000.
-CLEAN_NAME = re.compile(r"^norain[-_]|[-_](norain|gt)$|(?<=\d)gt$|-c-\d{3}$", re.IGNORECASE)
-FIRST_CLEAN = re.compile(r"-c-000$", re.IGNORECASE)  # in GT-Rain of all frames of a scene
-TRAINING_NAME = re.compile(r"train(ing)?(?![a-z])", re.IGNORECASE)
-TEST_NAME = re.compile(r"(test(ing)?|val(id|idation)?)(?![a-z])", re.IGNORECASE)
+# Of a clean file among rainy ones: norain-1, 1_GT, 1gt.
+CLEAN_NAME = re.compile(r"^norain[-_]|[-_](norain|gt)$|(?<=\d)gt$", re.IGNORECASE)
+FRAME = re.compile(r"(.*)-([RC])-(\d{3})")  # GT-Rain's: rainy park-R-017, clean park-C-000
+NUMBER = re.compile(r"_[a-z]*\d+$|(?<=\d)x\d$")  # of one of several rainy images; or a picture's own
+TRAINING_NAME = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
+TEST_NAME = re.compile(r"(?<![a-z])(test(ing)?|val(id|idation)?)(?![a-z])", re.IGNORECASE)
 SIDES = ("left", "right")
 PARTS = {"weights": 0.50, "architecture": 0.45, "validation": 0.05}
 GIVE_UP = 100  # scenes in a row that cannot be read: the disk is gone, not some files
@@ -106,7 +107,7 @@ def find(path, clean_side=None):
 
     clean_side: which half of a side-by-side file is clean, "left" or "right"; not heeded where pairs are told
     by names. DID-MDN's own folders are rain|clean as published. Raises UserError for a path that is missing,
-    empty, paired ambiguously, or holds several sets of pairs.
+    empty, paired ambiguously or not at all, holds several sets of pairs, or no side-by-side files itself.
     """
     path = Path(path)
     if not os.path.exists(path):
@@ -119,8 +120,8 @@ def find(path, clean_side=None):
         return _densities(path, by_density, clean_side or "right")
     if found := _in_folders(path):
         if not found.scenes:
-            one, other = (found.unpaired[i].relative_to(path) for i in (0, -1))  # the clean ones come last
-            if one.parts[0] != other.parts[0]:
+            one, *others = (file.relative_to(path) for file in found.unpaired)  # the clean ones come last
+            if other := next((file for file in others if file.parts[0] != one.parts[0]), None):
                 raise UserError(f"{path}: no two names make a pair, as {one} and {other}; name pairs alike")
         return found
     if Path(os.path.abspath(path)).name == TEST:  # also of "."
@@ -128,17 +129,20 @@ def find(path, clean_side=None):
     files = list_images(path, recursive=clean_side is None)
     below = files or list_images(path, recursive=True)
     if (clean_side is None or not files) and (sets := _sets(path, below)):
-        raise UserError(f"{path}: holds sets of pairs, {_some(sets)}; give them one by one")
+        raise UserError(f"{path}: holds sets of pairs, {some(sets)}; give them one by one")
     if any(CLEAN_NAME.search(file.stem) for file in below) and (found := _told_by_name(path)):
+        return found
+    if found := _frames(path, below):
         return found
     if below and not files:
         folders = sorted({str(file.parent.relative_to(path)) for file in below})
-        raise UserError(f"{path}: holds no images itself, but {_some(folders)} do; give them one by one")
+        raise UserError(f"{path}: holds no images itself, but {some(folders)} do; give them one by one")
     return _flat(path, files, clean_side)
 
 
-def _some(names):
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def some(names, most=3, joint=", "):
+    """The first `most` of some names, and how many more there are."""
+    return joint.join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def find_training(paths, clean_sides=(), say=lambda line: None):
@@ -150,7 +154,7 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
     """
     scenes = []
     for root, side in with_sides(paths, clean_sides):
-        while os.path.isdir(root / TRAINING):  # an archive may hold it, too
+        if os.path.isdir(root / TRAINING):
             root = root / TRAINING
         found = find(root, side)
         say(f"{root}: {len(found.scenes):,} {found.layout}")
@@ -164,6 +168,7 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
                 f"{root}: holds single images: pairs are told by folders such as input and target, or names "
                 "such as rain-1 and norain-1; or, side by side, by --clean_side left or right"
             )
+        _check_one_set(root, found.scenes)
         scenes += found.scenes
     for scene in dict.fromkeys(scenes):
         check_sizes(scene)
@@ -232,15 +237,16 @@ def _in_folders(path):
             raise UserError(f"{path}: no images in {rainy[0].name} and {clean[0].name}")
         found = _paired(f"pairs in {rainy[0].name}/ and {clean[0].name}/", rainy[0], *keys)
         if found.scenes or not perhaps:
-            return _of_one_set(path, found)
+            return found
     return None
 
 
 def _sets(path, files):
     """The folders below `path` with pairs among `files`, in two folders: relative names."""
     below = {folder for file in files for folder in file.relative_to(path).parents}
-    above = {folder.parent for folder in below}
-    return sorted(str(folder) for folder in above if _holds_pairs(path / folder))
+    kinds = RAINY_FOLDERS | PERHAPS_RAINY, CLEAN_FOLDERS
+    rainy, clean = ({f.parent for f in below if _called(f) in kind} for kind in kinds)
+    return sorted(str(folder) for folder in rainy & clean if _holds_pairs(path / folder))
 
 
 def _holds_pairs(path):
@@ -251,14 +257,17 @@ def _holds_pairs(path):
     return bool(found and found.scenes)
 
 
-def _of_one_set(path, found):
-    """`found`, or UserError where some pairs are in a training set's folder and others in a test set's."""
-    files = [scene.rainy[0].path.relative_to(path) for scene in found.scenes]
-    folders = sorted({folder for file in files for folder in file.parts[:-1]})
-    training, other = ([f for f in folders if name.match(f)] for name in (TRAINING_NAME, TEST_NAME))
-    if training and other:
-        raise UserError(f"{path}: holds pairs in {_some(training)} and in {_some(other)}; give one of them")
-    return found
+def _check_one_set(path, scenes):
+    """Raise UserError where some are in a training set's folder and others in a test set's."""
+    folders = {folder for scene in scenes for folder in scene.rainy[0].path.relative_to(path).parents}
+    training, test = (
+        sorted(str(folder) for folder in folders if name.search(folder.name))
+        for name in (TRAINING_NAME, TEST_NAME)
+    )
+    if training and test:
+        raise UserError(
+            f"{path}: holds pairs in {some(training)} and in {some(test)}; give those to train on alone"
+        )
 
 
 def _density_folders(path):
@@ -292,7 +301,7 @@ def _densities(path, folders, side):
 
 
 def truth_without_rain(path, scenes):
-    """The folders below `path`, relative names, that are named like clean images' and yet in no pair."""
+    """Of scenes without truth: the folders below `path` that are named like clean images'; relative names."""
     parents = {scene.rainy[0].path.parent for scene in scenes} - {path} if os.path.isdir(path) else ()
     return sorted(str(folder.relative_to(path)) for folder in parents if _called(folder) in CLEAN_FOLDERS)
 
@@ -304,22 +313,21 @@ def _paired(layout, rainy_root, rainy, clean):
         if key in by_key:
             raise UserError(f"{file}: two clean images of one name ({by_key[key].name}); rename one")
         by_key[key] = file
-    for file, key in clean.items():  # 1gt.png of 1.png, and park-C-000.png of all park-R-*.png
+    for file, key in clean.items():  # 1gt.png of 1.png
         by_key.setdefault(re.sub(r"(?<=\d)gt$", "", key), file)
-        if FIRST_CLEAN.search(file.stem):
-            by_key.setdefault(key.removesuffix("_000"), file)
     scenes, unpaired, used = [], [], set()
-    # Beside a rainy or clean 7.png or 7_1.png, 7_2.png is a picture of its own.
-    taken = set(rainy.values())
-    taken.update(k for f, key in clean.items() if not FIRST_CLEAN.search(f.stem) for k in _less_exact(key))
-    named = {(key, file.stem) for file, key in rainy.items()}
-    ambiguous = {key for key, count in Counter(key for key, _ in named).items() if count > 1}  # A.png, a.png
+    taken = set(rainy.values())  # beside a rainy 7.png, 7_2.png is a picture of its own
+    numbered = {NUMBER.sub("", key) for key in clean.values() if NUMBER.search(key)}  # as beside a clean 7_1
+    names = {(key, file.stem) for file, key in rainy.items()}
+    ambiguous = {key for key, count in Counter(key for key, _ in names).items() if count > 1}  # A.png, a.png
     for name, (file, key) in zip(_names(rainy_root, rainy), rainy.items(), strict=True):
-        partner = None
-        for candidate in () if key in ambiguous else (key, *_less_exact(key)):
-            if candidate != key and candidate in taken:
+        partner = by_key.get(key)
+        if key in ambiguous and partner is not None and partner.stem != file.stem:
+            partner = None
+        for other, number in _less_exact(key) if partner is None and key not in ambiguous else ():
+            if other in taken or (number and other in numbered):
                 break
-            if partner := by_key.get(candidate):
+            if partner := by_key.get(other):
                 break
         if partner is None:
             unpaired.append(file)
@@ -334,20 +342,49 @@ def _pair_key(file, folder):
     """What two files of a pair share: the relative name without suffix, rain-/norain- or _rain/_clean/_gt."""
     key = unicodedata.normalize("NFC", file.relative_to(folder).with_suffix("").as_posix().lower())
     key = re.sub(r"(^|/)(no)?rain[-_]", r"\1", key)
-    key = re.sub(r"-[rc]-(\d{3})$", r"_\1", key)
     return re.sub(r"[-_](rain|rainy|norain|clean|gt)$", "", key)
 
 
 def _less_exact(key):
-    """Keys that the clean image of a rainy one may have: 7 for 7_in, 7_1, 7_2, 7x2, heavy/7, light/7_1, and
-    with what Outdoor-Rain and RainCityscapes say of the rain, 7_s80_a04 and 7_rain_alpha_0.02_beta_0.01.
+    """Keys that the clean image of a rainy one may have, and whether a number was taken off: 7 for heavy/7,
+    7_in, 7_1, 7x2 and light/7_1, and, with what Outdoor-Rain and RainCityscapes say of the rain, for
+    7_s80_a04 and 7_rain_alpha_0.02_beta_0.01.
     """
-    numbers = r"_s\d+_a\d+$|_rain_alpha_.*$|_[a-z]*\d+$|(?<=\d)x\d$"
-    for ending in (r"_in$", numbers, r"^(x\d|heavy|medium|light|small|large)/"):
+    folder = r"^(x\d|heavy|medium|light|small|large)/"
+    if (shorter := re.sub(folder, "", key)) != key:
+        yield shorter, False
+    number = False
+    for ending in (r"_in$|_s\d+_a\d+$|_rain_alpha_.*$", NUMBER, folder):
         shorter = re.sub(ending, "", key)
         if shorter != key:
-            yield shorter
+            number = number or ending is NUMBER
+            yield shorter, number
             key = shorter
+
+
+def _frames(path, files):
+    """The pairs of a folder with GT-Rain's names alone: park-R-017.png with park-C-017.png, or with
+    park-C-000.png where the scene has no other clean one. None where names are others.
+    """
+    frames = {file: FRAME.fullmatch(file.stem) for file in files}
+    if not all(frames.values()):
+        return None
+    clean = {}  # of each scene, by number
+    for file, frame in frames.items():
+        if frame[2] == "C":
+            clean.setdefault((file.parent, frame[1]), {})[frame[3]] = file
+    scenes, unpaired, used = [], [], set()
+    rainy = [file for file, frame in frames.items() if frame[2] == "R"]
+    for name, file in zip(_names(path, rainy), rainy, strict=True):
+        of_scene = clean.get((file.parent, frames[file][1]), {})
+        partner = of_scene.get("000" if [*of_scene] == ["000"] else frames[file][3])
+        if partner is None:
+            unpaired.append(file)
+        else:
+            used.add(partner)
+            scenes.append(Scene(name, (Half(file),), Half(partner)))
+    unpaired += [file for of_scene in clean.values() for file in of_scene.values() if file not in used]
+    return Found("frames, pairs told by their names", scenes, unpaired) if scenes else None
 
 
 def _told_by_name(path):
@@ -368,7 +405,7 @@ def _told_by_name(path):
     found = _paired("pairs told by their names", path, rainy, clean)
     in_pairs = {half.path for scene in found.scenes for half in (*scene.rainy, scene.clean)}
     unpaired = [file for file in files if file not in in_pairs]
-    return _of_one_set(path, found._replace(unpaired=unpaired)) if len(unpaired) <= len(files) / 2 else None
+    return found._replace(unpaired=unpaired) if len(unpaired) <= len(files) / 2 else None
 
 
 def _flat(root, files, side):
@@ -518,9 +555,9 @@ def background_keys(scenes):
 
 
 def _without_crop(scene):
-    """The scene's name, less the number of its crop if it lies in input_crops or the like."""
+    """The scene's name, less the second number, of its crop, if it lies in input_crops or the like."""
     is_crop = scene.rainy[0].path.parent.name.lower().endswith("crops")
-    return re.sub(r"[-_]\d+$", "", scene.name) if is_crop else scene.name
+    return re.sub(r"(?<=\d)[-_]\d+$", "", scene.name) if is_crop else scene.name
 
 
 def read_half(half):

@@ -56,7 +56,7 @@ class MixedOperation(nn.Module):
     """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW; beta: 9 weights, one an operation.
 
     `none` adds nothing. The paper's other eight multiply x by a gate: the gates are summed, and x, whose
-    poolings they share, is multiplied once. An operation without the method `gate` is evaluated by itself.
+    poolings they share, is multiplied once. An operation without a method `gate` is evaluated by itself.
     """
 
     def __init__(self, channels):
@@ -67,7 +67,7 @@ class MixedOperation(nn.Module):
         pooled = Pooled(x)
         gates, others = [], []
         for b, (name, operation) in zip(beta, self.operations.items(), strict=True):
-            if hasattr(operation, "gate"):
+            if hasattr(type(operation), "gate"):  # not a layer of that name
                 gates.append(b * operation.gate(pooled))
             elif name != "none":
                 others.append(b * operation(x))

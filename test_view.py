@@ -236,7 +236,7 @@ def choose_checkpoint(args):
     if of_a_demo and not takes_demo(args):
         print(f"that is a demo's, which was hardly trained: --ckt_path {SHIPPED} is better", flush=True)
     folder = checkpoint.resolve().parent
-    is_upright = folder == SHIPPED.parent or experiment.noted(folder, "options.json", "upright")
+    is_upright = folder == SHIPPED.parent.resolve() or experiment.noted(folder, "options.json", "upright")
     if args.self_ensemble == 8 and is_upright:
         print(
             "--self_ensemble 8: it has seen no quarter turns (--upright): 4 is better, and faster", flush=True

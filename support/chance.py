@@ -70,6 +70,8 @@ def main(args):
     check_alike(runs)
     psnr, parameters, failures = {}, {}, {}
     for (name, seed), folder in runs.items():
+        if name in failures:
+            continue
         summary = retrain(name, seed, folder, args.flags)
         check_alike(runs)
         if summary["best"]["psnr"] is None:
@@ -82,11 +84,12 @@ def main(args):
     groups = {name: group for name, group in groups.items() if name in psnr}
     shared = {}
     if supernet and groups:
-        begun_with = read_json(next(iter(runs.values())) / "options.json")  # with the data found, or a demo's
-        shared = shared_scores(supernet, list(groups), argparse.Namespace(**begun_with))
+        of_runs = begun_with(next(iter(runs.values())))  # with the data that was found, or a demo's
+        shared = shared_scores(supernet, list(groups), argparse.Namespace(**of_runs))
     if groups:
         print(report(groups, psnr, parameters, shared))
-    print(*failures.values(), sep="\n", end="\n" * bool(failures), file=sys.stderr)
+    for line in failures.values():
+        print(line, file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -106,7 +109,7 @@ def retrain(name, seed, folder, flags):
     if not (folder / experiment.SUMMARY).exists():
         train_model_batch.main(args)
     else:
-        experiment.refuse_other_options(folder, vars(args), args.given, read_json(folder / "options.json"))
+        experiment.refuse_other_options(folder, vars(args), args.given, begun_with(folder))
     return read_json(folder / experiment.SUMMARY)
 
 
@@ -122,7 +125,7 @@ def check_alike(runs):
             raise UserError(
                 f"{folder}: is of another genotype called {name}; take it away, or give other --runs"
             )
-        own = read_json(folder / "options.json")
+        own = begun_with(folder)
         first, expected = first or folder, expected or own
         for option in sorted(own.keys() & expected.keys() - OF_EACH):
             if own[option] != expected[option]:
@@ -130,6 +133,11 @@ def check_alike(runs):
                     f"{folder}: was trained with --{option} {own[option]}, {first} with {expected[option]}; "
                     "take one of them away, or give other --runs"
                 )
+
+
+def begun_with(folder):
+    """The options of the run in a folder."""
+    return experiment.as_now(read_json(folder / "options.json"))
 
 
 def read_json(path):

@@ -29,6 +29,7 @@ from dataset import (
     cut,
     find,
     same_pictures,
+    some,
     spread,
     thumbnail,
     with_sides,
@@ -331,7 +332,7 @@ def _flag(rain):
 def duplicates(looks):
     """A note where one background stands in several scenes."""
     groups = _groups(looks)
-    copies = [_equal([look.scene.name for look in group]) for group in groups if len(group) > 1]
+    copies = [some([look.scene.name for look in group], NAMED, " = ") for group in groups if len(group) > 1]
     if copies:
         text = f"{len(groups):,} different backgrounds in {sum(map(len, groups)):,} scenes: {_list(copies)}"
         yield Finding(f"{text}; a split keeps copies together", wrong=False)
@@ -375,12 +376,7 @@ def _backgrounds(checked):
 
 
 def _list(texts):
-    more = f" and {len(texts) - NAMED:,} more" if len(texts) > NAMED else ""
-    return ", ".join(texts[:NAMED]) + more
-
-
-def _equal(names):
-    return " = ".join(names[:NAMED]) + (f" = {len(names) - NAMED:,} more" if len(names) > NAMED else "")
+    return some(texts, NAMED)
 
 
 def _named(path, root, text):

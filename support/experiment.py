@@ -189,7 +189,7 @@ class Experiment:
         if self.state.get("format") != RUN or self.state.get("kind") != self.kind:
             raise UserError(f"{path}: not the checkpoint of a {self.kind} run of this project")
         defaults = {name: self.parser.get_default(name) for name in vars(args)}  # of flags added since
-        begun = argparse.Namespace(**{**defaults, **self.state["options"]})
+        begun = argparse.Namespace(**{**defaults, **as_now(self.state["options"])})
         refuse_other_options(self.folder, vars(args), self.given, vars(begun))
         anew = FREE_OPTIONS & (self.given | HERE)
         vars(begun).update({name: value for name, value in vars(args).items() if name in anew})
@@ -392,7 +392,7 @@ class Experiment:
         if self.kind == "eval":  # it trains on both
             parts = {"training": parts["weights"] + parts["architecture"], "validation": parts["validation"]}
         said = ", ".join(f"{number} {part}" for part, number in parts.items())
-        if 0 < (self.args.val_scenes or 0) < parts["validation"]:
+        if 0 < self.args.val_scenes < parts["validation"]:
             said += f", of which {self.args.val_scenes} are scored (--val_scenes)"
         log.info("scenes: %s", said)
         for hint in self.hints:
@@ -773,6 +773,11 @@ def _write_once(write, first, *others):
             hard_link(first, other)
         except OSError:
             write(other)
+
+
+def as_now(options):
+    """The options of a run as they would be given today: all validation scenes were None once."""
+    return {name: 0 if name == "val_scenes" and value is None else value for name, value in options.items()}
 
 
 def refuse_other_options(folder, options, given, begun):

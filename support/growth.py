@@ -181,6 +181,7 @@ def _is_point(point):
         _has(point, "row", "curve", "x")
         and point["row"] in (*ROWS,)
         and isinstance(point["curve"], str)
+        and (point["x"] != 0 or point["row"] not in SIZES)
         and all(
             type(value) in (int, float) and 0 <= value < math.inf
             for value in (point["x"], *(point.get(field) or 0 for field in (*COSTS, "scenes_per_second")))

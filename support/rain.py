@@ -298,7 +298,7 @@ def write_scenes(
         workers: so many processes share the scenes, which are the same for any number; 0: all in this one.
 
     Returns:
-        one line for each photograph or pair that could not be read; the others are done.
+        one line for each photograph or pair that could not be read, or written; the others are done.
 
     Raises:
         UserError: `out` already holds such a set, cannot be written, or there are too few photographs or
@@ -533,7 +533,7 @@ def get_args_parser():
 
 
 def main(args) -> int:
-    """Returns the exit status: 0, or 1 if some photographs could not be read. Raises UserError."""
+    """Returns the exit status: 0, or 1 if some photographs could not be used. Raises UserError."""
     options = {k: v for k, v in vars(args).items() if k not in ("clean_dirs", "out_dir", "given")}
     failures = write_scenes(find_photographs(args.clean_dirs), args.out_dir, **options)
     if any((Path(args.out_dir) / part).exists() for part in (TRAINING, TEST)):

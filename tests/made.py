@@ -106,10 +106,14 @@ def spoil(monkeypatch, module, draws, value=float("nan"), loader=1):
 
 
 def scalars(folder):
-    """{tag: [(step, value), ...]} of a run's TensorBoard events, as TensorBoard shows them."""
+    """{tag: [(step, value), ...]} of a run's TensorBoard events, in the order in which they were written.
+
+    Files of one second, which a process that resumes at once leaves, are read in that of their names: 10, 9.
+    """
     events = EventAccumulator(str(folder))
     events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = {tag: sorted(events.Scalars(tag), key=lambda e: e.wall_time) for tag in events.Tags()["scalars"]}
+    return {tag: [(e.step, e.value) for e in of_tag] for tag, of_tag in found.items()}
 
 
 def assert_same(x, y, where="state"):

@@ -80,6 +80,9 @@ def test_runs_that_are_not_alike_are_not_compared(folder, monkeypatch, capsys):
     ):
         compare(command)
     summary.write_text(kept)
+    for path in (folder / "runs").glob("*/options.json"):  # as they were written once
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"val_scenes": None}))
+    assert compare(command.replace("--val_scenes 1", "--val_scenes 0")) == 0
     monkeypatch.setattr(genotypes, "random_0", random_genotype(9))
     with pytest.raises(UserError, match="random_0-s0: is of another genotype called random_0"):
         compare(command)

@@ -228,10 +228,16 @@ def test_pairs_told_by_their_names_stay_in_their_folders(tmp_path):
         ("input/1 input/1_in target/1", "1", "1_in"),
         ("rain/heavy/walk rain/heavy/walk_2 norain/walk", "heavy/walk", "walk_2"),
         ("rain/parkA/1 rain/parkB/1 rain/2 norain/1 norain/2", "2", "1 1 1"),
-        ("rain/A rain/a rain/b norain/A norain/b", "b", "A a A"),
-        ("rain/rain-1 rain/1 rain/2 norain/1 norain/2", "2", "1 rain-1 1"),
+        ("rain/A rain/a rain/b norain/A norain/b", "A b", "a"),
+        ("rain/rain-1 rain/1 rain/2 norain/1 norain/2", "1 2", "rain-1"),
+        ("rain/rain-1 rain/1 rain/2 norain/norain-1 norain/2", "2", "1 rain-1 norain-1"),
+        ("img_in img_GT img_1_in img_1_GT", "img_1_in img_in", ""),
+        ("rain/heavy/7 rain/light/7 norain/7 norain/7_1", "heavy/7 light/7", "7_1"),
+        ("rain/heavy/a rain/heavy/a_2 norain/a norain/a_2", "heavy/a heavy/a_2", ""),
+        ("in/a_s80_a04 in/a_1_s80_a04 gt/a gt/a_1", "a_1_s80_a04 a_s80_a04", ""),
+        ("rain/c-L-001 rain/c-R-001 norain/c-L-001 norain/c-C-001", "c-L-001", "c-R-001 c-C-001"),
         ("rain/7_1 rain/7_3 norain/7 norain/7_1", "7_1", "7_3 7"),
-        ("park-R-000 park-R-002 park-C-000 park-C-001", "park-R-000", "park-C-001 park-R-002"),
+        ("park-R-000 park-R-002 park-C-000 park-C-001", "park-R-000", "park-R-002 park-C-001"),
         ("input/1 target/1 in/1 target_crops/1 hq/1", "1", ""),
     ],
 )
@@ -258,17 +264,22 @@ def test_all_frames_of_a_scene_in_gt_rain_have_its_clean_one(tmp_path):
 @pytest.mark.parametrize(
     "layout",
     [
+        "GT-RAIN_train/park/p-R-000 GT-RAIN_train/park/p-C-000 GT-RAIN_test/q-R-000 GT-RAIN_test/q-C-000",
         "train/rain-1 train/norain-1 test/rainy/rain-1 test/norain-1",
         "input/train/1 input/test_a/2 target/train/1 target/test_a/2",
         "input/training/1 input/val/2 target/training/1 target/val/2",
         "train_1/rain-1 train_1/norain-1 test-1/rain-1 test-1/norain-1",
     ],
 )
-def test_training_and_test_pairs_are_not_taken_for_one_set(tmp_path, layout):
+def test_test_pairs_are_not_trained_on(tmp_path, layout):
+    """They are scored, as they are told to be."""
     for name in layout.split():
         write_image(tmp_path / f"{name}.png", photograph(0))
-    with pytest.raises(UserError, match=r"holds pairs in train.* and in (test|val).*; give one of them$"):
-        find(tmp_path)
+    assert len(find(tmp_path).scenes) == 2
+    with pytest.raises(
+        UserError, match=r"holds pairs in .*train.* and in .*(test|val).*; give those to train"
+    ):
+        find_training([tmp_path])
 
 
 def test_where_no_names_make_a_pair_two_of_them_are_shown(tmp_path):
@@ -293,11 +304,6 @@ def test_a_side_for_a_folder_without_pictures_of_its_own(tmp_path):
         find(tmp_path / "sides", "left")
 
 
-def test_did_mdn_in_a_folder_of_its_own_name(tmp_path):
-    write_scenes(tmp_path / dataset.TRAINING / dataset.TRAINING, 1)
-    assert len(find_training([tmp_path])) == 1
-
-
 def test_thumbnails_of_a_network_disk_are_no_pictures(tmp_path):
     for name in ("1", "@eaDir/1.png/SYNOPHOTO_THUMB_M"):
         write_image(tmp_path / f"{name}.png", photograph(0))
@@ -314,6 +320,8 @@ def test_thumbnails_of_a_network_disk_are_no_pictures(tmp_path):
         "ford_gt ford-gt a b c",
         "real_world/a real_world_gt/b",
         "IMG-C-001 IMG-R-002 IMG-001",
+        "c-L-001 c-R-001 c-C-001 c-L-002 c-R-002 c-C-002",
+        "proj/data/1 proj/images/2",
     ],
 )
 def test_photographs_whose_names_say_something_by_chance_are_single_images(tmp_path, layout):
@@ -766,6 +774,13 @@ def test_crops_of_one_picture_are_in_one_part(tmp_path):
     for part in split(find_training([tmp_path])).values():
         names = [scene.name for scene in part]
         assert {f"{name[0]}-{k}" for name in names for k in range(3)} == {*names}
+
+
+def test_crops_that_are_numbered_through_are_pictures_of_their_own(tmp_path):
+    for i in range(4):
+        for folder in ("input_crops", "target_crops"):
+            write_image(tmp_path / folder / f"crop_{i:04}.png", photograph(i))
+    assert [len(part) for part in split(find_training([tmp_path])).values()] == [1, 2, 1]
 
 
 def test_one_background_in_two_folders_is_in_one_part(tmp_path):

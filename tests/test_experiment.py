@@ -114,7 +114,20 @@ def test_the_log_says_how_many_validation_scenes_are_scored(flags, said, folder)
     scene = SimpleNamespace(rainy=["rainy"])
     run.scenes = {"weights": 600 * [scene], "architecture": 540 * [scene], "validation": 60 * [scene]}
     run.describe()
+    run.writer.close()
     assert Path("run/log.txt").read_text().endswith(f" scenes: 1140 training, {said}\n")
+
+
+def test_a_run_begun_when_all_scenes_were_scored_unless_told_otherwise_goes_on_so(folder):
+    run, _ = begun()
+    run.save()
+    run.writer.close()
+    state = torch.load("run/last.pt", weights_only=True)
+    state["options"]["val_scenes"] = None
+    torch.save(state, "run/last.pt")
+    run.lock.close()
+    assert resumed("--resume", "run", "--val_scenes", "0").args.val_scenes == 0
+    assert resumed("--resume", "run").args.val_scenes == 0
 
 
 def test_a_gpu_by_number_is_the_one_that_streams_are_made_on(monkeypatch):

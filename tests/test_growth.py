@@ -304,6 +304,7 @@ def test_one_row_is_measured_anew_and_the_others_are_kept(points, monkeypatch, t
         ("--from facts.json", "--from facts.json: no file that --json wrote"),
         ("--from points.json", "--from points.json: no file that --json wrote"),
         ("--from word.json", "--from word.json: no file that --json wrote"),
+        ("--from zero.json", "--from zero.json: no file that --json wrote"),
         ("--from row.json", "--from row.json: no file that --json wrote"),
         ("--from made.json --svg made.json/a.svg", "made.json"),
     ],
@@ -314,7 +315,7 @@ def test_a_mistake_is_one_line_and_status_2(flags, words, points, monkeypatch, t
     Path("list.json").write_text("[]")
     Path("facts.json").write_text(json.dumps({"facts": {"cores": 4}, "points": points}))
     Path("points.json").write_text(json.dumps({"facts": FACTS, "points": [{"row": "batch"}]}))
-    for name, change in (("word", {"x": "abc"}), ("row", {"row": "other"})):
+    for name, change in (("word", {"x": "abc"}), ("row", {"row": "other"}), ("zero", {"x": 0})):
         Path(f"{name}.json").write_text(json.dumps({"facts": FACTS, "points": [points[0] | change]}))
     Path("made.json").write_text(json.dumps({"facts": FACTS, "points": points}))
     done = at_the_command_line(growth, *flags.split())

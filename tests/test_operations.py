@@ -34,13 +34,21 @@ def test_what_the_gates_of_an_edge_pool_is_computed_once(monkeypatch):
 
 
 def test_an_operation_that_is_no_gate_has_its_share_of_a_mixed_edge(monkeypatch):
-    monkeypatch.setitem(OPERATIONS, "SE", lambda channels: nn.Conv2d(channels, channels, 3, padding=1))
+    class Plain(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.gate = nn.Conv2d(channels, channels, 3, padding=1)
+
+        def forward(self, x):
+            return self.gate(x)
+
+    monkeypatch.setitem(OPERATIONS, "SE", Plain)
     edge, x, beta = MixedOperation(8).eval(), torch.rand(2, 8, 9, 9), torch.rand(len(PRIMITIVES))
     expected = sum(b * operation(x) for b, operation in zip(beta, edge.operations.values(), strict=True))
     torch.testing.assert_close(edge(x, beta), expected)
 
 
-@pytest.mark.parametrize("name", [n for n in PRIMITIVES[2:] if hasattr(OPERATIONS[n](2), "gate")])
+@pytest.mark.parametrize("name", [n for n in PRIMITIVES[2:] if hasattr(type(OPERATIONS[n](2)), "gate")])
 def test_gates_lie_between_zero_and_the_input(name):
     x = torch.rand(2, 8, 9, 9) + 0.1
     gate = OPERATIONS[name](8).eval()(x) / x
