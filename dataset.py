@@ -168,7 +168,8 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
                 f"{root}: holds single images: pairs are told by folders such as input and target, or names "
                 "such as rain-1 and norain-1; or, side by side, by --clean_side left or right"
             )
-        _check_one_set(root, found.scenes)
+        if text := two_sets(root, found.scenes):
+            raise UserError(f"{root}: {text}")
         scenes += found.scenes
     for scene in dict.fromkeys(scenes):
         check_sizes(scene)
@@ -257,17 +258,16 @@ def _holds_pairs(path):
     return bool(found and found.scenes)
 
 
-def _check_one_set(path, scenes):
-    """Raise UserError where some are in a training set's folder and others in a test set's."""
+def two_sets(path, scenes):
+    """What to say where some are in a training set's folder below `path` and others in a test's, or ""."""
     folders = {folder for scene in scenes for folder in scene.rainy[0].path.relative_to(path).parents}
     training, test = (
         sorted(str(folder) for folder in folders if name.search(folder.name))
         for name in (TRAINING_NAME, TEST_NAME)
     )
-    if training and test:
-        raise UserError(
-            f"{path}: holds pairs in {some(training)} and in {some(test)}; give those to train on alone"
-        )
+    if not (training and test):
+        return ""
+    return f"holds pairs in {some(training)} and in {some(test)}; give those to train on alone"
 
 
 def _density_folders(path):

@@ -223,8 +223,7 @@ def conclude(gallery, facts, failures, status, montage_of):
         said.append(f"the montage: {out / MONTAGE}")
     if said:
         print(*said, sep="\n")
-    if failures:
-        print(f"{len(failures)} could not be used:", *failures, sep="\n  ", file=sys.stderr)
+    command.tell_unusable(failures)
     return status
 
 

@@ -10,7 +10,6 @@ in grey levels, the median of the pictures and the worst of them by name: where 
 """
 
 import os
-import sys
 
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio
@@ -79,8 +78,7 @@ def main(args):
         if of_pictures:
             print(f"{path}: {len(of_pictures)} pictures")
             report(of_pictures, args.worst)
-    if unusable:
-        print(f"{len(unusable)} could not be used:", *unusable, sep="\n  ", file=sys.stderr)
+    command.tell_unusable(unusable)
     return 1 if unusable else 0
 
 

@@ -32,6 +32,7 @@ from dataset import (
     some,
     spread,
     thumbnail,
+    two_sets,
     with_sides,
 )
 from losses import SSIM_WINDOW
@@ -221,7 +222,7 @@ def check(folder, found):
         most = len(equal) > sum(len(look.scene.rainy) for look in looks) / 2
         findings.append(Finding(f"{EQUAL} ({len(equal):,}): {_list(equal)}", wrong=most))
     findings += side or [*swapped(looks, folder), *side_by_side(looks), *duplicates(looks)]
-    findings += [] if side else untrainable(found, looks)
+    findings += [] if side else untrainable(folder, found, looks)
     return Checked(folder, looks, findings)
 
 
@@ -297,10 +298,12 @@ def side_by_side(looks):
         yield Finding(text, wrong=False)
 
 
-def untrainable(found, looks):
+def untrainable(folder, found, looks):
     """A note where nothing is wrong with the pictures and yet they cannot be trained on."""
     if any(scene.clean is None for scene in found.scenes):
         yield Finding("without ground truth: to be restored, but not to be trained on or scored", wrong=False)
+    elif text := two_sets(folder, found.scenes):
+        yield Finding(f"not to be trained on: {text}", wrong=False)
     elif (number := len(_groups(looks))) < len(PARTS):
         text = f"different backgrounds: {number}; training splits them into {len(PARTS)} parts, so not enough"
         yield Finding(text, wrong=False)

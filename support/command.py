@@ -95,6 +95,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, message if distributed.first_to_say(message) else None)
 
 
+def tell_unusable(lines):
+    """Print what could not be used, a line each, if there is any."""
+    if lines:
+        print(f"{len(lines)} could not be used:", *lines, sep="\n  ", file=sys.stderr)
+
+
 def run(main, parser):
     """Run a script's `main`, which returns the exit status; a user's mistake is one line and status 2. 141 is
     128 + SIGPIPE: what shells report of a command whose output nobody reads any more.

@@ -132,17 +132,17 @@ def main(args):
         "threads": args.threads,
         "channels": args.channels,
     }
-    points = []
+    by_row = {row: [] for row in ROWS}
     if args.source:
         measured = read(args.source)
-        points = measured["points"]
+        for point in measured["points"]:
+            by_row[point["row"]].append(point)
         differing = [name for name, value in facts.items() if measured["facts"].get(name) != value]
         if rows and differing:
             raise UserError(f"--from {args.source}: was measured with other {differing[0]}; measure all rows")
         facts = measured["facts"]
     print(", ".join(f"{name}: {value}" for name, value in facts.items()), end="\n\n")
     print(f"{'row':9} {'curve':11} {'against':>11} {'seconds':>9} {'MB':>7} {'scenes/s':>8}")
-    by_row = {row: [point for point in points if point["row"] == row] for row in ROWS}
     for row, measuring in ROWS.items():
         of_row = []
         for point in measuring(args, row) if row in rows else by_row[row]:

@@ -10,7 +10,6 @@ the time beside the whole pictures'.
 """
 
 import argparse
-import sys
 import time
 
 import cv2
@@ -94,8 +93,7 @@ def main(args):
             mean = np.mean(differ) if differ else np.inf
             figures = f"{mean:9.2f} {min(psnr):6.2f} {block:6.1f} {ratio:5.2f}"
             print(f"{size:>7} {overlap:7} {figures}", flush=True)
-    if unusable:
-        print(f"{len(unusable)} could not be used:", *unusable, sep="\n  ", file=sys.stderr)
+    command.tell_unusable(unusable)
     return 1 if unusable else 0
 
 

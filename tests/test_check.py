@@ -114,6 +114,16 @@ def test_a_folder_that_cannot_be_asked_for_is_one_line(tmp_path, run):
         run(tmp_path / (300 * "x"))
 
 
+def test_training_and_test_pairs_in_one_folder_are_noted(tmp_path, run):
+    for part in ("train", "test"):
+        for kind in ("rain", "norain"):
+            picture = photograph(0) if kind == "norain" else rain_on(photograph(0), 1)
+            write_image(tmp_path / part / f"{kind}-1.png", picture)
+    status, report = run(tmp_path)
+    assert status == 0
+    assert "not to be trained on: holds pairs in train and in test; give those to train on alone" in report
+
+
 def test_copies_of_a_background_are_noted(tmp_path, run):
     write_pairs(tmp_path, 4)
     write_image(tmp_path / "again.png", np.hstack([photograph(2), rain_on(photograph(2), 77)]))
