@@ -40,11 +40,11 @@ class Architect:
         memory. With batch_statistics BatchNorm then normalises by the part.
     hessian_parts: likewise for the double backward, which takes about 2.6 times a gradient's memory: at least
         `parts`, and no more with batch_statistics, by which the images of a batch see each other.
-    recorded: first-order gradients come of CUDA graphs, which takes one process and one part; constants: what
-        the loss depends on but the batch, as in `support.graphs.Recorded`.
+    recorded: first-order gradients come of CUDA graphs, which takes one part; constants: what the loss
+        depends on but the batch, as in `support.graphs.Recorded`.
 
     Of several processes each has its share of a batch: every gradient, the virtual step's and the product's
-    included, is averaged over them where it is taken, which makes it that of the whole batch.
+    included, is averaged over them, which makes it that of the whole batch.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Architect:
         """
         if self.weight_optimizer is None:
             loss, gradient = (self.recorded or self.first_order)(batch)
+            gradient = average(gradient)
         else:
             loss, gradient = self.unrolled(batch, training_batch)
         if accept is None or accept(arch_loss=loss, arch_gradient_norm=get_total_norm(gradient)):
@@ -92,10 +93,10 @@ class Architect:
         return loss
 
     def first_order(self, batch):
-        """(L_val, [grad_alpha, grad_beta]) at the present weights."""
+        """(L_val, [grad_alpha, grad_beta]) at the present weights, of this process's share of the batch."""
         weights = [w.detach() for w in self.weights]  # compiled, it would compute their gradients too
         with self.statistics():  # in here, so that a recorded step does not do it again
-            return self.gradient(partial(self.validation_loss, weights), batch, self.net.architecture())
+            return self.own_gradient(partial(self.validation_loss, weights), batch, self.net.architecture())
 
     def unrolled(self, batch, training_batch):
         """(L_val, [grad_alpha, grad_beta]) after one virtual step of the weights on the training batch."""
@@ -147,6 +148,11 @@ class Architect:
         return average([sum(of_parts) for of_parts in zip(*products, strict=True)])
 
     def gradient(self, loss, batch, inputs):
+        """(loss(batch), its gradient by the inputs, averaged over the processes)."""
+        value, own = self.own_gradient(loss, batch, inputs)
+        return value, average(own)
+
+    def own_gradient(self, loss, batch, inputs):
         """(loss(batch), its gradient by the inputs), summed over the parts of the batch."""
         value, summed = 0.0, None
         for share, part in batch.parts(self.parts):
@@ -154,7 +160,7 @@ class Architect:
             gradient = torch.autograd.grad(part_loss, inputs)
             value = value + part_loss.detach()
             summed = gradient if summed is None else torch._foreach_add(summed, gradient)
-        return value, average(summed)
+        return value, summed
 
     def validation_loss(self, weights, batch):
         """L_val(w, a) of a batch: its loss with the given weights, and the penalty."""

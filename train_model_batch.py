@@ -133,7 +133,6 @@ def main(args):
     if distributed.is_main():
         genotypes.write_json(net.genotype, run.folder / "genotype.json")
 
-    forward = distributed.parallel(net)
     weights = list(net.parameters())
     shipped = averaged.module if averaged else net  # what is scored and kept
     batches = run.batches(scenes["weights"] + scenes["architecture"])
@@ -154,7 +153,7 @@ def main(args):
         )
 
     backward = Backward(
-        forward,
+        net,
         weights,
         loss,
         parts=args.accumulate,

@@ -181,7 +181,7 @@ def main(args):
         constants=run.uses_internal,
     )
     backward = Backward(
-        distributed.parallel(net, ignored=("alpha", "beta")),
+        net,
         weights,
         loss,
         parts=args.accumulate,

@@ -20,6 +20,7 @@ from support import distributed
 from support.errors import Interrupted, UserError
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+THRIFTY = ("--accumulate", "--batch_size", "--amp", "--no_graphs", "--tile")  # flags that need less memory
 
 
 def positive(text):
@@ -117,7 +118,7 @@ def run(main, parser):
         sys.exit(_report(parser, "interrupted", 130))
     except torch.OutOfMemoryError as error:
         usage, what = parser.format_usage(), str(error).partition(" GPU ")[0]
-        flags = [flag for flag in ("--accumulate", "--batch_size", "--amp", "--tile") if flag in usage]
+        flags = [flag for flag in THRIFTY if flag in usage]
         sys.exit(_report(parser, f"error: {what} To need less, see {', '.join(flags) or '--help'}", 2))
     except Interrupted as stop:
         sys.exit(_report(parser, str(stop), 130))

@@ -42,7 +42,9 @@ def be_deterministic():
     warns by name. An error instead might come days into a run, when another loss joins in.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants for it
+    os.environ.setdefault("NCCL_ALGO", "^NVLS")  # which PyTorch sets for it, where the ranks have not met yet
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it; a kernel for each tensor
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 

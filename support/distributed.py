@@ -148,13 +148,15 @@ def average(tensors):
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
-def parallel(net, ignored=()):
-    """The network, whose backward pass averages the gradients of all parameters but the ignored, by name.
+def parallel(net, weights):
+    """The network, whose backward pass averages the gradients of the weights, which are among its parameters.
 
     Buffers are left alone: see `experiment.Experiment.share_statistics`.
     """
     if size() == 1:
         return net
+    kept = {id(weight) for weight in weights}
+    ignored = [name for name, parameter in net.named_parameters() if id(parameter) not in kept]
     # DDP calls the network's own parameters by both names, in two places.
     names = [*ignored, *(f".{name}" for name in ignored)]
     names += [name for name, _ in net.named_buffers()]

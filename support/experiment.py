@@ -465,9 +465,11 @@ class Experiment:
             compile_edges(net)
 
     def records(self):
-        """Whether its steps are CUDA graphs; those of several processes or parts are not."""
-        whole = distributed.size() == self.args.accumulate == 1
-        return self.device.type == "cuda" and whole and not self.args.no_graphs
+        """Whether its steps are CUDA graphs: each process then records its own, in which it waits for no
+        other. Those of several parts are not.
+        """
+        alone = self.args.accumulate == 1 and not (self.args.sync_bn and distributed.size() > 1)
+        return self.device.type == "cuda" and alone and not self.args.no_graphs
 
     def own_scenes(self):
         """Scenes a step of this process."""

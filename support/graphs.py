@@ -47,8 +47,13 @@ class Recorded:
         graph = torch.cuda.CUDAGraph()
         self.warm_up(own)
         # The loader's thread that pins memory must not spoil the recording, as by default it would.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            outputs = self.function(own)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                outputs = self.function(own)
+        except RuntimeError as error:  # a recording that was broken off cannot be ended, which hides why
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
+            raise
         self.pool = graph.pool()  # they share their memory, since they never run at once
         return graph, own, outputs
 
@@ -67,14 +72,17 @@ class Recorded:
 class Backward:
     """backward(batch) -> its loss, a scalar tensor, with its gradients by `weights` in their `grad`.
 
-    forward: the network, as `distributed.parallel` gives it. loss: loss(forward, batch) -> scalar, the mean
-    over scenes. parts: the batch goes through in so many. recorded: as a CUDA graph, which takes one process
-    and one part; `changed` and `constants` are those of `Recorded`.
+    loss: loss(forward, batch) -> scalar, the mean over scenes, where forward(x) is the network's output.
+    parts: the batch goes through in so many. recorded: as a CUDA graph, which takes one part; `changed` and
+    `constants` are those of `Recorded`.
+
+    Of several processes each has its share of a batch, and the gradients are averaged over them: by
+    `distributed.parallel` as they are computed, those of a graph afterwards.
     """
 
-    def __init__(self, forward, weights, loss, parts=1, recorded=False, changed=(), constants=lambda: None):
-        self.forward = forward
+    def __init__(self, net, weights, loss, parts=1, recorded=False, changed=(), constants=lambda: None):
         self.weights = list(weights)
+        self.forward = net if recorded else distributed.parallel(net, self.weights)
         self.loss = loss
         self.parts = parts
         self.recorded = Recorded(self.gradients, changed, constants) if recorded else None
@@ -84,8 +92,8 @@ class Backward:
             for weight in self.weights:
                 weight.grad = None  # it would keep the memory of a graph that is let go
             loss, gradients = self.recorded(batch)
-            for weight, gradient in zip(self.weights, gradients, strict=True):
-                weight.grad = gradient
+            for weight, gradient in zip(self.weights, distributed.average(gradients), strict=True):
+                weight.grad = laid_out_as(weight, gradient)
             return loss
         for weight in self.weights:
             weight.grad = None
@@ -100,7 +108,7 @@ class Backward:
         """(loss, gradients), these laid out as the weights are, which fused optimizers want."""
         loss = self.loss(self.forward, batch)
         gradients = torch.autograd.grad(loss, self.weights)
-        return loss.detach(), [laid_out_as(w, g) for g, w in zip(gradients, self.weights, strict=True)]
+        return loss.detach(), [laid_out_as(w, g) for w, g in zip(self.weights, gradients, strict=True)]
 
 
 def laid_out_as(weight, gradient):

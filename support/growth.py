@@ -291,6 +291,7 @@ def alone(args, make, repeats=None):
 
 def measure(make, device, threads, repeats):
     torch.set_num_threads(threads)
+    devices.pick_device(str(device))  # graphs are made on the process's own GPU
     keep_freed_memory()
     step, seconds = make(), []
 
@@ -357,7 +358,7 @@ def train_together(channels, scenes, repeats):
     running = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
     batch = benchmark.random_batch(options, device, torch.float32)
     batch = batch._replace(rainy=batch.rainy.to(memory_format=torch.channels_last))
-    step = benchmark.training_step(distributed.parallel(net), batch, None, options)
+    step = benchmark.training_step(net, batch, None, options)
 
     def step_and_share():
         step()

@@ -6,7 +6,8 @@ NAME is that of the run's folder; its beginning is the script's, and words in it
 `eval` BatchNorm by its running statistics, and an Adam that does not blow up the rounding of gradients near
 zero; `stop` SIGTERM for the last rank alone in the third step; `nan` a pixel that is not finite in its share
 of the second batch; `bad` a file that breaks as the run begins; `gap` SIGTERM for rank 0 as it measures the
-discretisation gap, which it alone does. Every rank leaves in NAME.RANK.pt the state
+discretisation gap, which it alone does; `recorded` steps as graphs, of which the kernels are launched one by
+one, as there is no GPU. Every rank leaves in NAME.RANK.pt the state
 of its parts, what it counted, and the names of the scenes it was given.
 """
 
@@ -27,6 +28,7 @@ from model_search import SearchNetwork
 from support import distributed
 from support.errors import Interrupted
 from support.experiment import Experiment
+from support.graphs import Recorded
 
 SCRIPTS = {"train": train_model_batch, "search": train_search_batch}
 
@@ -37,7 +39,7 @@ def run(name, flags):
     hooked = distributed.rank() == distributed.size() - 1
     runs, names, broken = [], [], {}
     start, batches, train, adam = Experiment.start, dataset.batches, SearchNetwork.train, torch.optim.Adam
-    measure = train_search_batch.measure
+    measure, records, replayed = train_search_batch.measure, Experiment.records, Recorded.__call__
 
     def recorded(scenes, **options):
         if hooked and "bad" in words:
@@ -66,6 +68,9 @@ def run(name, flags):
         torch.optim.Adam = partial(adam, eps=1e-3)
     if "gap" in words:
         train_search_batch.measure = stopped_there
+    if "recorded" in words and distributed.size() > 1:
+        Experiment.records = lambda run: True
+        Recorded.__call__ = lambda graphs, batch: graphs.function(batch)
     stopped = ""
     try:
         script.main(script.get_args_parser().parse_args(flags.split()))
@@ -73,7 +78,7 @@ def run(name, flags):
         stopped = str(error)
     finally:
         Experiment.start, dataset.batches, SearchNetwork.train, torch.optim.Adam = start, batches, train, adam
-        train_search_batch.measure = measure
+        train_search_batch.measure, Experiment.records, Recorded.__call__ = measure, records, replayed
         for handler in logging.getLogger("manas").handlers:
             handler.close()
         for file, content in broken.items():

@@ -16,6 +16,7 @@ from losses import multi_to_one
 from model_search import SearchNetwork
 from model_train import DerainNetwork
 from operations import side_by_side
+from support import distributed
 from support.benchmark import every_operation
 from support.experiment import Experiment
 from support.graphs import Backward, Recorded, laid_out_as
@@ -267,11 +268,39 @@ def test_a_run_with_graphs_logs_the_losses_of_one_without(name, folder, monkeypa
         assert values[0] == pytest.approx(values[1], rel=1e-3), tag
 
 
-def test_steps_are_recorded_on_cuda_in_one_process_and_one_part():
-    def records(device, accumulate=1, no_graphs=False):
-        args = SimpleNamespace(accumulate=accumulate, no_graphs=no_graphs)
+def test_memory_that_runs_out_while_a_step_is_recorded_is_what_is_said(monkeypatch):
+    """And not that the recording, then broken off, cannot be ended, as CUDA says of side streams."""
+
+    class BrokenOff:
+        def __init__(self, graph, **options):
+            pass
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            raise RuntimeError("capture cannot be ended")
+
+    def too_large(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", BrokenOff)
+    monkeypatch.setattr(Recorded, "warm_up", lambda self, batch: None)
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
+        Recorded(too_large)(batch_of(1))
+    with pytest.raises(RuntimeError, match="cannot be ended"):
+        Recorded(lambda batch: None)(batch_of(1))
+
+
+def test_steps_are_recorded_on_cuda_in_one_part_where_no_rank_waits_for_another(monkeypatch):
+    def records(device, accumulate=1, no_graphs=False, sync_bn=False):
+        args = SimpleNamespace(accumulate=accumulate, no_graphs=no_graphs, sync_bn=sync_bn)
         return Experiment.records(SimpleNamespace(device=torch.device(device), args=args))
 
     assert records("cuda") and records("cuda:1")
     assert not records("cpu") and not records("mps")
     assert not records("cuda", accumulate=2) and not records("cuda", no_graphs=True)
+    assert records("cuda", sync_bn=True)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    assert records("cuda") and not records("cuda", sync_bn=True)
