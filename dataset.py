@@ -60,6 +60,7 @@ NUMBER = re.compile(r"_[a-z]*\d+$|(?<=\d)x\d$")  # of one of several rainy image
 TRAINING_NAME = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
 TEST_NAME = re.compile(r"(?<![a-z])(test(ing)?|val(id|idation)?)(?![a-z])", re.IGNORECASE)
 SIDES = ("left", "right")
+OTHER_SIDE = {"left": "right", "right": "left"}
 PARTS = {"weights": 0.50, "architecture": 0.45, "validation": 0.05}
 GIVE_UP = 100  # scenes in a row that cannot be read: the disk is gone, not some files
 
@@ -85,10 +86,14 @@ class Scene(NamedTuple):
         return str(self.rainy[0].path)
 
     @property
+    def halves(self):
+        """Its images, the clean one, if there is one, last."""
+        return (*self.rainy, self.clean) if self.clean else self.rainy
+
+    @property
     def files(self):
         """Its files as text, each once."""
-        halves = (*self.rainy, self.clean) if self.clean else self.rainy
-        return list(dict.fromkeys(str(half.path) for half in halves))
+        return list(dict.fromkeys(str(half.path) for half in self.halves))
 
 
 class Found(NamedTuple):
@@ -285,13 +290,12 @@ def _densities(path, folders, side):
     if not names:
         raise UserError(f"{path}: no images in {', '.join(f.name for f in _folders(path))}")
     unpaired = [by_name[n] for n in names if n not in whole for by_name in files.values() if n in by_name]
-    other = "left" if side == "right" else "right"
     first = next(iter(files))
     clean = [files[first][name] for name in whole]
     scenes = [
         Scene(
             name,
-            tuple(Half(by_name[file.name], other) for by_name in files.values()),
+            tuple(Half(by_name[file.name], OTHER_SIDE[side]) for by_name in files.values()),
             Half(file, side),
             tuple(files),
         )
@@ -403,7 +407,7 @@ def _told_by_name(path):
         else:
             rainy[file] = key
     found = _paired("pairs told by their names", path, rainy, clean)
-    in_pairs = {half.path for scene in found.scenes for half in (*scene.rainy, scene.clean)}
+    in_pairs = {half.path for scene in found.scenes for half in scene.halves}
     unpaired = [file for file in files if file not in in_pairs]
     return found._replace(unpaired=unpaired) if len(unpaired) <= len(files) / 2 else None
 
@@ -441,7 +445,7 @@ def check_sizes(scene):
 
     Pixels are not decoded; a file that is cut short is found all the same.
     """
-    sizes = {half: half_size(half) for half in dict.fromkeys([*scene.rainy, *filter(None, [scene.clean])])}
+    sizes = {half: half_size(half) for half in dict.fromkeys(scene.halves)}
     _check_equal(sizes)
     half, size = next(iter(sizes.items()))
     if min(size) < SSIM_WINDOW:
@@ -478,7 +482,7 @@ def read_scene(scene, cache=None):
     Each file is decoded once; none where a support.cache.Cache has them all, and its arrays are read-only.
     Raises UserError for a file that cannot be read or sizes that differ.
     """
-    halves = [*scene.rainy, scene.clean] if scene.clean else list(scene.rainy)
+    halves = scene.halves
     images = cache.get(halves) if cache else None
     if images is None:
         files = {path: read_image(path) for path in dict.fromkeys(half.path for half in halves)}
@@ -594,8 +598,7 @@ def same_pictures(thumbnails, threshold=0.998):
 
 def plain(scene):
     """The scene as lists and text, which `from_plain` takes back."""
-    halves = [*scene.rainy, scene.clean]
-    return [scene.name, [[str(half.path), half.side] for half in halves], list(scene.densities)]
+    return [scene.name, [[str(half.path), half.side] for half in scene.halves], list(scene.densities)]
 
 
 def from_plain(fields):

@@ -132,7 +132,7 @@ def open_cache(scenes, folders, place=""):
     if fcntl is None:
         raise UserError("--cache: needs a system with file locks, as Linux, macOS or WSL; leave it out")
     halves = {path if path.is_dir() else path.parent: [] for path in map(Path, folders)}
-    for half in dict.fromkeys(half for scene in scenes for half in (*scene.rainy, scene.clean)):
+    for half in dict.fromkeys(half for scene in scenes for half in scene.halves):
         halves[next(root for root in halves if half.path.is_relative_to(root))].append(half)
     files = {root: _file(root, place) for root in halves}
     found = {root: _read(files[root], root, halves[root]) for root in halves}

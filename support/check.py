@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dataset import (
     DENSITIES,
+    OTHER_SIDE,
     PARTS,
     SIDES,
     TEST,
@@ -101,7 +102,7 @@ def _examine(scene, root):
     def fault(kind, path, text):
         faults.append((kind, _named(path, root, text)))
 
-    for path in dict.fromkeys(half.path for half in [*scene.rainy, *filter(None, [scene.clean])]):
+    for path in dict.fromkeys(half.path for half in scene.halves):
         try:
             files[path] = read_image(path)
         except UserError as error:
@@ -276,7 +277,7 @@ def _wrong_side(looks):
     if below <= len(scores) / 2:
         return ""
     side = next(look.scene.clean.side for look in looks if look.scene.clean)
-    remedy = f"give --clean_side {_other(side)}" if side else "exchange the two folders' names"
+    remedy = f"give --clean_side {OTHER_SIDE[side]}" if side else "exchange the two folders' names"
     measured = f"{below:,} of {len(scores):,} images, median rain score {np.median(scores):.2f}"
     return f"the rain is on the clean side ({measured}): {remedy}"
 
@@ -392,10 +393,6 @@ def _relative(path, root):
 
 def _wh(size):
     return f"{size[1]}x{size[0]}"
-
-
-def _other(side):
-    return SIDES[1 - SIDES.index(side)]
 
 
 # --- the command --------------------------------------------------------------------------------------------
