@@ -310,8 +310,8 @@ def truth_without_rain(path, scenes):
     return sorted(str(folder.relative_to(path)) for folder in parents if _called(folder) in CLEAN_FOLDERS)
 
 
-def _paired(layout, rainy_root, rainy, clean):
-    """Pairs of rainy and clean files, {file: key}; their names are relative to `rainy_root`."""
+def _paired(layout, root, rainy, clean):
+    """The Found of rainy and clean files, {file: key}."""
     by_key = {}
     for file, key in clean.items():
         if key in by_key:
@@ -319,27 +319,37 @@ def _paired(layout, rainy_root, rainy, clean):
         by_key[key] = file
     for file, key in clean.items():  # 1gt.png of 1.png
         by_key.setdefault(re.sub(r"(?<=\d)gt$", "", key), file)
-    scenes, unpaired, used = [], [], set()
     taken = set(rainy.values())  # beside a rainy 7.png, 7_2.png is a picture of its own
     numbered = {NUMBER.sub("", key) for key in clean.values() if NUMBER.search(key)}  # as beside a clean 7_1
     names = {(key, file.stem) for file, key in rainy.items()}
     ambiguous = {key for key, count in Counter(key for key, _ in names).items() if count > 1}  # A.png, a.png
-    for name, (file, key) in zip(_names(rainy_root, rainy), rainy.items(), strict=True):
-        partner = by_key.get(key)
-        if key in ambiguous and partner is not None and partner.stem != file.stem:
-            partner = None
-        for other, number in _less_exact(key) if partner is None and key not in ambiguous else ():
+
+    def partner(file, key):
+        exact = by_key.get(key)
+        if key in ambiguous:
+            return exact if exact and exact.stem == file.stem else None
+        if exact:
+            return exact
+        for other, number in _less_exact(key):
             if other in taken or (number and other in numbered):
-                break
-            if partner := by_key.get(other):
-                break
-        if partner is None:
-            unpaired.append(file)
-        else:
-            used.add(partner)
+                return None
+            if other in by_key:
+                return by_key[other]
+        return None
+
+    return _in_pairs(layout, root, {file: partner(file, key) for file, key in rainy.items()}, clean)
+
+
+def _in_pairs(layout, root, partners, clean):
+    """The Found of {rainy file: its clean one, or None} and all clean files; names are relative to `root`."""
+    scenes, unpaired = [], []
+    for name, (file, partner) in zip(_names(root, partners), partners.items(), strict=True):
+        if partner:
             scenes.append(Scene(name, (Half(file),), Half(partner)))
-    unpaired += [file for file in clean if file not in used]
-    return Found(layout, scenes, unpaired)
+        else:
+            unpaired.append(file)
+    used = set(partners.values())
+    return Found(layout, scenes, unpaired + [file for file in clean if file not in used])
 
 
 def _pair_key(file, folder):
@@ -377,18 +387,14 @@ def _frames(path, files):
     for file, frame in frames.items():
         if frame[2] == "C":
             clean.setdefault((file.parent, frame[1]), {})[frame[3]] = file
-    scenes, unpaired, used = [], [], set()
-    rainy = [file for file, frame in frames.items() if frame[2] == "R"]
-    for name, file in zip(_names(path, rainy), rainy, strict=True):
-        of_scene = clean.get((file.parent, frames[file][1]), {})
-        partner = of_scene.get("000" if [*of_scene] == ["000"] else frames[file][3])
-        if partner is None:
-            unpaired.append(file)
-        else:
-            used.add(partner)
-            scenes.append(Scene(name, (Half(file),), Half(partner)))
-    unpaired += [file for of_scene in clean.values() for file in of_scene.values() if file not in used]
-    return Found("frames, pairs told by their names", scenes, unpaired) if scenes else None
+    partners = {}
+    for file, frame in frames.items():
+        if frame[2] == "R":
+            of_scene = clean.get((file.parent, frame[1]), {})
+            partners[file] = of_scene.get("000" if [*of_scene] == ["000"] else frame[3])
+    files = [file for of_scene in clean.values() for file in of_scene.values()]
+    found = _in_pairs("frames, pairs told by their names", path, partners, files)
+    return found if found.scenes else None
 
 
 def _told_by_name(path):
@@ -415,13 +421,12 @@ def _told_by_name(path):
 def _flat(root, files, side):
     if not files:
         raise UserError(f"{root}: no images (JPEG, PNG, BMP, TIFF or WebP) found")
-    names = _names(root, files)
-    if side is None:
-        scenes = [Scene(name, (Half(f),), None) for name, f in zip(names, files, strict=True)]
-        return Found("single images", scenes, [])
-    other = "left" if side == "right" else "right"
-    scenes = [Scene(n, (Half(f, other),), Half(f, side)) for n, f in zip(names, files, strict=True)]
-    return Found(f"side-by-side pairs, clean half {side}", scenes, [])
+    layout = f"side-by-side pairs, clean half {side}" if side else "single images"
+    scenes = [
+        Scene(name, (Half(file, OTHER_SIDE.get(side)),), Half(file, side) if side else None)
+        for name, file in zip(_names(root, files), files, strict=True)
+    ]
+    return Found(layout, scenes, [])
 
 
 def _names(root, files):
