@@ -20,10 +20,9 @@ import re
 import signal
 import threading
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import pairwise
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -861,11 +860,7 @@ def full_images(scenes, bad=None, cache=None):
     as in `batches`. While one is looked at, the next is read.
     """
     with ThreadPoolExecutor(1) as pool:
-        ahead = None
-        for scene, following in pairwise([None, *scenes, None]):
-            reading, ahead = ahead, following and pool.submit(read_scene, following, cache)
-            if scene is None:
-                continue
+        for scene, reading in in_turn(pool, partial(read_scene, cache=cache), scenes, ahead=1):
             try:
                 rainy, clean = reading.result()
             except UserError as error:
@@ -874,6 +869,19 @@ def full_images(scenes, bad=None, cache=None):
                 bad.append((scene.key, str(error)))
                 continue
             yield np.stack(rainy), np.stack([clean])
+
+
+def in_turn(pool, function, items, ahead):
+    """(item, Future of function(item)) of each, in turn, `ahead` further ones at work: of all, what is ready
+    would pile up in memory.
+    """
+    waiting = deque()
+    for item in items:
+        waiting.append((item, pool.submit(function, item)))
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
 
 
 def to_tensor(images, device="cpu"):

@@ -18,7 +18,7 @@ import shutil
 import struct
 import uuid
 import zlib
-from collections import defaultdict, deque
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -30,7 +30,7 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from dataset import Half, cut, half_size
+from dataset import Half, cut, half_size, in_turn
 from support.errors import UserError
 from support.images import read_image
 
@@ -305,9 +305,9 @@ def _write(file, path, root, halves, old):
     print(f"cache: {len(_lacks(old, halves))} of {len(halves)} pictures are decoded into {path}", flush=True)
     kept, rows, offset = {}, [], 0
     with ThreadPoolExecutor(THREADS) as pool:
-        decoded = _in_turn(pool, partial(_decode, old), by_file.values())
-        for pictures in _bar("decoding once", "file", decoded, len(by_file)):
-            for half, stamp, image, checksum in pictures:
+        decoding = in_turn(pool, partial(_decode, old), by_file.values(), ahead=2 * THREADS)
+        for _, decoded in _bar("decoding once", "file", decoding, len(by_file)):
+            for half, stamp, image, checksum in decoded.result():
                 file.write(image)
                 kept[half] = Kept(path, *stamp, offset, *image.shape[:2], checksum)
                 rows.append([half.path.relative_to(root).as_posix(), half.side, *kept[half][1:]])
@@ -318,17 +318,6 @@ def _write(file, path, root, halves, old):
     file.flush()
     os.fsync(file.fileno())
     return Cache(kept, {path: tail})
-
-
-def _in_turn(pool, function, items):
-    """pool.map, but what is ready does not pile up in memory."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > 2 * THREADS:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _decode(old, halves):
