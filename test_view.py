@@ -41,7 +41,7 @@ from support.errors import UserError
 from support.fast import Compiled, for_inference, keep_freed_memory, no_compiler
 from support.gallery import FOLDER, MONTAGE, PAGE, Gallery, montage
 from support.journal import FILES, Journal
-from support.metrics import METRICS, mean_scores, score
+from support.metrics import METRICS, by_density, score
 from support.options import DEFAULT_DATA
 from support.rain import demo_set
 from support.restore import ENSEMBLES, SMALLEST_TILE, forwards, is_out_of_memory, restore
@@ -528,11 +528,7 @@ def summarise(rows, facts):
     """({density: means of the outputs and of the inputs}, lines that say them), and last those of all."""
     means = {}
     lines = [f"{'':8} {'images':>6}  {'PSNR RGB':>9} {'SSIM RGB':>9}  {'PSNR Y':>9} {'SSIM Y':>9}"]
-    densities = list(dict.fromkeys(row["density"] for row in rows))
-    for density in [*(densities if len(densities) > 1 else []), "all"]:
-        group = [row for row in rows if density in (row["density"], "all")]
-        output = mean_scores(group)
-        untouched = mean_scores([{m: row[f"input_{m}"] for m in METRICS} for row in group])
+    for density, (group, output, untouched) in by_density(rows).items():
         means[density] = {"output": output, "input": untouched}
         lines += [f"{density:8} {len(group):6}  {_four(output)}", f"{'  input':15}  {_four(untouched)}"]
         for whose, found in (("outputs", output), ("inputs", untouched)):

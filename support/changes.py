@@ -12,7 +12,6 @@ in grey levels, the median of the pictures and the worst of them by name: where 
 import os
 
 import numpy as np
-from skimage.metrics import peak_signal_noise_ratio
 from tqdm import tqdm
 
 import dataset
@@ -21,6 +20,7 @@ from support import command, devices
 from support.command import natural, positive
 from support.errors import UserError
 from support.fast import for_inference, keep_freed_memory
+from support.metrics import psnr
 from support.restore import NotFinite, restore
 from support.tiling import BLOCK, worst_block
 
@@ -70,9 +70,7 @@ def main(args):
                 except NotFinite:
                     unusable.append(f"{path}: its output for {name} is not finite")
                     continue
-                with np.errstate(divide="ignore"):  # inf where they are equal
-                    psnr = peak_signal_noise_ratio(image, output, data_range=255)
-                changes[path][name] = psnr, worst_block(output, image)
+                changes[path][name] = psnr(output, image), worst_block(output, image)
 
     for path, of_pictures in changes.items():
         if of_pictures:
@@ -94,13 +92,14 @@ def pictures_of(scene, half):
 
 def report(changes, count):
     """Print the figures of {name: (PSNR, worst block)}, and the `count` names with the worst blocks."""
-    psnr, blocks = (np.array(values) for values in zip(*changes.values(), strict=True))
-    changed = psnr[np.isfinite(psnr)]
+    likeness, blocks = (np.array(values) for values in zip(*changes.values(), strict=True))
+    changed = likeness[np.isfinite(likeness)]
     mean = changed.mean() if len(changed) else np.inf
-    same = f" ({len(psnr) - len(changed)} that did not change left out)" if len(changed) < len(psnr) else ""
+    unchanged = len(likeness) - len(changed)
+    same = f" ({unchanged} that did not change left out)" if unchanged else ""
     print(
-        f"  output to input: {mean:.1f} dB{same}, at least {psnr.min():.1f}; "
-        f"{(psnr > UNHARMED).sum()} of {len(psnr)} above {UNHARMED}"
+        f"  output to input: {mean:.1f} dB{same}, at least {likeness.min():.1f}; "
+        f"{(likeness > UNHARMED).sum()} of {len(likeness)} above {UNHARMED}"
     )
     print(f"  worst {BLOCK}x{BLOCK} block: {blocks.max():.1f} grey levels, median {np.median(blocks):.1f}")
     for name in sorted(changes, key=lambda name: -changes[name][1])[:count]:

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from support.errors import UserError
 from support.images import read_image, to_8_bits, write_bytes, write_image
-from support.metrics import METRICS, mean_scores
+from support.metrics import METRICS, by_density
 
 PAGE = "index.html"
 FOLDER = "gallery"
@@ -125,7 +125,7 @@ class Gallery:
         parts = {
             "title": escape(title),
             "facts": _facts({**facts, "pictures": pictures}),
-            "scores": _summary([row for row in rows if _is_scored(row)], densities),
+            "scores": _summary([row for row in rows if _is_scored(row)]),
             "left_out": _left_out(left_out),
             "densities": "".join(f"<option>{escape(d)}</option>" for d in densities),
             "has_densities": "" if len(densities) > 1 else "hidden",
@@ -285,19 +285,14 @@ def _facts(facts):
     return "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
 
 
-def _summary(rows, densities):
+def _summary(rows):
     if not rows:
         return ""
     heads = "".join(f"<th>{m}</th>" for m in ("PSNR RGB", "SSIM RGB", "PSNR Y", "SSIM Y"))
     lines = [
         f"<tr><th></th><th>pictures</th>{heads}<th>gain RGB</th><th>gain Y</th><th>worse than input</th></tr>"
     ]
-    left_out = 0
-    for density in [*(densities if len(densities) > 1 else []), "all"]:
-        group = [row for row in rows if density in (row["density"], "all")]
-        if not group:
-            continue
-        output, untouched = mean_scores(group), mean_scores([_of_input(row) for row in group])
+    for density, (group, output, untouched) in by_density(rows).items():
         left_out = sum(output["left_out"].values()) + sum(untouched["left_out"].values())
         cells = [f"<th>{escape(density)}</th>", f"<td>{len(group):,}</td>"]
         for metric, digits in zip(METRICS, (2, 4, 2, 4), strict=True):
@@ -310,10 +305,6 @@ def _summary(rows, densities):
     if left_out:
         note += f" {left_out} values are not in them: the PSNR of equal pictures, the SSIM of tiny ones."
     return f"<div class=wide><table>{''.join(lines)}</table></div>{note}</p>"
-
-
-def _of_input(row):
-    return {metric: row[f"input_{metric}"] for metric in METRICS}
 
 
 def _mean_gain(rows, channels):

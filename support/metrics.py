@@ -1,6 +1,6 @@
 """PSNR and SSIM as this project reports them: on 8-bit images as saved, in RGB and on the luma Y."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -32,11 +32,15 @@ def score(output: np.ndarray, target: np.ndarray) -> dict[str, float]:
     _check(output, target)
     scores = {}
     for name, x, y in (("rgb", output, target), ("y", luma(output), luma(target))):
-        with np.errstate(divide="ignore"):  # no error at all: infinite PSNR
-            psnr = skimage.metrics.peak_signal_noise_ratio(y, x, data_range=255)
-        scores[f"psnr_{name}"] = float(psnr)
+        scores[f"psnr_{name}"] = psnr(x, y)
         scores[f"ssim_{name}"] = _ssim(x, y)
     return scores
+
+
+def psnr(x: np.ndarray, y: np.ndarray) -> float:
+    """PSNR in dB, peak 255, of two arrays of one shape; infinite where they are equal."""
+    with np.errstate(divide="ignore"):
+        return float(skimage.metrics.peak_signal_noise_ratio(y, x, data_range=255))
 
 
 def luma(rgb: np.ndarray) -> np.ndarray:
@@ -65,6 +69,24 @@ def mean_scores(rows: Iterable[Mapping[str, float]]) -> dict:
         means[metric] = float(np.mean(finite)) if finite else float("nan")
         means["left_out"][metric] = len(values) - len(finite)
     return means
+
+
+def by_density(rows: Sequence[Mapping]) -> dict[str, tuple[Sequence[Mapping], dict, dict]]:
+    """{density: (its rows, their `mean_scores`, those of the inputs)}: each if there are several, and "all".
+
+    Args:
+        rows: those of results.csv: `density`, the scores and, as `input_psnr_rgb` and so on, the input's.
+    """
+    densities = list(dict.fromkeys(row["density"] for row in rows))
+    groups = {d: [row for row in rows if row["density"] == d] for d in densities if len(densities) > 1}
+    return {
+        density: (group, mean_scores(group), mean_scores(map(_of_input, group)))
+        for density, group in {**groups, "all": rows}.items()
+    }
+
+
+def _of_input(row: Mapping) -> dict[str, float]:
+    return {metric: row[f"input_{metric}"] for metric in METRICS}
 
 
 def _ssim(x: np.ndarray, y: np.ndarray) -> float:

@@ -14,12 +14,12 @@ import time
 
 import cv2
 import numpy as np
-from skimage.metrics import peak_signal_noise_ratio
 
 from model_train import SHIPPED, load
 from support import command, devices, images
 from support.errors import UserError
 from support.fast import keep_freed_memory
+from support.metrics import psnr
 from support.restore import OVERLAP, SMALLEST_TILE, restore
 
 BLOCK = 16
@@ -84,14 +84,13 @@ def main(args):
                 *(timed(net, image, device, tile=tile, overlap=overlap) for image in rainy), strict=True
             )
             pairs = list(zip(wholes, tiled, strict=True))
-            with np.errstate(divide="ignore"):  # inf where they are equal
-                psnr = [peak_signal_noise_ratio(*pair, data_range=255) for pair in pairs]
+            likeness = [psnr(*pair) for pair in pairs]
             block = max(worst_block(*pair) for pair in pairs)
             ratio = sum(seconds) / sum(whole_seconds)
             size = "default" if tile is None else tile
-            differ = [value for value in psnr if np.isfinite(value)]
+            differ = [value for value in likeness if np.isfinite(value)]
             mean = np.mean(differ) if differ else np.inf
-            figures = f"{mean:9.2f} {min(psnr):6.2f} {block:6.1f} {ratio:5.2f}"
+            figures = f"{mean:9.2f} {min(likeness):6.2f} {block:6.1f} {ratio:5.2f}"
             print(f"{size:>7} {overlap:7} {figures}", flush=True)
     command.tell_unusable(unusable)
     return 1 if unusable else 0
