@@ -26,7 +26,9 @@ from argparse import ArgumentTypeError
 from collections import Counter
 from contextlib import suppress
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -143,20 +145,16 @@ def main(args):
     found = find_pictures(args, path)
     source = path if path.is_dir() else path.parent
     check_apart(source.resolve(), out, within=path.is_dir())
-    check_no_original(found, source, out)
-    files = {name: scene.files for scene in found.scenes for name in names_of(scene)}
-    names = list(files)
-    for name in args.montage or ():
-        if name not in names:
-            raise UserError(
-                f"--montage {name}: no picture of that name; there are {', '.join(names[:3])}, ..."
-            )
+    tasks = [task for scene in found.scenes for task in tasks_of(scene, source)]
+    check_no_original(tasks, out)
+    files = {task.name: task.scene.files for task in tasks}
+    check_montage(args, files)
     gallery = Gallery(out)
     data = {"data": str(path.resolve()), "clean_side": args.clean_side}
     journal = Journal(out, data | {"sha256": sha256, "options": options})
     journal.lock()
-    numbers = to_do(args, files, journal)
-    choose_compiled_for(sizes_of(found, numbers))
+    tasks = to_do(args, tasks, files, journal)
+    choose_compiled_for(sizes_of(tasks))
     if not args.skip_done and any(out.glob(FILES)):
         print(
             f"{out}: holds the pictures of an earlier run, too; the tables will be of this one alone",
@@ -167,22 +165,24 @@ def main(args):
         for table in (*TABLES, PAGE, MONTAGE):  # of an earlier run; new ones come at the end
             with suppress(OSError):  # which that end will say
                 os.unlink(out / table)
-    outcome = restore_pictures(restore_one, found, source, gallery, journal, numbers)
+    outcome = restore_pictures(restore_one, tasks, gallery, journal)
     command.finish_first()
     failures, stopped, status = together(*outcome)
     if not distributed.is_main():
         return 0  # what follows is done once
     done = dict(journal.done(files))
-    gallery.entries = [done[name] for name in names if name in done]
-    failures = [f"{file}: has no partner, so it is left out" for file in found.unpaired] + failures
+    gallery.entries = [done[name] for name in files if name in done]
+    if found.unpaired:
+        failures = [f"{file}: has no partner, so it is left out" for file in found.unpaired] + failures
+        status = status or 1
     if stopped:
-        failures.append(f"{stopped} {len(gallery.entries)} of {len(names)} pictures are done")
+        failures.append(f"{stopped} {len(gallery.entries)} of {len(files)} pictures are done")
     facts = {
         "checkpoint": str(checkpoint),
         "sha256": sha256,
         "data": str(path),
         "layout": found.layout,
-        "pictures": len(names),
+        "pictures": len(files),
         "without_partner": len(found.unpaired),
         "options": options | {"compile": [f"{width}x{height}" for height, width in sorted(compiled.shapes)]},
         "device": devices.device_name(device),
@@ -289,18 +289,50 @@ def find_pictures(args, path):
     return found
 
 
-def to_do(args, files, journal):
-    """{name: its number in the gallery} of the pictures to restore: with --skip_done, those not yet done.
+class Task(NamedTuple):
+    """A rainy picture to restore."""
+
+    scene: dataset.Scene
+    half: dataset.Half
+    density: str  # "" where there are none
+    name: str  # in the tables
+    result: Path  # in the folder of the results
+    number: int = 0  # in the gallery
+
+
+def tasks_of(scene, source):
+    """A task for each density of a scene below `source`. What is scored is saved without loss, others as they
+    came.
+    """
+    tasks = []
+    for half, density in zip(scene.rainy, scene.densities or ("",), strict=True):
+        name = f"{density}/{scene.name}" if density else scene.name
+        result = half.path.relative_to(source) if scene.clean is None else Path(f"{name}.png")
+        tasks.append(Task(scene, half, density, name, result))
+    return tasks
+
+
+def to_do(args, tasks, files, journal):
+    """Those of the tasks that are to be done, with --skip_done what is not done yet, and numbered.
 
     files: {name: those of its scene}.
     """
-    if not args.skip_done:
-        return {name: number for number, name in enumerate(files, start=1)}
-    done = {name for name, _ in journal.done(files)}
+    done, first = set(), 1
+    if args.skip_done:
+        done = {name for name, _ in journal.done(files)}
+        first += journal.last_number()
     if done:
         print(f"done already: {len(done)} of {len(files)} pictures", flush=True)
-    remaining = [name for name in files if name not in done]
-    return {name: number for number, name in enumerate(remaining, start=1 + journal.last_number())}
+    remaining = [task for task in tasks if task.name not in done]
+    return [task._replace(number=number) for number, task in enumerate(remaining, start=first)]
+
+
+def check_montage(args, names):
+    """UserError where --montage names a picture that is not among the names."""
+    for name in args.montage or ():
+        if name not in names:
+            there = ", ".join(list(names)[:3])
+            raise UserError(f"--montage {name}: no picture of that name; there are {there}, ...")
 
 
 def check_video(args, path):
@@ -320,19 +352,16 @@ def check_apart(source, out, within):
         raise UserError(f"--result_path {out}: lies among the pictures to restore; give another folder")
 
 
-def check_no_original(found, source, out):
+def check_no_original(tasks, out):
     """UserError where a result would take the place of a picture to restore, as of one that is a link."""
-    originals = {
-        identity: file for scene in found.scenes for file in scene.files if (identity := _which(file))
-    }
-    for scene in found.scenes:
-        for half, name in zip(scene.rainy, names_of(scene), strict=True):
-            target = out / result_file(scene, half, name, source)
-            if (original := originals.get(_which(target))) is not None:
-                raise UserError(
-                    f"--result_path {out}: {target} is {original}, a picture to restore, whose place a "
-                    "result would take; give another folder"
-                )
+    files = dict.fromkeys(file for task in tasks for file in task.scene.files)
+    originals = {place: file for file in files if (place := _which(file))}
+    for target in (out / task.result for task in tasks):
+        if (original := originals.get(_which(target))) is not None:
+            raise UserError(
+                f"--result_path {out}: {target} is {original}, a picture to restore, whose place a "
+                "result would take; give another folder"
+            )
 
 
 def _which(path):
@@ -375,15 +404,11 @@ def worth_compiling(args, sizes):
     return {shape for shape, number in pixels.most_common(MOST_COMPILED) if number >= least}
 
 
-def sizes_of(found, numbers):
-    """(height, width) of each rainy image that has a number, by its file's header; none where that is bad."""
-    for scene in found.scenes:
-        for half, name in zip(scene.rainy, names_of(scene), strict=True):
-            if name in numbers:
-                try:
-                    yield dataset.half_size(half, images.header_size)
-                except UserError:  # restoring it will say so
-                    continue
+def sizes_of(tasks):
+    """(height, width) of each picture to restore, by its file's header; none where that is bad."""
+    for task in tasks:
+        with suppress(UserError):  # restoring it will say so
+            yield dataset.half_size(task.half, images.header_size)
 
 
 def other_kinds(path):
@@ -423,21 +448,20 @@ def restore_video(restore_one, path, out, choose_compiled_for):
     return 0
 
 
-def restore_pictures(restore_one, found, source, gallery, journal, numbers):
-    """Restore this process's share of the pictures in `numbers`, that is {name: number in the gallery}.
+def restore_pictures(restore_one, tasks, gallery, journal):
+    """Do this process's share of the tasks.
 
     Returns ((place, line) of each scene that cannot be, why it stopped early or "", the exit status).
     """
-    scenes = [
-        (n, scene) for n, scene in enumerate(found.scenes) if not numbers.keys().isdisjoint(names_of(scene))
-    ]
-    share = scenes[distributed.rank() :: distributed.size()]
+    scenes = [list(of_scene) for _, of_scene in groupby(tasks, key=lambda task: task.scene)]
+    share = list(enumerate(scenes))[distributed.rank() :: distributed.size()]
     failures = []
-    total = sum(name in numbers for _, scene in share for name in names_of(scene))
+    total = sum(len(of_scene) for _, of_scene in share)
     with tqdm(total=total, unit="image", disable=None if distributed.is_main() else True) as bar:
-        for place, scene in share:
+        for place, of_scene in share:
+            scene = of_scene[0].scene
             try:
-                for entry in view(restore_one, scene, source, gallery, numbers):
+                for entry in view(restore_one, of_scene, gallery):
                     journal.add(entry, scene.files)
                     gallery.entries.clear()  # the journal has it
                     bar.update()
@@ -451,7 +475,7 @@ def restore_pictures(restore_one, found, source, gallery, journal, numbers):
                 if not is_out_of_memory(error):
                     raise
                 failures.append((place, f"{scene.rainy[0].path}: too large for the memory here; see --tile"))
-    return failures, "", 1 if failures or found.unpaired else 0
+    return failures, "", 1 if failures else 0
 
 
 def together(failures, stopped, status):
@@ -461,40 +485,28 @@ def together(failures, stopped, status):
     return lines, reasons[0] if reasons else "", max(distributed.gather(status))
 
 
-def names_of(scene):
-    """The names in the results, one a rainy image."""
-    return [f"{density}/{scene.name}" for density in scene.densities] or [scene.name] * len(scene.rainy)
-
-
-def result_file(scene, half, name, source):
-    """Where a restored picture goes, in the folder of the results: without loss where it is scored; others as
-    they came.
+def view(restore_one, tasks, gallery):
+    """Restore, save and show the pictures of a scene's tasks; yields the gallery's entry of each, whose row
+    has `COLUMNS`.
     """
-    return half.path.relative_to(source) if scene.clean is None else Path(f"{name}.png")
-
-
-def view(restore_one, scene, source, gallery, numbers):
-    """Restore and save each rainy image of a scene that has a number, and show it; yields the gallery's entry
-    of each, whose row has `COLUMNS`.
-    """
+    scene = tasks[0].scene
     if scene.clean is None:
         pictures, clean = [images.load(scene.rainy[0].path)], None
     else:
         rainy, clean = dataset.read_scene(scene)
-        pictures = [images.Picture(image) for image in rainy]
-    densities = scene.densities or [""] * len(pictures)
-    for picture, half, density, name in zip(pictures, scene.rainy, densities, names_of(scene), strict=True):
-        if name not in numbers:
-            continue
-        file = result_file(scene, half, name, source)
-        if file.parts[0] in (FOLDER, MONTAGE):
-            raise UserError(f"{half.path}: its result would take the name of the gallery's {file}; rename it")
+        pictures = map(images.Picture, rainy)
+    pictures = dict(zip(scene.rainy, pictures, strict=True))
+    for _, half, density, name, result, number in tasks:
+        picture, file = pictures[half], gallery.out / result
+        if result.parts[0] in (FOLDER, MONTAGE):
+            raise UserError(
+                f"{half.path}: its result would take the name of the gallery's {result}; rename it"
+            )
         start = time.perf_counter()
         restored = restore_one(picture.rgb)
         seconds = time.perf_counter() - start
         if picture.grey:
             restored = images.in_grey(restored)
-        file = gallery.out / file
         height, width = restored.shape[:2]
         row = {"name": name, "density": density, "height": height, "width": width, "seconds": seconds}
         if clean is not None:
@@ -502,7 +514,7 @@ def view(restore_one, scene, source, gallery, numbers):
             row |= {f"input_{metric}": value for metric, value in score(picture.rgb, clean).items()}
         try:
             images.save(file, picture._replace(rgb=restored))
-            entry = gallery.add(row, file, picture.rgb, restored, clean, numbers[name])
+            entry = gallery.add(row, file, picture.rgb, restored, clean, number)
         except images.CannotWrite:  # a half of a picture is none, and the tables need the room
             file.unlink(missing_ok=True)
             raise
