@@ -97,11 +97,53 @@ def examine(scene, root):
 
 
 def _examine(scene, root):
-    files, faults = {}, []
+    faults = []
 
-    def fault(kind, path, text):
+    def fault(kind, path, text=""):
         faults.append((kind, _named(path, root, text)))
 
+    files = _decoded(scene, fault)
+    if faults:
+        return Look(scene, faults)
+    if scene.clean is None:
+        (image,) = files.values()
+        rain, matches = _halves(image)
+        return Look(scene, faults, image.shape[:2], thumbnail(image), rain, matches)
+
+    pairs = []
+    for half in scene.rainy:
+        # Side by side, each density brings its own copy of the clean image.
+        own = Half(half.path, scene.clean.side) if scene.clean.side else scene.clean
+        pairs.append((half, cut(files[half.path], half), cut(files[own.path], own)))
+    size = pairs[0][2].shape[:2]
+    for half, rainy, _ in pairs:
+        if rainy.shape[:2] != size:
+            fault("size differs from the clean image's", half.path, f"{_wh(rainy.shape)}, not {_wh(size)}")
+    if faults:
+        return Look(scene, faults)
+    if min(size) < SSIM_WINDOW:
+        fault(f"under {SSIM_WINDOW} pixels a side, too small to train on", scene.clean.path, _wh(size))
+        return Look(scene, faults)
+    copies = [clean for _, _, clean in pairs]
+    agreed = min(copies, key=lambda image: sum(_apart(image, other) for other in copies))
+    rain, matches = [], []
+    for half, rainy, clean in pairs:
+        # Of a file with swapped sides the rainy half is the agreed image: its rain score, below, tells.
+        if min(_apart(clean, agreed), _apart(rainy, agreed)) > SAME_CLEAN:
+            fault(CLEAN_DIFFERS, half.path, f"by {_apart(clean, agreed):.0f} grey levels")
+            clean = agreed
+        matches.append(match(rainy, clean))
+        rain.append(rain_score(rainy, clean))
+        if matches[-1] < MATCH:
+            fault(OTHER_PICTURE, half.path, f"match {matches[-1]:.2f}")
+        if np.array_equal(rainy, clean):
+            fault(EQUAL, half.path)
+    return Look(scene, faults, size, thumbnail(agreed), rain, min(matches))
+
+
+def _decoded(scene, fault):
+    """{path: image} of a scene's files; fault(kind, path, text) is told of those that are of no use."""
+    files = {}
     for path in dict.fromkeys(half.path for half in scene.halves):
         try:
             files[path] = read_image(path)
@@ -110,41 +152,7 @@ def _examine(scene, root):
         else:
             if scene.clean and scene.clean.side and files[path].shape[1] % 2:
                 fault("odd width, so no two equal halves", path, f"{files[path].shape[1]} pixels")
-    if faults:
-        return Look(scene, faults)
-    if scene.clean is None:
-        (image,) = files.values()
-        rain, matches = _halves(image)
-        return Look(scene, faults, image.shape[:2], thumbnail(image), rain, matches)
-
-    rainy = [cut(files[half.path], half) for half in scene.rainy]
-    # Side by side, each density brings its own copy of the clean image.
-    halves = [Half(h.path, scene.clean.side) for h in scene.rainy] if scene.clean.side else [scene.clean]
-    clean = [cut(files[half.path], half) for half in halves]
-    size = clean[0].shape[:2]
-    for half, image in zip(scene.rainy, rainy, strict=True):
-        if image.shape[:2] != size:
-            fault("size differs from the clean image's", half.path, f"{_wh(image.shape)}, not {_wh(size)}")
-    if faults:
-        return Look(scene, faults)
-    if min(size) < SSIM_WINDOW:
-        fault(f"under {SSIM_WINDOW} pixels a side, too small to train on", halves[0].path, _wh(size))
-        return Look(scene, faults)
-    agreed = min(clean, key=lambda image: sum(_apart(image, other) for other in clean))
-    rain, matches = [], []
-    of_each = clean if len(clean) == len(rainy) else clean * len(rainy)  # one for all where not side by side
-    for half, image, own in zip(scene.rainy, rainy, of_each, strict=True):
-        # Of a file with swapped sides the rainy half is the agreed image: its rain score, below, tells.
-        if min(_apart(own, agreed), _apart(image, agreed)) > SAME_CLEAN:
-            fault(CLEAN_DIFFERS, half.path, f"by {_apart(own, agreed):.0f} grey levels")
-            own = agreed
-        matches.append(match(image, own))
-        rain.append(rain_score(image, own))
-        if matches[-1] < MATCH:
-            fault(OTHER_PICTURE, half.path, f"match {matches[-1]:.2f}")
-        if np.array_equal(image, own):
-            fault(EQUAL, half.path, "")
-    return Look(scene, faults, size, thumbnail(agreed), rain, min(matches))
+    return files
 
 
 def match(rainy, clean):
@@ -213,17 +221,18 @@ def check(folder, found):
     for look in looks:
         for kind, text in look.faults:
             by_kind.setdefault(kind, []).append(text)
-    side = wrong_side(looks)
-    if side:  # nothing that follows from it is worth a line
+    if text := wrong_side(looks):  # nothing that follows from it is worth a line
         by_kind.pop(CLEAN_DIFFERS, None)
         looks = [look._replace(thumbnail=None) for look in looks]
-    equal = by_kind.pop(EQUAL, [])
-    findings += [Finding(f"{kind} ({len(texts):,}): {_list(texts)}") for kind, texts in by_kind.items()]
-    if equal:  # a few dry pictures may be meant
-        most = len(equal) > sum(len(look.scene.rainy) for look in looks) / 2
-        findings.append(Finding(f"{EQUAL} ({len(equal):,}): {_list(equal)}", wrong=most))
-    findings += side or [*swapped(looks, folder), *side_by_side(looks), *duplicates(looks)]
-    findings += [] if side else untrainable(folder, found, looks)
+        further = [Finding(f"{text}, and check again")]
+    else:
+        further = [*swapped(looks, folder), *side_by_side(looks), *duplicates(looks)]
+        further += untrainable(folder, found, looks)
+    images = sum(len(look.scene.rainy) for look in looks)
+    for kind, texts in by_kind.items():
+        wrong = kind != EQUAL or len(texts) > images / 2  # a few dry pictures may be meant
+        findings.append(Finding(f"{kind} ({len(texts):,}): {_list(texts)}", wrong))
+    findings += further
     return Checked(folder, looks, findings)
 
 
@@ -254,12 +263,6 @@ def sizes(looks):
         yield f"all images {_wh(*count)}"
 
 
-def wrong_side(looks):
-    """A list of one Finding where most rain is on the clean side, else an empty one."""
-    text = _wrong_side(looks)
-    return [Finding(f"{text}, and check again")] if text else []
-
-
 def pair_hint(scenes):
     """A line for a user who did not ask: what is wrong with most of a few pairs; "" where nothing is."""
     looks = [examine(scene, Path()) for scene in spread(scenes, HINT_FROM)]
@@ -268,10 +271,11 @@ def pair_hint(scenes):
     for kind in (OTHER_PICTURE, EQUAL):
         if faults[kind] > images / 2:
             return f"{kind}, {faults[kind]} of {images} images looked at; python dataset.py looks at all"
-    return _wrong_side(looks)
+    return wrong_side(looks)
 
 
-def _wrong_side(looks):
+def wrong_side(looks):
+    """What to say where most rain is on the clean side, or ""."""
     scores = [score for _, score in _scores(looks)]
     below = sum(score < SWAPPED for score in scores)
     if below <= len(scores) / 2:
