@@ -24,9 +24,10 @@ import shlex
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,7 @@ import skimage
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset import DENSITIES, TEST, TRAINING, start_worker
+from dataset import DENSITIES, OTHER_SIDE, TEST, TRAINING, start_worker
 from support import command
 from support.errors import UserError
 from support.images import CannotWrite, list_images, read_image, write_bytes, write_image
@@ -235,9 +236,7 @@ def borrow_in_turn(
         except UserError as error:
             failures.append(str(error))
             continue
-        half = image.shape[1] // 2
-        left, right = image[:, :half], image[:, -half:]
-        rain = borrow(right, left) if clean_side == "left" else borrow(left, right)
+        rain = borrow(_half(image, OTHER_SIDE[clean_side]), _half(image, clean_side))
         if rain is not None:
             yield rain
     raise UserError(
@@ -312,19 +311,22 @@ def write_scenes(
         raise UserError("--rain_of, --rain_side: give both or none; the side is the clean half's")
     if rain_of is not None and angle is not None:
         raise UserError("--angle, --rain_of: moved rain falls as it fell in its pairs; give one of the two")
-    named = _name(photographs)
+    named = list(_name(photographs).items())
     wanted = test + (scenes or 1)
     if len(named) < wanted:
         raise UserError(f"{len(named)} photographs found; {wanted} are needed, {test} of them to test on")
-    order = [list(named)[i] for i in np.random.default_rng(seed).permutation(len(named))]
-    pairs = find_photographs([rain_of]) if rain_of else None
-    order = order[: test + scenes if scenes else None]
-    making = _Making(named, order, pairs, out, seed, style, test, size, clean_side, rain_side, angle)
+    picked = [named[i] for i in np.random.default_rng(seed).permutation(len(named))]
+    picked = picked[: test + scenes if scenes else None]
+    if rain_of is None:
+        rain = partial(_drawn, style=style, angle=angle)
+    else:
+        rain = partial(_moved, pairs=find_photographs([rain_of]), clean_side=rain_side)
+    making = _Making(picked, test, out, seed, partial(_prepare, size=size, clean_side=clean_side), rain)
     loader = DataLoader(
         making,
-        sampler=range(len(order)),
+        sampler=range(len(picked)),
         batch_size=None,
-        num_workers=min(workers, len(order)),
+        num_workers=min(workers, len(picked)),
         worker_init_fn=start_worker,
     )
     failures = []
@@ -344,32 +346,22 @@ class _Making(Dataset):
     UserError that ends it all, or None).
     """
 
-    photographs: dict[str, Path]
-    order: list[str]
-    pairs: list[Path] | None
+    photographs: list[tuple[str, Path]]  # the first `test` of them to test on
+    test: int
     out: Path
     seed: int
-    style: str
-    test: int
-    size: int | None
-    clean_side: str | None
-    rain_side: str | None
-    angle: float | None
+    prepare: Callable
+    rain: Callable
 
     def __getitem__(self, i):
-        name = self.order[i]
-        path = self.photographs[name]
+        name, path = self.photographs[i]
         try:
-            image = _prepare(read_image(path), path, self.size, self.clean_side)
+            image = self.prepare(read_image(path), path)
         except UserError as error:
             return [str(error)], None
-        rng = _own_rng(self.seed, name)
         failures = []
         try:
-            if self.pairs:
-                scene = borrow_scene(image, rng, borrow_in_turn(self.pairs, self.rain_side, rng, failures))
-            else:
-                scene = make_scene(image, rng, self.style, self.angle)
+            scene = self.rain(image, _own_rng(self.seed, name), failures)
         except UserError as error:
             return failures, str(error)
         try:
@@ -379,6 +371,14 @@ class _Making(Dataset):
         except UserError as error:  # its name is too long, or a side of it for JPEG
             failures.append(f"{path}: left out: {error}")
         return failures, None
+
+
+def _drawn(clean, rng, failures, style, angle):
+    return make_scene(clean, rng, style, angle)
+
+
+def _moved(clean, rng, failures, pairs, clean_side):
+    return borrow_scene(clean, rng, borrow_in_turn(pairs, clean_side, rng, failures))
 
 
 def _own_rng(seed, name):
@@ -415,10 +415,15 @@ def _name(paths: Iterable[str | Path]) -> dict[str, Path]:
     return named
 
 
+def _half(image, side) -> np.ndarray:
+    """Of an odd width the middle column is in neither."""
+    width = image.shape[1] // 2
+    return image[:, :width] if side == "left" else image[:, -width:]
+
+
 def _prepare(image, path, size=None, clean_side=None) -> np.ndarray:
     if clean_side:
-        half = image.shape[1] // 2
-        image = image[:, :half] if clean_side == "left" else image[:, -half:]
+        image = _half(image, clean_side)
     if min(image.shape[:2]) < 16:
         raise UserError(f"{path}: is {image.shape[1]}x{image.shape[0]} pixels; at least 16x16 are needed")
     if size:
