@@ -233,7 +233,8 @@ def main(args):
             options = copy.copy(search if row.what in SEARCH_STEPS else training)
             options.amp, options.compile = row.half, row.compiled
             figures = measure_row(row, options, device, args.repeats)
-        measured[row.name] = {**figures, "name": row.name, "device": device.type, **where}
+        named = {"name": row.name, "device": device.type, **where}
+        measured[row.name] = {**dict.fromkeys(COLUMNS), **figures, **named}
         if not args.json:
             print(table_line(measured[row.name]), flush=True)
 
@@ -314,8 +315,11 @@ INFERENCE_FORMS = (FORMS[0], (for_inference, torch.channels_last))
 
 
 def steps(name, options, device, dtype=torch.float32, picture_size=None):
-    """(plain step, offered step) of a row, from the same random weights and input; picture_size: (H, W)."""
+    """(plain step, offered step) of a row, from the same random weights and input; picture_size: (H, W) in
+    place of the row's own.
+    """
     torch.manual_seed(0)
+    picture_size = picture_size or PICTURES.get(name)
     if name in SEARCH_STEPS:
         net, step = SearchNetwork(options.channels), partial(search_step, **SEARCH_STEPS[name])
     else:
@@ -460,38 +464,42 @@ def random_batch(options, device, dtype):
 
 def measure(name, options, device, repeats=None):
     """The figures of a row: compare, warm up and time its two steps."""
-    size = PICTURES.get(name)
+    plain, offered, figures = compare(name, options, device)
+    if device.type == "cuda":  # what was recorded stays without TF32
+        plain, offered = steps(name, options, device)
+        plain()
+    mb = peak_memory(offered, device)  # of CUDA graphs as they are recorded: replayed, they allocate nothing
+    plain_mb = peak_memory(plain, device)
+    figures |= {"plain_mb": plain_mb, "mb": mb} | time_in_turns(plain, offered, device, repeats)
+    images = 1 if name in PICTURES else DENSITIES * options.batch_size
+    return figures | {"images_per_second": 1000 * images / figures["ms"]}
+
+
+def compare(name, options, device):
+    """(plain step, offered step, {"error", "float64", "compile_s"}) of a row; both steps were taken once."""
     float64 = float64_error(name, options, device)
-    plain, offered = steps(name, options, device, picture_size=size)
+    plain, offered = steps(name, options, device)
     with without_tf32():
         expected = plain()
         begin = time.monotonic()
         found = offered()
         compile_s = time.monotonic() - begin if options.compile else None
         error = relative_error(expected, found, as_one=True)
-    if device.type == "cuda":  # what was recorded stays without TF32
-        del expected, found
-        plain, offered = steps(name, options, device, picture_size=size)
-        plain()
-    mb = peak_memory(offered, device)  # of CUDA graphs as they are recorded: replayed, they allocate nothing
-    plain_mb = peak_memory(plain, device)
+    return plain, offered, {"error": error, "float64": float64, "compile_s": compile_s}
+
+
+def time_in_turns(plain, offered, device, repeats=None):
+    """{"plain_ms", "ms", "ratio"} of two steps that take so many turns."""
     turns, end = [], time.monotonic() + (math.inf if repeats else PATIENCE)
     repeats = repeats or (3 if device.type == "cpu" else 20)
     while len(turns) < repeats and (not turns or time.monotonic() < end):
         turns.append((milliseconds(plain, device), milliseconds(offered, device)))
+    return medians(turns)
+
+
+def medians(turns):
     plain_ms, ms = map(statistics.median, zip(*turns, strict=True))
-    images = 1 if size else DENSITIES * options.batch_size
-    return {
-        "plain_ms": plain_ms,
-        "ms": ms,
-        "ratio": plain_ms / ms,
-        "images_per_second": 1000 * images / ms,
-        "plain_mb": plain_mb,
-        "mb": mb,
-        "compile_s": compile_s,
-        "error": error,
-        "float64": float64,
-    }
+    return {"plain_ms": plain_ms, "ms": ms, "ratio": plain_ms / ms}
 
 
 def measure_operations(options, device, repeats=None):
@@ -502,15 +510,10 @@ def measure_operations(options, device, repeats=None):
     def step(layout, half):
         return [gradients(kind, *sizes, layout, half, device) for kind in KINDS]
 
+    plain, offered = (partial(step, *form) for form in forms)
     with without_tf32():
-        error = max(map(error_in_kind, *(step(*form) for form in forms)))
-    turns = [
-        [milliseconds(partial(step, *form), device) for form in forms]
-        for _ in range(repeats or (3 if device.type == "cpu" else 20))
-    ]
-    plain_ms, ms = map(statistics.median, zip(*turns, strict=True))
-    figures = {"plain_ms": plain_ms, "ms": ms, "ratio": plain_ms / ms, "error": error}
-    return dict.fromkeys(COLUMNS) | figures
+        error = max(map(error_in_kind, plain(), offered()))
+    return {"error": error} | time_in_turns(plain, offered, device, repeats)
 
 
 def gradients(kind, channels, size, images, layout, half, device, seed=0):
@@ -549,7 +552,7 @@ def measure_scripts(name, options, device, repeats=None, plain=False):
     """The figures of a row of `SCRIPT_ROWS`: the offered step in a process that keeps freed memory, and the
     offered or plain one in a process that does not, taking turns.
     """
-    figures = compare(name, options, device) if plain else {}  # first: what fails is one line here
+    errors = compare(name, options, device)[-1] if plain else {}  # first: what fails is one line here
     spawn = multiprocessing.get_context("spawn")
     processes, ends = [], []
     for keep in (False, True):
@@ -570,17 +573,7 @@ def measure_scripts(name, options, device, repeats=None, plain=False):
     for end, process in zip(ends, processes, strict=True):
         end.send(False)
         process.join()
-    plain_ms, ms = map(statistics.median, zip(*turns, strict=True))
-    figures |= {"plain_ms": plain_ms, "ms": ms, "ratio": plain_ms / ms}
-    return dict.fromkeys(COLUMNS) | figures | dict(zip(("plain_mb", "mb"), memory, strict=True))
-
-
-def compare(name, options, device):
-    """{"error", "float64"} of a row's two steps, as `measure` finds them."""
-    float64 = float64_error(name, options, device)
-    plain, offered = steps(name, options, device, picture_size=PICTURES.get(name))
-    with without_tf32():
-        return {"error": relative_error(plain(), offered(), as_one=True), "float64": float64}
+    return errors | medians(turns) | dict(zip(("plain_mb", "mb"), memory, strict=True))
 
 
 def serve(end, name, options, device, keep, plain, threads):
@@ -591,7 +584,7 @@ def serve(end, name, options, device, keep, plain, threads):
     devices.pick_device(str(device))  # graphs are made on the process's own GPU
     if keep:
         keep_freed_memory()
-    step = steps(name, options, device, picture_size=PICTURES.get(name))[0 if plain else 1]
+    step = steps(name, options, device)[0 if plain else 1]
     step()
     end.recv()
     end.send(peak_memory(step, device))
@@ -686,9 +679,8 @@ def time_loader(args, options, device, cached):
         folders = args.data or [made]
         scenes = dataset.find_training(folders, args.clean_side)
         load = partial(dataset.batches, scenes, options.patch_size, options.batch_size, seed=0, device=device)
-        row = dict.fromkeys(COLUMNS)
         if not cached:
-            return row | loader_speed(load(workers=args.workers), args.workers, options.batch_size)
+            return loader_speed(load(workers=args.workers), args.workers, options.batch_size)
         with contextlib.redirect_stdout(sys.stderr):  # its notices; here is the table
             cache = open_cache(scenes, folders, args.cache)
         error = max(
@@ -702,7 +694,7 @@ def time_loader(args, options, device, cached):
     plain, ours = (
         {key: (a[key] + b[key]) / 2 for key in a} for a, b in zip(turns[:2], turns[2:], strict=True)
     )
-    return row | ours | {"plain_ms": plain["ms"], "ratio": plain["ms"] / ours["ms"], "error": error}
+    return ours | {"plain_ms": plain["ms"], "ratio": plain["ms"] / ours["ms"], "error": error}
 
 
 def loader_speed(batches, workers, batch_size):
