@@ -38,13 +38,13 @@ from tqdm import tqdm
 
 import dataset
 import model_train
-from support import check, command, devices, distributed, experiment, images
+from support import check, command, devices, distributed, images, runs
 from support.errors import UserError
 from support.fast import Compiled, for_inference, keep_freed_memory, no_compiler
 from support.gallery import FOLDER, MONTAGE, PAGE, Gallery, montage
 from support.journal import FILES, Journal
 from support.metrics import METRICS, by_density, score
-from support.options import DEFAULT_DATA
+from support.options import DEFAULT_DATA, DEMO_DATA
 from support.rain import demo_set
 from support.restore import ENSEMBLES, SMALLEST_TILE, forwards, is_out_of_memory, restore
 
@@ -229,13 +229,13 @@ def conclude(gallery, facts, failures, status, montage_of):
 
 def choose_checkpoint(args):
     """The checkpoint's path: --ckt_path, else the newest finished training's, else what ships; prints it."""
-    checkpoint = Path(args.ckt_path or experiment.newest("eval", "best_psnr.pt") or SHIPPED)
+    checkpoint = Path(args.ckt_path or runs.newest("eval", "best_psnr.pt") or SHIPPED)
     print(f"checkpoint: {checkpoint}", flush=True)
-    of_a_demo = not args.ckt_path and experiment.noted(checkpoint.parent, "options.json", "demo")
+    of_a_demo = not args.ckt_path and runs.noted(checkpoint.parent, "options.json", "demo")
     if of_a_demo and not takes_demo(args):
         print(f"that is a demo's, which was hardly trained: --ckt_path {SHIPPED} is better", flush=True)
     folder = checkpoint.resolve().parent
-    is_upright = folder == SHIPPED.parent.resolve() or experiment.noted(folder, "options.json", "upright")
+    is_upright = folder == SHIPPED.parent.resolve() or runs.noted(folder, "options.json", "upright")
     if args.self_ensemble == 8 and is_upright:
         print(
             "--self_ensemble 8: it has seen no quarter turns (--upright): 4 is better, and faster", flush=True
@@ -263,7 +263,7 @@ def choose_path(args):
         return Path(DEFAULT_PATH)
     if not args.demo:
         command.announce_demo(DEFAULT_PATH, "--path")
-    return distributed.from_main(lambda: demo_set(experiment.DEMO_DATA)) / dataset.TEST
+    return distributed.from_main(lambda: demo_set(DEMO_DATA)) / dataset.TEST
 
 
 def find_pictures(args, path):

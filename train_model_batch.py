@@ -21,7 +21,7 @@ import genotypes
 import model_train
 from losses import multi_to_one
 from model_train import DerainNetwork
-from support import command, devices, distributed, experiment, options
+from support import command, devices, distributed, experiment, options, runs
 from support.averaging import Averaged
 from support.command import decay, natural, not_negative, patch, positive
 from support.errors import UserError
@@ -209,7 +209,7 @@ def build(run):
     if args.weights:
         return fine_tuned(run)
     if args.arch is None and args.demo:
-        demo_search = experiment.newest("search", "genotype.json", demo=True)
+        demo_search = runs.newest("search", "genotype.json", demo=True)
         args.arch = str(demo_search) if demo_search else None
     args.arch, genotype = genotypes.find(args.arch)
     print(f"genotype: {args.arch}")

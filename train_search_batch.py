@@ -29,7 +29,7 @@ from architect import Architect
 from losses import MEASURES, architecture_regulariser, choice_sizes, complexity, multi_to_one
 from model_search import SearchNetwork
 from model_train import SUPERNET, CheckpointError, filled, from_supernet, read, write_whole
-from support import command, devices, distributed, experiment, options
+from support import command, devices, distributed, experiment, options, runs
 from support.command import not_negative, patch, positive
 from support.draw import draw_genotype
 from support.errors import Interrupted, UserError
@@ -141,7 +141,7 @@ def main(args):
     run = Experiment("search", args, get_args_parser(), DEMO)
     args = run.args
     args.name = args.name or distributed.agree(time.strftime("search_%Y%m%d_%H%M%S"))
-    collapse = experiment.noted(run.folder, "summary.json", "collapse")
+    collapse = runs.noted(run.folder, runs.SUMMARY, "collapse")
     if args.resume is not None and args.stop_on_collapse and collapse:
         raise UserError(f"--resume {run.folder}: this search has ended, collapsed: {collapse}")
     over = run.done() or args.stop_on_collapse

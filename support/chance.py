@@ -26,8 +26,9 @@ import dataset
 import genotypes
 import train_model_batch
 from model_train import from_supernet
-from support import command, devices, experiment, options
+from support import command, devices, options
 from support.errors import UserError
+from support.runs import STATES, SUMMARY, as_now, refuse_other_options
 from support.validation import validate
 from train_search_batch import load_supernet
 
@@ -103,14 +104,14 @@ def matching(pattern):
 
 def retrain(name, seed, folder, flags):
     """The summary of a genotype's training run, which is begun, continued or only read."""
-    begun = any((folder / state).exists() for state in experiment.STATES)
+    begun = any((folder / state).exists() for state in STATES)
     how = ["--resume", str(folder)] if begun else ["--save", str(folder)]
     args = train_model_batch.get_args_parser().parse_args([*flags, "--arch", name, "--seed", str(seed), *how])
-    if not (folder / experiment.SUMMARY).exists():
+    if not (folder / SUMMARY).exists():
         train_model_batch.main(args)
     else:
-        experiment.refuse_other_options(folder, vars(args), args.given, begun_with(folder))
-    return read_json(folder / experiment.SUMMARY)
+        refuse_other_options(folder, vars(args), args.given, begun_with(folder))
+    return read_json(folder / SUMMARY)
 
 
 def check_alike(runs):
@@ -137,7 +138,7 @@ def check_alike(runs):
 
 def begun_with(folder):
     """The options of the run in a folder."""
-    return experiment.as_now(read_json(folder / "options.json"))
+    return as_now(read_json(folder / "options.json"))
 
 
 def read_json(path):

@@ -26,7 +26,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import dataset
-from model_train import RUN, CheckpointError, hard_link, read, write_whole
+from model_train import RUN, CheckpointError, hard_link, write_whole
 from support import distributed
 from support.buffers import Buffers
 from support.cache import open_cache
@@ -38,16 +38,13 @@ from support.fast import compile_edges, compile_network, keep_freed_memory, no_c
 from support.images import write_bytes
 from support.lock import lock_folder
 from support.logs import FileHandler, NoWriter, TqdmHandler
-from support.options import DEFAULT_DATA, FREE_OPTIONS, HERE, MOST_BAD
+from support.options import DEFAULT_DATA, DEMO_DATA, FREE_OPTIONS, HERE, MOST_BAD
 from support.rain import demo_set
+from support.runs import BEST, STATES, SUMMARY, as_now, read_state, refuse_other_options
 from support.validation import means, measure
 
-DEMO_DATA = "datasets/demo"
 LOCK = "run.lock"
-STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
-BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
 KEPT = ("best", "begun_with", "skipped", "in_a_row", "bad")  # in a state; those of older runs lack some
-SUMMARY = "summary.json"  # of a run that has finished
 RATE_FROM = 10  # steps: in the first ones kernels are chosen, compiled or recorded
 # Flags that name a first epoch, and what does not happen where the run ends before it.
 STARTS = {
@@ -59,31 +56,6 @@ STARTS = {
 UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.(json|svg))")
 
 log = logging.getLogger("manas")
-
-
-def newest(kind, file, demo=None):
-    """The newest `file` in the working folder's runs of a kind ("search", "eval") that finished, or None.
-
-    demo: only demo runs (True), or any (None).
-    """
-    found = {}
-    for summary in Path().glob(f"{kind}-EXP-*/{SUMMARY}"):
-        if (summary.parent / file).exists() and (demo is None or _was_demo(summary.parent) == demo):
-            found[summary.stat().st_mtime] = summary.parent / file
-    return found[max(found)] if found else None
-
-
-def _was_demo(folder):
-    """Whether a run was a demo; None where its options are missing or damaged."""
-    return noted(folder, "options.json", "demo")
-
-
-def noted(folder, file, name):
-    """A value in a run's options.json or summary.json; None where it is missing or the file is damaged."""
-    try:
-        return json.loads((folder / file).read_text(encoding="utf-8"))[name]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 def commit():
@@ -777,41 +749,6 @@ def _write_once(write, first, *others):
             write(other)
 
 
-def as_now(options):
-    """The options of a run as they would be given today: all validation scenes were None once."""
-    return {name: 0 if name == "val_scenes" and value is None else value for name, value in options.items()}
-
-
-def refuse_other_options(folder, options, given, begun):
-    """UserError that names all of the flags `given` whose option is another than a run was `begun` with, and
-    would change what it computes.
-    """
-    differing = [
-        f"--{name} {_text(value)}: the run in {folder} was begun with {_text(begun[name])}"
-        for name, value in options.items()
-        if name in given - FREE_OPTIONS and value != begun[name]
-    ]
-    if differing:
-        flags = "flag" if len(differing) == 1 else "flags"
-        raise UserError(f"{'; '.join(differing)}; leave the {flags} out, or begin a new run")
-
-
-def read_state(folder):
-    """(path, state, None) of a run's last.pt; if that is damaged or gone, (path, state, why) of last.prev.pt.
-    CheckpointError where both are.
-    """
-    last, previous = (folder / file for file in STATES)
-    try:
-        return last, read(last), None
-    except CheckpointError as error:
-        if not os.path.exists(previous):
-            raise
-        try:
-            return previous, read(previous), str(error)
-        except CheckpointError as older:
-            raise CheckpointError(f"{error}; {older}") from None
-
-
 def _has_training_data(folder):
     """Whether there is more in DID-MDN's folder than its test set."""
     if not folder.is_dir() or not os.access(folder, os.R_OK):
@@ -834,12 +771,6 @@ def as_flag(name, value):
     if value is True or value == "":
         return [f"--{name}"]
     return [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-
-
-def _text(value):
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
-    return str(value)
 
 
 def _duration(seconds):

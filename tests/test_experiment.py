@@ -18,7 +18,7 @@ from torch import nn
 
 import dataset
 from model_train import CheckpointError
-from support import command, devices, experiment, options
+from support import command, devices, experiment, options, runs
 from support.errors import Interrupted, UserError
 from support.experiment import Experiment
 from support.logs import FileHandler
@@ -357,10 +357,10 @@ def test_a_finished_run_that_goes_on_with_more_minutes_is_unfinished_until_it_en
     train(run, net, half_a_minute)
     run.finish()
     Path("eval-EXP-1", "best_psnr.pt").touch()
-    assert experiment.newest("eval", "best_psnr.pt") == Path("eval-EXP-1", "best_psnr.pt")
+    assert runs.newest("eval", "best_psnr.pt") == Path("eval-EXP-1", "best_psnr.pt")
     run = resumed("--resume", "eval-EXP-1", "--max_minutes", "100")
     run.start(net=network())
-    assert experiment.newest("eval", "best_psnr.pt") is None
+    assert runs.newest("eval", "best_psnr.pt") is None
 
 
 def test_a_folder_that_cannot_be_made_is_named(folder):
@@ -397,7 +397,7 @@ def test_newest_takes_finished_runs_of_its_kind_only(folder, kind):
             os.utime(run / "summary.json", (1e9 - age, 1e9 - age))
 
     other = {"search": "eval", "eval": "search"}[kind]
-    assert experiment.newest(kind, "best_psnr.pt") is None
+    assert runs.newest(kind, "best_psnr.pt") is None
     make(f"{kind}-EXP-1", age=50)
     make(f"{kind}-EXP-2", age=40)
     make(f"{kind}-EXP-3-demo", age=30, demo=True)
@@ -406,9 +406,9 @@ def test_newest_takes_finished_runs_of_its_kind_only(folder, kind):
     make(f"{kind}-EXP-5-without-the-file", age=10, file="best_ssim.pt")
     make(f"{other}-EXP-6", age=5)
     make("my-run", age=1)
-    assert experiment.newest(kind, "best_psnr.pt") == Path(f"{kind}-EXP-3-demo", "best_psnr.pt")
-    assert experiment.newest(kind, "best_psnr.pt", demo=True) == Path(f"{kind}-EXP-3-demo", "best_psnr.pt")
-    assert experiment.newest(kind, "best_psnr.pt", demo=False) == Path(f"{kind}-EXP-2", "best_psnr.pt")
+    assert runs.newest(kind, "best_psnr.pt") == Path(f"{kind}-EXP-3-demo", "best_psnr.pt")
+    assert runs.newest(kind, "best_psnr.pt", demo=True) == Path(f"{kind}-EXP-3-demo", "best_psnr.pt")
+    assert runs.newest(kind, "best_psnr.pt", demo=False) == Path(f"{kind}-EXP-2", "best_psnr.pt")
 
 
 # --- stopping and going on ---
@@ -751,8 +751,8 @@ def test_damaged_options_do_not_keep_the_newest_run_from_being_found(folder, con
         Path("eval-EXP-2", "options.json").unlink()
     else:
         Path("eval-EXP-2", "options.json").write_text(content)
-    assert experiment.newest("eval", "best_psnr.pt") == Path("eval-EXP-2", "best_psnr.pt")
-    assert experiment.newest("eval", "best_psnr.pt", demo=False) == Path("eval-EXP-1", "best_psnr.pt")
+    assert runs.newest("eval", "best_psnr.pt") == Path("eval-EXP-2", "best_psnr.pt")
+    assert runs.newest("eval", "best_psnr.pt", demo=False) == Path("eval-EXP-1", "best_psnr.pt")
 
 
 @contextmanager

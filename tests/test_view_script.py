@@ -20,7 +20,7 @@ import dataset
 import model_train
 import test_view
 from model_train import CheckpointError, DerainNetwork
-from support import check, experiment
+from support import check, options
 from support.errors import UserError
 from support.images import Video, read_image, write_image, write_video
 from support.metrics import METRICS, mean_scores, score
@@ -682,7 +682,7 @@ def test_without_a_test_set_a_demo_is_scored_and_said(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.splitlines()[0] == "checkpoint: net.pt"
     assert "THIS IS A DEMO: there is no datasets/Rain1200/DID-MDN-test, and no --path was given" in printed
-    assert f"data: {experiment.DEMO_DATA}/DID-MDN-test: 2 side-by-side pairs, clean half right" in printed
+    assert f"data: {options.DEMO_DATA}/DID-MDN-test: 2 side-by-side pairs, clean half right" in printed
     assert list(table("results")) == ["0", "1"]
     assert view("--demo --result_path again") == 0
     assert "THIS IS A DEMO" not in capsys.readouterr().out

@@ -1,0 +1,75 @@
+"""What lies in the folders of training runs, for those who begin with it, continue or compare it."""
+
+import json
+import os
+from pathlib import Path
+
+from model_train import CheckpointError, read
+from support.errors import UserError
+from support.options import FREE_OPTIONS
+
+STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
+BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
+SUMMARY = "summary.json"  # of a run that has finished
+
+
+def newest(kind, file, demo=None):
+    """The newest `file` in the working folder's runs of a kind ("search", "eval") that finished, or None.
+
+    demo: only demo runs (True), or any (None).
+    """
+    found = {}
+    for summary in Path().glob(f"{kind}-EXP-*/{SUMMARY}"):
+        folder = summary.parent
+        if (folder / file).exists() and demo in (None, noted(folder, "options.json", "demo")):
+            found[summary.stat().st_mtime] = folder / file
+    return found[max(found)] if found else None
+
+
+def noted(folder, file, name):
+    """A value in a run's options.json or summary.json; None where it is missing or the file is damaged."""
+    try:
+        return json.loads((folder / file).read_text(encoding="utf-8"))[name]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def as_now(options):
+    """The options of a run as they would be given today: all validation scenes were None once."""
+    return {name: 0 if name == "val_scenes" and value is None else value for name, value in options.items()}
+
+
+def refuse_other_options(folder, options, given, begun):
+    """UserError that names all of the flags `given` whose option is another than a run was `begun` with, and
+    would change what it computes.
+    """
+    differing = [
+        f"--{name} {_text(value)}: the run in {folder} was begun with {_text(begun[name])}"
+        for name, value in options.items()
+        if name in given - FREE_OPTIONS and value != begun[name]
+    ]
+    if differing:
+        flags = "flag" if len(differing) == 1 else "flags"
+        raise UserError(f"{'; '.join(differing)}; leave the {flags} out, or begin a new run")
+
+
+def read_state(folder):
+    """(path, state, None) of a run's last.pt; if that is damaged or gone, (path, state, why) of last.prev.pt.
+    CheckpointError where both are.
+    """
+    last, previous = (folder / file for file in STATES)
+    try:
+        return last, read(last), None
+    except CheckpointError as error:
+        if not os.path.exists(previous):
+            raise
+        try:
+            return previous, read(previous), str(error)
+        except CheckpointError as older:
+            raise CheckpointError(f"{error}; {older}") from None
+
+
+def _text(value):
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return str(value)
