@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import dataset
 import model_train
-from support import check, command, devices, distributed, images, runs
+from support import check, command, devices, distributed, images, layouts, runs
 from support.errors import UserError
 from support.fast import Compiled, for_inference, keep_freed_memory, no_compiler
 from support.gallery import FOLDER, MONTAGE, PAGE, Gallery, montage
@@ -48,7 +48,7 @@ from support.options import DEFAULT_DATA, DEMO_DATA
 from support.rain import demo_set
 from support.restore import ENSEMBLES, SMALLEST_TILE, forwards, is_out_of_memory, restore
 
-DEFAULT_PATH = f"{DEFAULT_DATA}/{dataset.TEST}"
+DEFAULT_PATH = f"{DEFAULT_DATA}/{layouts.TEST}"
 SHIPPED = model_train.SHIPPED
 COMPILED_FROM = 300_000_000  # pixels
 MOST_COMPILED = 8  # sizes: what PyTorch allows
@@ -75,7 +75,7 @@ def get_args_parser():
         help="checkpoint (default: the newest finished eval-EXP-* run's, else eval-EXP/derain.pt); on a "
         "laptop give eval-EXP/derain_light.pt",
     )
-    add("--clean_side", choices=dataset.SIDES, help="files are side by side, and this half of them is clean")
+    add("--clean_side", choices=layouts.SIDES, help="files are side by side, and this half of them is clean")
     add("--demo", action="store_true", help="restore and score photographs at hand")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     add(
@@ -254,28 +254,28 @@ def choose_path(args):
         raise UserError("--path: is empty; give a folder or a file, or leave it out")
     if args.path is not None:
         path = Path(args.path)
-        if os.path.isdir(path / dataset.TEST):
-            return path / dataset.TEST
-        if os.path.isdir(path / dataset.TRAINING):
-            raise UserError(f"--path {path}: holds training scenes alone; give {path / dataset.TRAINING}")
+        if os.path.isdir(path / layouts.TEST):
+            return path / layouts.TEST
+        if os.path.isdir(path / layouts.TRAINING):
+            raise UserError(f"--path {path}: holds training scenes alone; give {path / layouts.TRAINING}")
         return path
     if not takes_demo(args):
         return Path(DEFAULT_PATH)
     if not args.demo:
         command.announce_demo(DEFAULT_PATH, "--path")
-    return distributed.from_main(lambda: demo_set(DEMO_DATA)) / dataset.TEST
+    return distributed.from_main(lambda: demo_set(DEMO_DATA)) / layouts.TEST
 
 
 def find_pictures(args, path):
-    """The `dataset.Found` of a file or folder; prints what that is and what is left alone."""
-    found = dataset.find(path, args.clean_side)
+    """The `layouts.Found` of a file or folder; prints what that is and what is left alone."""
+    found = layouts.find(path, args.clean_side)
     alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
     unscored = bool(found.scenes) and all(scene.clean is None for scene in found.scenes)
     truth = "; without ground truth, so nothing is scored" if unscored else ""
     print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}{truth}", flush=True)
     if unscored and (hint := distributed.from_main(partial(check.hint, found.scenes))):
         print(hint, flush=True)
-    if unscored and (folders := dataset.truth_without_rain(path, found.scenes)):
+    if unscored and (folders := layouts.truth_without_rain(path, found.scenes)):
         print(
             f"{', '.join(folders)}: named like ground truth, but of no rainy folder beside it; to have "
             "scores, name that one input",
@@ -292,8 +292,8 @@ def find_pictures(args, path):
 class Task(NamedTuple):
     """A rainy picture to restore."""
 
-    scene: dataset.Scene
-    half: dataset.Half
+    scene: layouts.Scene
+    half: layouts.Half
     density: str  # "" where there are none
     name: str  # in the tables
     result: Path  # in the folder of the results

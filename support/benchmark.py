@@ -60,7 +60,7 @@ from losses import SSIM_WINDOW, multi_to_one
 from model_search import MixedOperation, SearchNetwork
 from model_train import DerainNetwork
 from operations import MULTI_SCALE, OPERATIONS, AttentionModule, Bottleneck, Head, Transition
-from support import command, devices
+from support import command, devices, layouts
 from support.cache import open_cache
 from support.command import natural, positive
 from support.errors import UserError
@@ -190,7 +190,7 @@ def get_args_parser():
         "--data", nargs="+", metavar="DIR", help="training folders (default: made, in DID-MDN's sizes)"
     )
     loader.add_argument(
-        "--clean_side", nargs="+", default=[], choices=dataset.SIDES, help="of --data, as in training"
+        "--clean_side", nargs="+", default=[], choices=layouts.SIDES, help="of --data, as in training"
     )
     loader.add_argument(
         "--cache", default="", metavar="DIR", help="of loader_cached's file (default: the training folder)"

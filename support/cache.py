@@ -30,9 +30,10 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from dataset import Half, cut, half_size, in_turn
+from dataset import cut, half_size, in_turn
 from support.errors import UserError
 from support.images import read_image
+from support.layouts import Half
 
 try:
     import fcntl
@@ -67,7 +68,7 @@ class Kept(NamedTuple):
 
 
 class Cache:
-    """Pictures by their dataset.Half, out of one or several files that each process maps when it first reads.
+    """Pictures by their layouts.Half, out of one or several files that each process maps when it first reads.
 
     kept: {Half: Kept}. tails: {cache file: its last bytes}, by which a file that has taken its place is told.
     """

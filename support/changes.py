@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import dataset
 from model_train import SHIPPED, load
-from support import command, devices
+from support import command, devices, layouts
 from support.command import natural, positive
 from support.errors import UserError
 from support.fast import for_inference, keep_freed_memory
@@ -35,7 +35,7 @@ def get_args_parser():
     parser.add_argument(
         "--ckt_path", nargs="+", default=[SHIPPED], metavar="CKPT", help="(default: what ships)"
     )
-    parser.add_argument("--clean_side", choices=dataset.SIDES, help="files are side by side")
+    parser.add_argument("--clean_side", choices=layouts.SIDES, help="files are side by side")
     parser.add_argument(
         "--half", choices=("rainy", "clean"), default="rainy", help="of a pair (default: rainy)"
     )
@@ -51,9 +51,9 @@ def main(args):
     device = devices.pick_device(args.device)
     nets = {str(path): for_inference(load(path, device)) for path in args.ckt_path}
     scenes = []
-    for folder, side in dataset.with_sides(args.folders, [args.clean_side] if args.clean_side else []):
-        inner = folder / dataset.TRAINING
-        scenes += dataset.find(inner if os.path.isdir(inner) else folder, side).scenes
+    for folder, side in layouts.with_sides(args.folders, [args.clean_side] if args.clean_side else []):
+        inner = folder / layouts.TRAINING
+        scenes += layouts.find(inner if os.path.isdir(inner) else folder, side).scenes
     scenes = scenes[:: args.every]
     changes = {path: {} for path in nets}
     unusable = []

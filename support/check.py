@@ -18,28 +18,24 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from dataset import (
+from dataset import PARTS, cut, same_pictures, spread, thumbnail
+from losses import SSIM_WINDOW
+from support.command import Parser
+from support.errors import UserError
+from support.images import header_size, read_image
+from support.layouts import (
     DENSITIES,
     OTHER_SIDE,
-    PARTS,
     SIDES,
     TEST,
     TRAINING,
     Half,
     Scene,
-    cut,
     find,
-    same_pictures,
     some,
-    spread,
-    thumbnail,
     two_sets,
     with_sides,
 )
-from losses import SSIM_WINDOW
-from support.command import Parser
-from support.errors import UserError
-from support.images import header_size, read_image
 
 MATCH = 0.3  # all pairs are above 0.48; 99.9 % of clean images beside another's rain are below 0.24
 SWAPPED = -0.1  # all pairs are above -0.05; swapped, 99.6 % of them are below -0.1
@@ -209,7 +205,7 @@ def _luma(image):
 
 
 def check(folder, found):
-    """What is to be said of a folder in which `dataset.find` found `found` -> Checked."""
+    """What is to be said of a folder in which `layouts.find` found `found` -> Checked."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         looks = pool.map(lambda scene: examine(scene, folder), found.scenes)
         looks = list(tqdm(looks, folder.name, len(found.scenes), leave=False, unit="scene", disable=None))

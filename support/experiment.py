@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import dataset
 from model_train import RUN, CheckpointError, hard_link, write_whole
-from support import distributed
+from support import distributed, layouts
 from support.buffers import Buffers
 from support.cache import open_cache
 from support.check import pair_hint
@@ -124,7 +124,7 @@ class Experiment:
     def _begin(self, args, demo):
         if args.data is None and not args.demo and not _has_training_data(Path(DEFAULT_DATA)):
             args.demo = True
-            announce_demo(f"{DEFAULT_DATA}/{dataset.TRAINING}", "--data")
+            announce_demo(f"{DEFAULT_DATA}/{layouts.TRAINING}", "--data")
         if args.demo:
             for name, value in demo.items():
                 if name not in self.given:
@@ -753,7 +753,7 @@ def _has_training_data(folder):
     """Whether there is more in DID-MDN's folder than its test set."""
     if not folder.is_dir() or not os.access(folder, os.R_OK):
         return folder.exists()  # what is wrong with it is said where it is opened
-    return any(name != dataset.TEST for name in os.listdir(folder))
+    return any(name != layouts.TEST for name in os.listdir(folder))
 
 
 def clip(parameters, largest):

@@ -2,8 +2,7 @@
 
 import os
 
-import dataset
-from support import distributed
+from support import distributed, layouts
 from support.command import above_zero, even, natural, positive, seed, share
 
 DEFAULT_DATA, DEMO_DATA = "datasets/Rain1200", "datasets/demo"
@@ -52,7 +51,7 @@ def add_arguments(parser):
         action="extend",
         nargs="+",
         default=[],
-        choices=dataset.SIDES,
+        choices=layouts.SIDES,
         help="the clean half of side-by-side files: one for all folders but DID-MDN's own, or one a folder",
     )
     data.add_argument("--demo", action="store_true", help="a small run on photographs at hand; no download")

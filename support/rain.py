@@ -38,10 +38,11 @@ import skimage
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset import DENSITIES, OTHER_SIDE, TEST, TRAINING, start_worker
+from dataset import start_worker
 from support import command
 from support.errors import UserError
 from support.images import CannotWrite, list_images, read_image, write_bytes, write_image
+from support.layouts import DENSITIES, OTHER_SIDE, TEST, TRAINING
 
 JPEG_QUALITY = 75  # DID-MDN's, by the quantisation tables of its files
 

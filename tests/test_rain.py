@@ -11,9 +11,9 @@ import pytest
 import skimage.data
 
 import support.rain
-from dataset import DENSITIES
 from support.errors import UserError
 from support.images import read_image, write_image
+from support.layouts import DENSITIES
 from support.rain import (
     STYLES,
     blend,

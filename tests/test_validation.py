@@ -12,6 +12,7 @@ import support.restore
 import support.validation
 from losses import ssim
 from support.images import read_image, write_image
+from support.layouts import DENSITIES
 from support.metrics import mean_scores, score
 from support.restore import restore
 from support.validation import measure, validate
@@ -117,7 +118,7 @@ def test_what_is_not_finite_has_no_score_and_ends_no_run_whatever_the_size(folde
 def test_validation_agrees_with_the_scores_of_saved_pictures(folder):
     for i in range(2):
         clean = photograph(i, 37, 50)
-        for density in dataset.DENSITIES:
+        for density in DENSITIES:
             picture = np.hstack([rain_on(clean, i), clean])
             write_image(Path("set", f"Rain_{density}", f"{i}.png"), picture)
     write_pairs(Path("pairs"), 1, "right")
