@@ -7,12 +7,10 @@ import json
 import logging
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from functools import partial
 from itertools import zip_longest
@@ -27,7 +25,7 @@ from tqdm import tqdm
 
 import dataset
 from model_train import RUN, CheckpointError, hard_link, write_whole
-from support import distributed, layouts
+from support import distributed, layouts, runs
 from support.buffers import Buffers
 from support.cache import open_cache
 from support.check import pair_hint
@@ -37,7 +35,7 @@ from support.errors import Interrupted, UserError
 from support.fast import compile_edges, compile_network, keep_freed_memory, no_compiler
 from support.images import write_bytes
 from support.lock import lock_folder
-from support.logs import FileHandler, NoWriter, TqdmHandler
+from support.logs import NoWriter, open_log
 from support.options import DEFAULT_DATA, DEMO_DATA, FREE_OPTIONS, HERE, MOST_BAD
 from support.rain import demo_set
 from support.runs import BEST, STATES, SUMMARY, as_now, read_state, refuse_other_options
@@ -52,9 +50,6 @@ STARTS = {
     "internal_start": "no internal loss",
     "freeze_start": "BatchNorm's statistics are never kept",
 }
-# Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
-UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.(json|svg))")
-
 log = logging.getLogger("manas")
 
 
@@ -148,13 +143,11 @@ class Experiment:
         return args
 
     def _continue(self, args):
-        runs = [path for file in STATES for path in Path().glob(f"{self.kind}-EXP-*/{file}")]
-        runs.sort(key=lambda path: path.stat().st_mtime)
         if args.resume and args.save and Path(args.resume) != Path(args.save):
             raise UserError(
                 f"--save {args.save}: --resume {args.resume} goes on in its own folder; leave it out"
             )
-        self.folder = Path(args.resume or args.save or (runs[-1].parent if runs else f"{self.kind}-EXP-*"))
+        self.folder = Path(args.resume or args.save or runs.last(self.kind) or f"{self.kind}-EXP-*")
         if os.path.isdir(self.folder):  # where the name is too long, pathlib raises
             distributed.from_main(self._claim)
         path, self.state, self.damaged = read_state(self.folder)
@@ -242,15 +235,15 @@ class Experiment:
         """Make the folder, clear it of what is unfinished, and open what is written there; returns it."""
         self._make_folder()
         try:
-            for path in self.folder.glob(".*"):
-                if UNFINISHED.fullmatch(path.name):
-                    path.unlink()
+            runs.remove_unfinished(self.folder)
             (self.folder / SUMMARY).unlink(missing_ok=True)  # it goes on, as with more --max_minutes
+            if self.damaged:
+                runs.set_damaged_aside(self.folder)
             if self.state:
-                self._cut_back()
+                runs.cut_back(self.folder, self.state.get("written"))
             else:
                 write_bytes(self.folder / "options.json", (json.dumps(options, indent=1) + "\n").encode())
-            self._open_log()
+            open_log(log, self.folder)
             # Events of an epoch's end stand at the step that ended it, with which its totals begin anew.
             redone = self.step + (not self.unscored())
             self.writer = SummaryWriter(self.folder, purge_step=redone if self.state else None)
@@ -270,45 +263,6 @@ class Experiment:
                 if named or not isinstance(error, FileExistsError):
                     raise UserError(f"--save {self.folder}: cannot be made: {error.strerror}") from None
             self.folder = unnamed.with_name(f"{unnamed.name}-{number}")
-
-    def _open_log(self):
-        log.setLevel(logging.INFO)
-        log.handlers = [TqdmHandler(), FileHandler(self.folder / "log.txt")]
-        for handler in log.handlers:
-            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        threading.excepthook = self._leave_to_main
-
-    def _leave_to_main(self, caught):
-        """TensorBoard's thread keeps what stops it, as a full disk, for the main one, which raises it."""
-        if isinstance(caught.exc_value, OSError):
-            caught.exc_value.filename = str(self.folder / "events.out.tfevents")
-        else:
-            threading.__excepthook__(caught)
-
-    def _cut_back(self):
-        """Leave in the folder what was there when the state was saved: what came after is done again."""
-        last = self.folder / STATES[0]
-        if self.damaged and last.exists():  # or the next save would keep it in the place of the whole one
-            os.replace(last, self.folder / "last.damaged.pt")
-        for path in self._growing() if "written" in self.state else []:
-            written = self.state["written"].get(path.name)
-            if written is None:
-                path.unlink()
-            else:
-                os.truncate(path, min(written, path.stat().st_size))
-
-    def _growing(self):
-        return [*self.folder.glob("log.txt"), *self.folder.glob("events.out.tfevents.*")]
-
-    def _written(self):
-        """{name: bytes} of the files that grow, which are on the disk by now."""
-        self.writer.flush()
-        sizes = {}
-        for path in self._growing():
-            with open(path, "r+b") as file:
-                os.fsync(file.fileno())
-                sizes[path.name] = os.fstat(file.fileno()).st_size
-        return sizes
 
     def _stop(self, number, frame):
         # torchrun passes on what Slurm may have sent to all processes as well.
@@ -691,6 +645,7 @@ class Experiment:
             return
         last, previous = (self.folder / file for file in STATES)
         scenes = self.scenes or {}
+        self.writer.flush()
         state = {
             "format": RUN,
             "kind": self.kind,
@@ -700,7 +655,7 @@ class Experiment:
             "totals": {name: (float(total), number) for name, (total, number) in self.totals.items()},
             **{name: getattr(self, name) for name in KEPT},
             "scenes": {part: [dataset.plain(scene) for scene in scenes[part]] for part in scenes},
-            "written": self._written(),
+            "written": runs.written(self.folder),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
         try:

@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import threading
+from functools import partial
 
 from tqdm import tqdm
 
@@ -39,3 +41,20 @@ class TqdmHandler(logging.Handler):
             sys.stdout.flush()
         except BrokenPipeError:
             silence(sys.stdout)
+
+
+def open_log(log, folder):
+    """Have a logger write to the screen, and to log.txt in a run's folder."""
+    log.setLevel(logging.INFO)
+    log.handlers = [TqdmHandler(), FileHandler(folder / "log.txt")]
+    for handler in log.handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    threading.excepthook = partial(_leave_to_main, folder)
+
+
+def _leave_to_main(folder, caught):
+    """TensorBoard's thread keeps what stops it, as a full disk, for the main one, which raises it."""
+    if isinstance(caught.exc_value, OSError):
+        caught.exc_value.filename = str(folder / "events.out.tfevents")
+    else:
+        threading.__excepthook__(caught)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from model_train import CheckpointError, read
@@ -11,6 +12,8 @@ from support.options import FREE_OPTIONS
 STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
 SUMMARY = "summary.json"  # of a run that has finished
+# Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
+UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.(json|svg))")
 
 
 def newest(kind, file, demo=None):
@@ -24,6 +27,12 @@ def newest(kind, file, demo=None):
         if (folder / file).exists() and demo in (None, noted(folder, "options.json", "demo")):
             found[summary.stat().st_mtime] = folder / file
     return found[max(found)] if found else None
+
+
+def last(kind):
+    """The folder of the run of a kind whose state to go on from is the newest, or None."""
+    states = [path for file in STATES for path in Path().glob(f"{kind}-EXP-*/{file}")]
+    return max(states, key=lambda path: path.stat().st_mtime).parent if states else None
 
 
 def noted(folder, file, name):
@@ -73,3 +82,45 @@ def _text(value):
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value))
     return str(value)
+
+
+# --- the files of a run that goes on ------------------------------------------------------------------------
+
+
+def remove_unfinished(folder):
+    """Remove what a killed run was writing."""
+    for path in folder.glob(".*"):
+        if UNFINISHED.fullmatch(path.name):
+            path.unlink()
+
+
+def set_damaged_aside(folder):
+    """Rename a damaged last.pt, or the next save would keep it in the place of the whole one before."""
+    last = folder / STATES[0]
+    if last.exists():
+        os.replace(last, folder / "last.damaged.pt")
+
+
+def written(folder):
+    """{name: bytes} of the files that grow, which are on the disk by now."""
+    sizes = {}
+    for path in _growing(folder):
+        with open(path, "r+b") as file:
+            os.fsync(file.fileno())
+            sizes[path.name] = os.fstat(file.fileno()).st_size
+    return sizes
+
+
+def cut_back(folder, sizes):
+    """Leave of the files that grow what was `written` with the state: what came after is done again.
+    None, of older states, leaves all.
+    """
+    for path in _growing(folder) if sizes is not None else ():
+        if path.name in sizes:
+            os.truncate(path, min(sizes[path.name], path.stat().st_size))
+        else:
+            path.unlink()
+
+
+def _growing(folder):
+    return [*folder.glob("log.txt"), *folder.glob("events.out.tfevents.*")]
