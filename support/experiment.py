@@ -117,17 +117,8 @@ class Experiment:
         distributed.barrier()  # rank 0 does not touch the folder while others still look at it
 
     def _begin(self, args, demo):
-        if args.data is None and not args.demo and not _has_training_data(Path(DEFAULT_DATA)):
-            args.demo = True
-            announce_demo(f"{DEFAULT_DATA}/{layouts.TRAINING}", "--data")
-        if args.demo:
-            for name, value in demo.items():
-                if name not in self.given:
-                    setattr(args, name, value)
-            if args.data is None:
-                distributed.from_main(partial(demo_set, DEMO_DATA))
-        if args.data is None:
-            args.data = [DEMO_DATA if args.demo else DEFAULT_DATA]
+        """Settle the options, which are returned, and the folder of a new run."""
+        self._choose_data(args, demo)
         if args.learning_rate_min > args.learning_rate:
             if "learning_rate_min" in self.given:
                 raise UserError(
@@ -142,7 +133,22 @@ class Experiment:
             )
         return args
 
+    def _choose_data(self, args, demo):
+        """Settle --data and --demo, and with it the options that a demo changes."""
+        if args.data is None and not args.demo and not _has_training_data(Path(DEFAULT_DATA)):
+            args.demo = True
+            announce_demo(f"{DEFAULT_DATA}/{layouts.TRAINING}", "--data")
+        if args.demo:
+            for name, value in demo.items():
+                if name not in self.given:
+                    setattr(args, name, value)
+        if args.data is None:
+            args.data = [DEMO_DATA if args.demo else DEFAULT_DATA]
+            if args.demo:
+                distributed.from_main(partial(demo_set, DEMO_DATA))
+
     def _continue(self, args):
+        """Find the folder and state of a run that was begun; its options are returned."""
         if args.resume and args.save and Path(args.resume) != Path(args.save):
             raise UserError(
                 f"--save {args.save}: --resume {args.resume} goes on in its own folder; leave it out"
@@ -158,23 +164,25 @@ class Experiment:
         refuse_other_options(self.folder, vars(args), self.given, vars(begun))
         anew = FREE_OPTIONS & (self.given | HERE)
         vars(begun).update({name: value for name, value in vars(args).items() if name in anew})
-        self.step = self.saved = self.state["step"]
-        self.before = self.state["seconds"]
-        self.totals = self.state["totals"]
-        for name in KEPT:
-            setattr(self, name, self.state.get(name, getattr(self, name)))
-        if self.state.get("scenes"):
-            missing = [folder for folder in begun.data if not Path(folder).exists()]
-            if missing:
-                raise UserError(
-                    f"{missing[0]}: no such file or folder: the --data of this run; resume it in the folder "
-                    "where it was begun, or, where the data has moved, put a link (ln -s) in its place"
-                )
-            self.scenes = {
-                part: [dataset.from_plain(fields) for fields in scenes]
-                for part, scenes in self.state["scenes"].items()
-            }
+        self._take_over(self.state, begun.data)
         return begun
+
+    def _take_over(self, state, data):
+        """What is kept of a run but its `parts`, which `start` knows."""
+        self.step = self.saved = state["step"]
+        self.before = state["seconds"]
+        self.totals = state["totals"]
+        for name in KEPT:
+            setattr(self, name, state.get(name, getattr(self, name)))
+        if not state.get("scenes"):
+            return
+        if missing := [folder for folder in data if not Path(folder).exists()]:
+            raise UserError(
+                f"{missing[0]}: no such file or folder: the --data of this run; resume it in the folder "
+                "where it was begun, or, where the data has moved, put a link (ln -s) in its place"
+            )
+        scenes = state["scenes"].items()
+        self.scenes = {part: [dataset.from_plain(fields) for fields in plain] for part, plain in scenes}
 
     def _claim(self):
         self.lock = self.lock or lock_folder(self.folder, LOCK, "--save")
@@ -715,8 +723,9 @@ def clip(parameters, largest):
     """Scale the gradient to a norm of at most `largest`; 0: leave it. Returns what to log, as scalar tensors:
     its norm before, and whether it was clipped.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, largest or math.inf)
-    return {"gradient_norm": norm, "clipped": (norm > (largest or math.inf)).float()}
+    largest = largest or math.inf
+    norm = nn.utils.clip_grad_norm_(parameters, largest)
+    return {"gradient_norm": norm, "clipped": (norm > largest).float()}
 
 
 def as_flag(name, value):
