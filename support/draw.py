@@ -54,7 +54,7 @@ def shown_as(operation):
 
 
 class Page:
-    """Shapes on an SVG page."""
+    """Shapes on a white SVG page."""
 
     def __init__(self, width, height, title):
         self.root = ET.Element(
@@ -66,6 +66,12 @@ class Page:
         )
         self.root.set("font-family", "Helvetica, Arial, 'DejaVu Sans', sans-serif")
         ET.SubElement(self.root, "title").text = title
+        self.box(0, 0, width, height, "#ffffff", radius=0)
+
+    def svg(self):
+        """The text of the file."""
+        ET.indent(self.root)
+        return ET.tostring(self.root, encoding="unicode") + "\n"
 
     def add(self, tag, **attributes):
         """An element; `stroke_width=2` is the attribute stroke-width."""
@@ -106,7 +112,6 @@ def svg(genotype, name, channels=(32, 64, 128, 256)):
         net = DerainNetwork(genotype, channels)
     count = sum(p.numel() for p in net.parameters())
     page = Page(WIDTH, HEIGHT, name)
-    page.box(0, 0, WIDTH, HEIGHT, "#ffffff", radius=0)
     page.text(MARGIN, 34, name, 24, anchor="start", font_weight="bold")
     note = f"{count:,} parameters with {', '.join(map(str, channels))} channels"
     page.text(MARGIN, 62, note, 15, FAINT, "start")
@@ -119,8 +124,7 @@ def svg(genotype, name, channels=(32, 64, 128, 256)):
         x += CELL
     _head(page, x + 14, ends)
     _legend(page)
-    ET.indent(page.root)
-    return ET.tostring(page.root, encoding="unicode") + "\n"
+    return page.svg()
 
 
 def row(branch):

@@ -27,7 +27,6 @@ import statistics
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ET
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -462,7 +461,6 @@ def svg(facts, points):
     columns, rows = len(SIZES), len(COSTS) + 1
     width, height = GAP + columns * (PANEL[0] + GAP), TOP + rows * (PANEL[1] + GAP)
     page = Page(width, height, "How cost grows")
-    page.box(0, 0, width, height, "#ffffff", radius=0)
     page.text(GAP + 8, 28, "How cost grows", 22, anchor="start", font_weight="bold")
     note = f"{facts['machine']}, threads: {facts['threads']}, torch {facts['torch']}"
     page.text(GAP + 8, 54, note, 14, FAINT, "start")
@@ -478,8 +476,7 @@ def svg(facts, points):
     faster = {name: speed_ups(curve) for name, curve in curves(points, "processes", "seconds").items()}
     _panel(page, *next(spot), "speed-up", "processes, one thread each", faster, "processes")
     _legend(page, *next(spot), facts)
-    ET.indent(page.root)
-    return ET.tostring(page.root, encoding="unicode") + "\n"
+    return page.svg()
 
 
 def _panel(page, x, y, title, against, lines, row=None, field=None):
