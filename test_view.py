@@ -273,7 +273,7 @@ def find_pictures(args, path):
     unscored = bool(found.scenes) and all(scene.clean is None for scene in found.scenes)
     truth = "; without ground truth, so nothing is scored" if unscored else ""
     print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}{truth}", flush=True)
-    if unscored and (hint := distributed.from_main(partial(check.hint, found.scenes))):
+    if unscored and (hint := distributed.from_main(partial(check.single_hint, found.scenes))):
         print(hint, flush=True)
     if unscored and (folders := layouts.truth_without_rain(path, found.scenes)):
         print(

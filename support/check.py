@@ -259,17 +259,6 @@ def sizes(looks):
         yield f"all images {_wh(*count)}"
 
 
-def pair_hint(scenes):
-    """A line for a user who did not ask: what is wrong with most of a few pairs; "" where nothing is."""
-    looks = [examine(scene, Path()) for scene in spread(scenes, HINT_FROM)]
-    images = sum(len(look.scene.rainy) for look in looks)
-    faults = Counter(kind for look in looks for kind, _ in look.faults)
-    for kind in (OTHER_PICTURE, EQUAL):
-        if faults[kind] > images / 2:
-            return f"{kind}, {faults[kind]} of {images} images looked at; python dataset.py looks at all"
-    return wrong_side(looks)
-
-
 def wrong_side(looks):
     """What to say where most rain is on the clean side, or ""."""
     scores = [score for _, score in _scores(looks)]
@@ -308,24 +297,6 @@ def untrainable(folder, found, looks):
     elif (number := len(_groups(looks))) < len(PARTS):
         text = f"different backgrounds: {number}; training splits them into {len(PARTS)} parts, so not enough"
         yield Finding(text, wrong=False)
-
-
-def hint(scenes):
-    """A line for a user who did not ask: whether most of a few single images look like pairs; "" if not."""
-    wide, rain = [], []
-    for scene in spread(scenes, HINT_FROM):
-        try:
-            height, width = header_size(scene.rainy[0].path)
-            if width > height:  # as two pictures side by side are, but for very narrow ones
-                wide.append(scene)
-                of_pair, matches = _halves(read_image(scene.rainy[0].path))
-                if HINT_MATCH < matches < 1 and abs(of_pair[0]) > HINT_RAIN:  # 1: one half is flat
-                    rain += of_pair
-        except UserError:  # restoring it will say so
-            continue
-    if not rain or len(rain) <= len(wide) / 2:
-        return ""
-    return f"{len(rain)} of {len(wide)} looked at seem to be side-by-side pairs, {_flag(rain)}"
 
 
 def _flag(rain):
@@ -393,6 +364,38 @@ def _relative(path, root):
 
 def _wh(size):
     return f"{size[1]}x{size[0]}"
+
+
+# --- a line for a user who did not ask ----------------------------------------------------------------------
+
+
+def pair_hint(scenes):
+    """What is wrong with most of a few pairs; "" where nothing is."""
+    looks = [examine(scene, Path()) for scene in spread(scenes, HINT_FROM)]
+    images = sum(len(look.scene.rainy) for look in looks)
+    faults = Counter(kind for look in looks for kind, _ in look.faults)
+    for kind in (OTHER_PICTURE, EQUAL):
+        if faults[kind] > images / 2:
+            return f"{kind}, {faults[kind]} of {images} images looked at; python dataset.py looks at all"
+    return wrong_side(looks)
+
+
+def single_hint(scenes):
+    """Whether most of a few single images look like pairs; "" if not."""
+    wide, rain = [], []
+    for scene in spread(scenes, HINT_FROM):
+        try:
+            height, width = header_size(scene.rainy[0].path)
+            if width > height:  # as two pictures side by side are, but for very narrow ones
+                wide.append(scene)
+                of_pair, matches = _halves(read_image(scene.rainy[0].path))
+                if HINT_MATCH < matches < 1 and abs(of_pair[0]) > HINT_RAIN:  # 1: one half is flat
+                    rain += of_pair
+        except UserError:  # restoring it will say so
+            continue
+    if not rain or len(rain) <= len(wide) / 2:
+        return ""
+    return f"{len(rain)} of {len(wide)} looked at seem to be side-by-side pairs, {_flag(rain)}"
 
 
 # --- the command --------------------------------------------------------------------------------------------
