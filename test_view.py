@@ -155,16 +155,7 @@ def main(args):
     journal.lock()
     tasks = to_do(args, tasks, files, journal)
     choose_compiled_for(sizes_of(tasks))
-    if not args.skip_done and any(out.glob(FILES)):
-        print(
-            f"{out}: holds the pictures of an earlier run, too; the tables will be of this one alone",
-            flush=True,
-        )
-    journal.begin(fresh=not args.skip_done)
-    if distributed.is_main():
-        for table in (*TABLES, PAGE, MONTAGE):  # of an earlier run; new ones come at the end
-            with suppress(OSError):  # which that end will say
-                os.unlink(out / table)
+    begin(journal, fresh=not args.skip_done)
     outcome = restore_pictures(restore_one, tasks, gallery, journal)
     command.finish_first()
     failures, stopped, status = together(*outcome)
@@ -194,6 +185,20 @@ def main(args):
     status = conclude(gallery, facts, failures, status, args.montage)
     journal.unlock()
     return status
+
+
+def begin(journal, fresh):
+    """Open the journal, and remove the tables of an earlier run: new ones come at the end."""
+    if fresh and any(journal.out.glob(FILES)):
+        print(
+            f"{journal.out}: holds the pictures of an earlier run, too; the tables will be of this one alone",
+            flush=True,
+        )
+    journal.begin(fresh)
+    if distributed.is_main():
+        for table in (*TABLES, PAGE, MONTAGE):
+            with suppress(OSError):  # which that end will say
+                os.unlink(journal.out / table)
 
 
 def conclude(gallery, facts, failures, status, montage_of):
