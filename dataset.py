@@ -231,7 +231,7 @@ def same_pictures(thumbnails, threshold=0.998):
 
 def plain(scene):
     """The scene as lists and text, which `from_plain` takes back."""
-    return [scene.name, [[str(half.path), half.side] for half in scene.halves], list(scene.densities)]
+    return [scene.name, [[half.path.as_posix(), half.side] for half in scene.halves], list(scene.densities)]
 
 
 def from_plain(fields):

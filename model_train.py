@@ -222,8 +222,10 @@ def hard_link(path, other):
     """
     link = path.with_name(f".{path.name}.{os.getpid()}.link")
     os.link(path, link)
-    os.replace(link, other)
-    link.unlink(missing_ok=True)  # it stays where both were one file already
+    try:
+        os.replace(link, other)
+    finally:
+        link.unlink(missing_ok=True)  # it stays where both were one file already
 
 
 def load(path, device="cpu"):

@@ -521,7 +521,8 @@ def view(restore_one, tasks, gallery):
             images.save(file, picture._replace(rgb=restored))
             entry = gallery.add(row, file, picture.rgb, restored, clean, number)
         except images.CannotWrite:  # a half of a picture is none, and the tables need the room
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink()
             raise
         yield entry
 

@@ -190,7 +190,7 @@ def main(args):
     if not (run.folder / "best_psnr.pt").exists():
         experiment.log.error("NOTHING IS KEPT: no epoch had a validation score that is a number")
         return 1
-    best = shlex.quote(str(run.folder / "best_psnr.pt"))
+    best = shlex.quote((run.folder / "best_psnr.pt").as_posix())
     experiment.log.info("score it with: python test_view.py --ckt_path %s", best)
     return 0
 

@@ -259,8 +259,8 @@ def conclude(run, net, health, validation, searched):
     log.info("derived architecture:\n%s = %s", name, genotypes.literal(genotype))
     gap = discretisation_gap(run, net, genotype, validation)
     run.finish(genotype=genotype._asdict(), collapse=health.collapse, validation_psnr=gap)
-    arch = run.folder / "genotype.json" if args.demo else name
-    log.info("retrain it with: python train_model_batch.py --arch %s", shlex.quote(str(arch)))
+    arch = (run.folder / "genotype.json").as_posix() if args.demo else name
+    log.info("retrain it with: python train_model_batch.py --arch %s", shlex.quote(arch))
     return 0
 
 

@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 from support.errors import Interrupted
@@ -81,7 +80,11 @@ def first_to_say(text):
 
 def recorded(function):
     """The function; under torchrun the traceback that ends it is in torchrun's report too."""
-    return record(function) if launched() else function
+    if not launched():
+        return function
+    from torch.distributed.elastic.multiprocessing.errors import record  # which has something to say on macOS
+
+    return record(function)
 
 
 # --- agreeing -----------------------------------------------------------------------------------------------

@@ -57,7 +57,11 @@ def commit():
     """The short hash of the checked-out commit, "+" where files differ from it, "unknown" outside git."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        return (
+            subprocess.run(git, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+            .stdout.decode()
+            .strip()
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -491,7 +495,7 @@ class Experiment:
         nodes = distributed.size() // distributed.local_size()
         torchrun = f"torchrun{f' --nnodes={nodes}' * (nodes > 1)} --nproc_per_node={distributed.local_size()}"
         launcher = torchrun if distributed.launched() else "python"
-        flags = ["--resume", str(self.folder)]
+        flags = ["--resume", self.folder.as_posix()]
         for name in sorted(self.given.intersection(HERE)):
             flags += as_flag(name, getattr(self.args, name))
         return f"go on with: {launcher} {self.parser.prog} {shlex.join(flags)}"

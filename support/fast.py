@@ -35,7 +35,7 @@ def keep_freed_memory():
     pictures need no more memory than they did. Processes forked later, as loaders' are, do the same. Only
     glibc is told, the C library of most Linux systems; before 2.35 it takes no threshold above 32 MiB.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
         libc.mallopt(M_TRIM_THRESHOLD, MOST_KEPT)

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import struct
-import tempfile
 import threading
 import uuid
 import warnings
@@ -193,7 +192,11 @@ def check_folder(folder: str | Path) -> None:
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(folder)  # whose name may be too long
-        tempfile.TemporaryFile(dir=there).close()
+        # Not by tempfile, which on Windows tries name after name where files may not be made, as in C:.
+        probe = there / f".{uuid.uuid4().hex}"
+        make, remove = (Path.touch, Path.unlink) if there == folder else (Path.mkdir, Path.rmdir)
+        make(probe)
+        remove(probe)
     except OSError as error:
         raise _cannot_write(folder, error) from error
 

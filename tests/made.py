@@ -84,7 +84,7 @@ def interrupt(monkeypatch, module, draw):
         first = len(opened) == 1
         for number, batch in enumerate(batches(*args, **options), start=1):
             if first and number == draw:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             yield batch
 
     monkeypatch.setattr(module, "batches", wrapped)

@@ -12,7 +12,6 @@ of its parts, what it counted, and the names of the scenes it was given.
 """
 
 import logging
-import os
 import signal
 import sys
 from functools import partial
@@ -49,13 +48,13 @@ def run(name, flags):
         for number, batch in enumerate(batches(scenes, **options), start=1):
             names.append(batch.names)
             if hooked and "stop" in words and number == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             if hooked and "nan" in words and number == 2:
                 batch.rainy[0, 0, 3, 3] = torch.nan
             yield batch
 
     def stopped_there(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return measure(*args)
 
     def kept(run, **parts):

@@ -198,7 +198,7 @@ def test_max_minutes_counts_across_resumes(clock, folder):
     def stop_at_7(step):
         clock.seconds += 4
         if step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Interrupted):
         train(run, net, stop_at_7)
@@ -422,7 +422,7 @@ def stopped(step, number=signal.SIGTERM, **options):
     def stop(now):
         done.append(now)
         if now == step:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     with pytest.raises(Interrupted) as said:
         train(run, net, stop)

@@ -84,7 +84,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(pictures, monkeypatch, numb
     def interrupted(*args, **options):
         calls.append(1)
         if len(calls) == 5:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return restore(*args, **options)
 
     with monkeypatch.context() as patch:
@@ -130,7 +130,7 @@ def test_what_has_changed_is_done_again(network, folder, monkeypatch, capsys):
     assert again() == 1
     names = [row["name"] for row in content("out")["results.csv"]]
     assert names == ["0", "1", "2", "3", "9"]
-    thumbnails = re.findall(r'data-small="([^"]+)"', Path("out", "index.html").read_text())
+    thumbnails = re.findall(r'data-small="([^"]+)"', Path("out", "index.html").read_text(encoding="utf-8"))
     assert len(set(thumbnails)) == len(thumbnails) == 15
     assert again(f"{flags} --skip_done --self_ensemble") == 5
     network.head.to_rgb.weight.data += 0.1
@@ -213,7 +213,7 @@ def test_two_data_sets_in_one_folder_keep_their_own_pictures_in_the_gallery(fold
     with monkeypatch.context() as patch:
         again = count_restored(patch)
         assert view(f"{flags} a") == 0 and not again
-    truths = re.findall(r"gallery/\d+-truth\.jpg", Path("out", "index.html").read_text())
+    truths = re.findall(r"gallery/\d+-truth\.jpg", Path("out", "index.html").read_text(encoding="utf-8"))
     assert len(set(truths)) == 2
     for i, file in enumerate(dict.fromkeys(truths)):
         assert abs(read_image(Path("out", file)).astype(int) - photograph(i)).mean() < 8  # what JPEG loses
@@ -232,4 +232,4 @@ def test_pictures_without_truth_go_on_too(network, folder, monkeypatch):
     assert view("--path photos --result_path out --skip_done") == 0
     assert len(restored) == 1
     assert sorted(file.name for file in Path("out").glob("*.jpg")) == ["0.jpg", "1.jpg", "2.jpg"]
-    assert Path("out", "index.html").read_text().count("<li ") == 3
+    assert Path("out", "index.html").read_text(encoding="utf-8").count("<li ") == 3

@@ -6,7 +6,6 @@ A sample runs by default; all of it: python -m pytest -m slow tests/test_mutatio
 import io
 import json
 import random
-import resource
 import signal
 import zipfile
 from collections import Counter
@@ -29,6 +28,8 @@ from model_train import CheckpointError, DerainNetwork
 from support import command, images
 from support.errors import UserError
 from tests.made import random_genotype
+
+resource = pytest.importorskip("resource", reason="memory is measured as POSIX does")
 
 SECONDS = 20  # for one case, on a loaded machine
 BYTES = 2**30  # of memory that one case may add

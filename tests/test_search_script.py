@@ -359,7 +359,7 @@ def test_a_search_stopped_while_its_gap_is_measured_ends_there_and_goes_on(vocab
     measure = train_search_batch.measure
 
     def stopped(*args):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         return measure(*args)
 
     with monkeypatch.context() as patch:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shlex
 import signal
@@ -312,7 +311,7 @@ def test_fine_tuning_that_is_stopped_in_its_first_validation_still_has_what_it_b
     worse = f"--data pairs --clean_side left --weights trained.pt {TINY} --learning_rate 1 --warmup_steps 0"
 
     def stopping(*args, full_images=dataset.full_images):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         yield from full_images(*args)
 
     with monkeypatch.context() as patch:
@@ -413,7 +412,7 @@ def test_a_signal_during_validation_does_not_wait_for_its_end(data, monkeypatch)
     def stopping(*args, full_images=dataset.full_images):
         for images in full_images(*args):
             seen.append(images)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             yield images
 
     with monkeypatch.context() as patch:

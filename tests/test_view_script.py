@@ -407,7 +407,7 @@ def test_a_signal_while_the_tables_are_written_does_not_cost_them(network, monke
     together, asked = test_view.together, []
 
     def asking(*outcome):
-        asked.append(os.kill(os.getpid(), signal.SIGTERM))
+        asked.append(signal.raise_signal(signal.SIGTERM))
         return together(*outcome)
 
     monkeypatch.setattr(test_view, "together", asking)
@@ -463,7 +463,7 @@ def test_scores_say_what_they_are_of_but_the_default(network, capsys):
     out = capsys.readouterr().out
     assert "scores of net.pt, self-ensemble of 4, tiles of 64, on the 8-bit pictures" in out
     assert f"the montage: {Path('out', 'montage.png')}" in out
-    assert "<dt>tiles</dt><dd>of 64</dd>" in Path("out", "index.html").read_text()
+    assert "<dt>tiles</dt><dd>of 64</dd>" in Path("out", "index.html").read_text(encoding="utf-8")
 
 
 def test_only_bad_files_write_no_results(network):
