@@ -1,7 +1,7 @@
 """What tiling costs: how far a picture restored in tiles is from the same picture restored whole.
 
     python -m support.tiling PICTURE [PICTURE ...]
-    python -m support.tiling --tiles 1024 --overlaps 0 32 64 128 PICTURE
+    python -m support.tiling PICTURE --tiles 1024 --overlaps 0 32 64 128
 
 Gates that pool over the whole picture (SE, SE_A_M, CBAM) see one tile's statistics at a time, so tiles are
 not exact. For each side of the tiles (last: as chosen by default) and overlap: RGB PSNR of tiled against
