@@ -141,6 +141,16 @@ def join(found):
 # --- training -----------------------------------------------------------------------------------------------
 
 
+def share(tensors):
+    """Give the tensors, which need no gradient, rank 0's values: of one seed those drawn on processors of
+    different kinds may differ.
+    """
+    for tensor in tensors if size() > 1 else ():
+        values = tensor.contiguous()
+        dist.broadcast(values, 0)
+        tensor.copy_(values)
+
+
 def average(tensors):
     """The tensors' means over the ranks, the same bits on all of them."""
     if size() == 1:

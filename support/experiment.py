@@ -222,6 +222,8 @@ class Experiment:
             log.info("continuing %s after step %d", self.folder, self.step)
         else:
             log.info("run folder %s on %s", self.folder, self.device)
+            for network in (part for part in parts.values() if isinstance(part, nn.Module)):
+                distributed.share(network.state_dict().values())
         flags = [text for name, value in options.items() for text in as_flag(name, value)]
         origin = f"{sys.executable}, commit {distributed.from_main(commit)}, torch {torch.__version__}"
         for line in (f"command: {shlex.join(sys.argv)}", f"options: {shlex.join(flags)}", f"by {origin}"):

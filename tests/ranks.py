@@ -7,8 +7,8 @@ NAME is that of the run's folder; its beginning is the script's, and words in it
 zero; `stop` SIGTERM for the last rank alone in the third step; `nan` a pixel that is not finite in its share
 of the second batch; `bad` a file that breaks as the run begins; `gap` SIGTERM for rank 0 as it measures the
 discretisation gap, which it alone does; `recorded` steps as graphs, of which the kernels are launched one by
-one, as there is no GPU. Every rank leaves in NAME.RANK.pt the state
-of its parts, what it counted, and the names of the scenes it was given.
+one, as there is no GPU; `apart` other weights that the last rank begins with. Every rank leaves in
+NAME.RANK.pt the state of its parts, what it counted, and the names of the scenes it was given.
 """
 
 import logging
@@ -59,6 +59,9 @@ def run(name, flags):
 
     def kept(run, **parts):
         runs.append(run)
+        if hooked and "apart" in words and distributed.size() > 1:
+            for tensor in parts["net"].state_dict().values():
+                tensor += 1
         start(run, **parts)
 
     Experiment.start, dataset.batches = kept, recorded

@@ -24,7 +24,7 @@ TRAIN = f"{FIVE} --channels 4 4 4 4 --arch genotype.json --ema 0.9"
 SEARCH = f"{FIVE} --channels 2 2 2 2 --arch_start 1 --learning_rate 0.05"
 TWO = "--steps_per_epoch 2"  # of what is slow
 JOBS = {
-    "train_eval_recorded": f"{TRAIN} --freeze_start 1",
+    "train_eval_recorded_apart": f"{TRAIN} --freeze_start 1",
     "train_eval_parts": f"{TRAIN} --freeze_start 1 --accumulate 2",
     "train": TRAIN,
     "train_stop": TRAIN,
@@ -32,7 +32,7 @@ JOBS = {
     "train_bad": f"{TRAIN} --allow_bad".replace(DATA, "--data scenes --clean_side right"),
     "search_weights": f"{SEARCH} --name found_weights --arch_start 2",  # BatchNorm by each rank's batches
     "search_eval": f"{SEARCH} --name found_eval --max_minutes 1000",
-    "search_eval_recorded": f"{SEARCH} --name found_recorded {TWO}",
+    "search_eval_recorded_apart": f"{SEARCH} --name found_recorded {TWO}",
     "search_gap": f"{SEARCH} --name found_gap {TWO}",
     "search_eval_unrolled_parts": f"{SEARCH} --name found_unrolled --unrolled --accumulate 2 {TWO}",
     "search": f"{SEARCH} --name found_search --arch_batch_statistics {TWO}",
@@ -118,7 +118,7 @@ def test_two_processes_compute_what_one_does(two, one, name):
     assert sum(change > 1e-4 for change in changes.values()) > len(changes) / 10
 
 
-@pytest.mark.parametrize("name", ["train_eval_recorded", "search_eval"])
+@pytest.mark.parametrize("name", ["train_eval_recorded_apart", "search_eval"])
 def test_each_scene_of_a_batch_goes_to_one_rank(two, one, name):
     (whole,), shares = left(one, name), left(two, name)
     assert [a + b for a, b in zip(*(share["names"] for share in shares), strict=True)] == whole["names"]
