@@ -92,8 +92,11 @@ class Backward:
             for weight in self.weights:
                 weight.grad = None  # it would keep the memory of a graph that is let go
             loss, gradients = self.recorded(batch)
-            for weight, gradient in zip(self.weights, distributed.average(gradients), strict=True):
-                weight.grad = laid_out_as(weight, gradient)
+            if distributed.size() > 1:
+                averages = distributed.average(gradients)
+                gradients = [laid_out_as(w, g) for w, g in zip(self.weights, averages, strict=True)]
+            for weight, gradient in zip(self.weights, gradients, strict=True):
+                weight.grad = gradient
             return loss
         for weight in self.weights:
             weight.grad = None
