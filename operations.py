@@ -388,21 +388,28 @@ class NearestUpsample(nn.Upsample):
             return super().forward(x)
 
 
+class Gather(nn.ModuleList):
+    """Paths, one of each input scale, to one output scale: ReLU of their sum. A list of maps -> NxCxHxW."""
+
+    def forward(self, xs):
+        terms = [path(x) for path, x in zip(self, xs, strict=True)]
+        return total(terms).relu_()  # in place, since the sum is of no other use
+
+
 class Fusion(nn.Module):
     """`fusion`: each output scale is ReLU of the sum of every input scale brought to it. A list of maps to a
     list of the same shapes, or of the first `outputs` of them.
 
-    channels: of the input scales; outputs: how many scales, finest first, come out (default: all of them).
+    channels: of the input scales, two or more; outputs: how many scales, finest first, come out (default: all
+    of them).
     """
 
     def __init__(self, channels, outputs=None):
         super().__init__()
         scales = range(len(channels))
         self.paths = nn.ModuleList(
-            nn.ModuleList(self._path(channels, source, target) for source in scales)
-            for target in scales[:outputs]
+            Gather(self._path(channels, source, target) for source in scales) for target in scales[:outputs]
         )
-        self.relu = nn.ReLU()
 
     @staticmethod
     def _path(channels, source, target):
@@ -419,12 +426,9 @@ class Fusion(nn.Module):
             conv_bn(channels[source], channels[target], 3, stride=2, relu=False),
         )
 
-    def gather(self, paths, xs):
-        return self.relu(total([path(x) for path, x in zip(paths, xs, strict=True)]))
-
     def branches(self, xs):
         """Of each output a function without arguments that computes it."""
-        return [partial(self.gather, paths, xs) for paths in self.paths]
+        return [partial(gather, xs) for gather in self.paths]
 
     def forward(self, xs):
         return side_by_side(self.branches(xs), xs)

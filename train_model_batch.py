@@ -26,7 +26,6 @@ from support.averaging import Averaged
 from support.command import decay, natural, not_negative, patch, positive
 from support.errors import UserError
 from support.experiment import Experiment
-from support.fast import of_any_number
 from support.graphs import Backward
 
 # The demo: in under 5 minutes on two cores, the warm-up scaled with the schedule.
@@ -142,7 +141,7 @@ def main(args):
 
     def loss(forward, batch):
         with devices.autocast(run.device, args.amp):
-            outputs = forward(of_any_number(batch.rainy))
+            outputs = forward(batch.rainy)
         return multi_to_one(
             outputs.float(),
             batch.clean,

@@ -125,8 +125,7 @@ def get_args_parser():
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the mixed edges: takes minutes at first, so for a search of hours; ignored where "
-        "all steps are CUDA graphs, which were slower with it",
+        help="torch.compile the mixed edges: takes minutes at first, so for a search of hours",
     )
     return parser
 

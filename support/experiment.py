@@ -393,8 +393,6 @@ class Experiment:
             why = "a training step is slower compiled on a CPU"
         elif self.args.sync_bn and distributed.size() > 1:
             why = "--sync_bn would cut the network into pieces at each BatchNorm"
-        elif self.kind == "search" and self.records() and not self.args.unrolled:
-            why = "a search step that is a CUDA graph is slower compiled"
         else:
             why = no_compiler(self.device)
         if why:

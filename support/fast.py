@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import sysconfig
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model_search import MixedOperation
-from operations import pad_to_multiple
+from operations import AttentionModule, Bottleneck, Gather, ResidualBlock, Transition, pad_to_multiple
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT = 2**27  # bytes of a block: twice the largest activation of a half-width network at 512x512
 MOST_KEPT = 2**30
-
+BRANCHES = Bottleneck, Transition, ResidualBlock, Gather, AttentionModule  # what `compile_network` compiles
 
 log = logging.getLogger(__name__)
 
@@ -96,18 +96,25 @@ def compile_edges(net):
 
 
 def compile_network(net):
-    """Have a fixed network compiled in place, for training on a GPU; its state_dict stays as it is.
+    """Have the branches of a fixed network compiled in place, for training on a GPU; its state_dict stays as
+    it is.
 
-    Batches that `of_any_number` has seen share one compilation, however many images they have.
+    Branch by branch, so that they go side by side in a CUDA graph all the same. Those of equal shape share
+    one compilation, and so do batches, however many images they have.
     """
+    torch._dynamo.config.recompile_limit = 64  # of a kind of branch, each of whose shapes is compiled
+    torch._dynamo.config.automatic_dynamic_shapes = False  # nor one compilation for all of them
     torch._dynamo.config.optimize_ddp = False
-    net.compile()
+    for module in net.modules():
+        if isinstance(module, BRANCHES):
+            module.forward = partial(_of_any_number, torch.compile(module.forward))
 
 
-def of_any_number(images):
-    """The images, NxCxHxW, for whose N `compile_network` does not compile anew."""
-    torch._dynamo.maybe_mark_dynamic(images, 0)
-    return images
+def _of_any_number(compiled, x):
+    """compiled(x), without being compiled anew for another N; x: NxCxHxW, or a list of such maps."""
+    for each in x if isinstance(x, list) else [x]:
+        torch._dynamo.maybe_mark_dynamic(each, 0)
+    return compiled(x)
 
 
 class Compiled(nn.Module):

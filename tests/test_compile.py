@@ -6,7 +6,7 @@ import re
 import sys
 import sysconfig
 from collections import Counter
-from functools import partial, partialmethod
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,11 +23,19 @@ from genotypes import PRIMITIVES
 from losses import multi_to_one
 from model_search import MixedOperation, SearchNetwork
 from model_train import DerainNetwork
-from operations import OPERATIONS, pad_to_multiple
+from operations import (
+    OPERATIONS,
+    AttentionModule,
+    Bottleneck,
+    Fusion,
+    Parallel,
+    Transition,
+    pad_to_multiple,
+)
 from support import experiment, validation
 from support.benchmark import every_operation, relative_error
 from support.errors import Interrupted
-from support.fast import Compiled, compile_edges, compile_network, for_inference, no_compiler, of_any_number
+from support.fast import Compiled, compile_edges, compile_network, for_inference, no_compiler
 from support.images import write_image
 from support.restore import forwards, restore
 from tests.made import interrupt, photograph, write_pairs, write_scenes
@@ -188,23 +196,35 @@ def test_a_compiled_edge_is_the_same_or_in_half_precision_as_near_to_float32_as_
     assert graphs() == 1
 
 
-def test_a_network_is_compiled_once_for_batches_of_any_number_of_images(monkeypatch):
+def test_branches_of_equal_shape_are_compiled_once_for_batches_of_any_number_of_images(monkeypatch):
+    """Each kind of branch twice, those of one map and those of all maps."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     counted()
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     torch.manual_seed(0)
-    net = Padding(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    edges = [OPERATIONS[name] for name in ("sep_conv_3x3", "SE", "CBAM")]
+    kinds = {
+        "one, bottleneck": lambda: Bottleneck(4, 2, 4),
+        "one, attention": lambda: AttentionModule(4, [make(2) for make in edges]),
+        "all, parallel": lambda: Parallel([4, 6]),
+        "all, fusion": lambda: Fusion([4, 6]),
+        "all, transition": lambda: Transition([4, 6], [4, 6, 8]),
+    }
+    net = nn.ModuleDict({f"{kind} {k}": make() for kind, make in kinds.items() for k in range(2)})
+    net.to(memory_format=torch.channels_last)
     compiled = copy.deepcopy(net)
     compile_network(compiled)
     assert compiled.state_dict().keys() == net.state_dict().keys()
     for count in (5, 7, 4):
         found = []
         for each in (net, compiled):
-            x = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
-            output = each(of_any_number(x))
-            gradient = torch.autograd.grad(output.square().sum(), list(each.parameters()))
-            found.append(([output.detach()], gradient))
+            random = torch.Generator().manual_seed(count)
+            maps = [torch.randn(count, c, size, size, generator=random) for c, size in ((4, 16), (6, 8))]
+            outputs = [module(maps[0]) for name, module in each.items() if "one" in name]
+            outputs += [y for name, module in each.items() if "all" in name for y in module(maps)]
+            gradient = torch.autograd.grad(sum(o.square().sum() for o in outputs), list(each.parameters()))
+            found.append(([o.detach() for o in outputs], gradient))
         assert relative_error(*found, as_one=True) < 1e-5
-    assert graphs() == 1
+    assert graphs() == 7  # of the bottleneck, the attention, two blocks, two sums and the transition
 
 
 @pytest.mark.parametrize("name", PRIMITIVES[2:])
@@ -240,24 +260,22 @@ def test_a_search_without_a_compiler_that_runs_says_so_and_goes_on(folder, monke
 
 
 @pytest.mark.parametrize(
-    ("kind", "records", "unrolled", "sync_bn", "said"),
+    ("kind", "sync_bn", "said"),
     [
-        ("search", True, False, False, "CUDA graph is slower compiled"),
-        ("search", True, True, False, ""),  # an unrolled step is no graph
-        ("search", False, False, False, ""),
-        ("eval", True, False, False, ""),
-        ("eval", False, False, True, "--sync_bn would cut the network into pieces"),
+        ("search", False, ""),
+        ("eval", False, ""),
+        ("search", True, "--sync_bn would cut the network into pieces"),
+        ("eval", True, "--sync_bn would cut the network into pieces"),
     ],
 )
-def test_on_a_gpu_what_gains_by_it_is_compiled(kind, records, unrolled, sync_bn, said, monkeypatch, caplog):
+def test_on_a_gpu_what_gains_by_it_is_compiled(kind, sync_bn, said, monkeypatch, caplog):
     compiled, net = [], nn.Identity()
     monkeypatch.setattr(experiment, "no_compiler", lambda device: None)
     monkeypatch.setattr(experiment, "compile_edges", lambda net: compiled.append(("search", net)))
     monkeypatch.setattr(experiment, "compile_network", lambda net: compiled.append(("eval", net)))
     monkeypatch.setattr(experiment.distributed, "size", lambda: 2 if sync_bn else 1)
-    args = SimpleNamespace(compile=True, unrolled=unrolled, sync_bn=sync_bn)
+    args = SimpleNamespace(compile=True, sync_bn=sync_bn)
     run = SimpleNamespace(kind=kind, device=torch.device("cuda"), args=args)
-    run.records = lambda: records
     experiment.Experiment.compile(run, net)
     assert compiled == ([] if said else [(kind, net)])
     assert said in caplog.text and bool(caplog.text) == bool(said)
