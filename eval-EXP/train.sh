@@ -1,5 +1,5 @@
 #!/bin/sh
-# The training of derain_light.pt (runs 1 to 12, 15 and 16) and of derain.pt (13, 14, 17 and 18, after 12; for a GPU:
+# The training of derain_light.pt (runs 1 to 12, 15 and 16) and of derain.pt (13, 14 and 17 to 19, after 12; for a GPU:
 # on two CPU cores they take days), from the photographs on; interrupted, it goes on where it was. In the project's folder:
 #
 #     sh eval-EXP/train.sh BSDS500 RAIN800_TRAINING [FLAG ...]
@@ -111,6 +111,13 @@ scenes 26 bsds-26 "$made/photographs-half"
 scenes 27 bsds-27 "$bsds" "--style mixed"
 scenes 30 bsds-30 "$bsds" "$lent"
 scenes 20 rain800-20 "$made/rain800" "--clean_side left"
+# For the nineteenth likewise.
+scenes 31 bsds-31 "$bsds"
+scenes 38 bsds-38 "$bsds"
+scenes 36 bsds-36 "$made/photographs-half"
+scenes 37 bsds-37 "$bsds" "--style mixed --angle 75"
+scenes 40 bsds-40 "$bsds" "$lent"
+scenes 31 rain800-31 "$made/rain800" "--clean_side left"
 
 # The flags of made folders, `of FOLDER ...`: the clean side is right but in Rain800's own pairs
 of() {
@@ -139,6 +146,7 @@ sixteen=$(of bsds-0 bsds-1 bsds-15 bsds-10 bsds-16 bsds-16 rain800-2 rain800-3 r
 seventeen=$(of bsds-0 bsds-1 bsds-4 bsds-7 bsds-15 bsds-10 bsds-16 rain800-2 rain800-3 rain800-11 \
     rain800 rain800 rain800 rain800-late rain800-late)
 eighteen=$(of bsds-20 bsds-26 bsds-27 bsds-30 rain800-20 rain800 rain800-late)
+nineteen=$(of bsds-31 bsds-36 bsds-37 bsds-38 bsds-40 rain800-31 rain800 rain800-late)
 few="--val_scenes 12 --steps_per_epoch 200 --warmup_steps 100 --clean_inputs 0.1"
 many="--val_scenes 24 --steps_per_epoch 500 --warmup_steps 100 --ema 0.999 --learning_rate 6e-4 --learning_rate_min 2e-6"
 fine="--freeze_start 1 --internal_start 1 --batch_size 2 --patch_size 96"
@@ -186,6 +194,9 @@ train 17 $seventeen $many $fine $upright --weights eval-EXP-derain-14/best_psnr.
 train 18 $eighteen $many $fine $upright --weights eval-EXP-derain-17/best_psnr.pt --batch_size 16 --val_scenes 24 \
     --mse_weight 10 --psnr_weight 0.006 --epochs 1 --steps_per_epoch 6002 --warmup_steps 200 \
     --learning_rate 7e-4 --amp --seed 19 "$@"
+train 19 $nineteen $many $fine $upright --weights eval-EXP-derain-18/best_psnr.pt --batch_size 16 --val_scenes 24 \
+    --clean_inputs 0.3 --mse_weight 10 --psnr_weight 0.006 --epochs 1 --steps_per_epoch 9461 --warmup_steps 200 \
+    --learning_rate 7e-4 --amp --seed 22 "$@"
 
 "$python" model_train.py eval-EXP-derain-16/best_psnr.pt eval-EXP-derain-16/derain_light.pt
-"$python" model_train.py eval-EXP-derain-18/best_psnr.pt eval-EXP-derain-18/derain.pt
+"$python" model_train.py eval-EXP-derain-19/best_psnr.pt eval-EXP-derain-19/derain.pt
