@@ -125,7 +125,8 @@ def get_args_parser():
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the mixed edges: takes minutes at first, so for a search of hours",
+        help="torch.compile the mixed edges: takes minutes at first and for each other number of images in a "
+        "batch (mixed data), so for a search of hours",
     )
     return parser
 

@@ -120,6 +120,11 @@ def run(main, parser):
         usage, what = parser.format_usage(), str(error).partition(" GPU ")[0]
         flags = [flag for flag in THRIFTY if flag in usage]
         sys.exit(_report(parser, f"error: {what} To need less, see {', '.join(flags) or '--help'}", 2))
+    except RuntimeError as error:
+        compiler = sys.modules.get("torch._dynamo.exc")  # there once something is to be compiled
+        if compiler and isinstance(error, compiler.TorchDynamoException):
+            _report(parser, "error: compiling failed, as the traceback says; leave --compile out", 1)
+        raise
     except Interrupted as stop:
         sys.exit(_report(parser, str(stop), 130))
     except BrokenPipeError:

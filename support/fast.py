@@ -85,8 +85,9 @@ def _runs(compiler):
 def compile_edges(net):
     """Have the mixed edges of a supernet compiled in place, for training; its state_dict stays as it is.
 
-    Edge by edge, since those of equal shape then share one compilation. And they alone: on a CPU the
-    multi-scale modules were 1.6 to 2.8 times slower compiled: the kernels of their BatchNorm and ReLU are.
+    Edge by edge, since those of equal shape then share one compilation, which is of batches of one number of
+    images: that for another takes as long again. And they alone: on a CPU the multi-scale modules were 1.6 to
+    2.8 times slower compiled: the kernels of their BatchNorm and ReLU are.
     """
     torch._dynamo.config.recompile_limit = 64  # of a line of PyTorch's that all edges share, Module.__call__
     torch._dynamo.config.optimize_ddp = False  # which would cut what is compiled where its buckets end
@@ -97,10 +98,10 @@ def compile_edges(net):
 
 def compile_network(net):
     """Have the branches of a fixed network compiled in place, for training on a GPU; its state_dict stays as
-    it is.
+    it is. To be copied or pickled before: a copy would compute with this network's weights.
 
     Branch by branch, so that they go side by side in a CUDA graph all the same. Those of equal shape share
-    one compilation, and so do batches, however many images they have.
+    one compilation, and so do batches of more than one image; with BatchNorm frozen there is another.
     """
     torch._dynamo.config.recompile_limit = 64  # of a kind of branch, each of whose shapes is compiled
     torch._dynamo.config.automatic_dynamic_shapes = False  # nor one compilation for all of them

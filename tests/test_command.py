@@ -129,6 +129,20 @@ def test_a_gpu_without_memory_is_one_line_that_names_what_needs_less(capsys, mon
     assert capsys.readouterr().err == expected
 
 
+def test_where_compiling_fails_the_traceback_comes_with_what_to_do(capsys, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no kernel for this processor")
+
+    def main(args):
+        torch.compile(lambda x: x + 1, backend=broken)(torch.zeros(1))
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(RuntimeError, match="no kernel for this processor"):
+        command.run(main, command.Parser(prog="train.py"))
+    line = "train.py: error: compiling failed, as the traceback says; leave --compile out\n"
+    assert capsys.readouterr().err == line
+
+
 def test_ctrl_c_while_a_command_begins_is_one_line(capsys, monkeypatch):
     def main(args):
         raise KeyboardInterrupt
