@@ -103,8 +103,8 @@ def compile_network(net):
     Branch by branch, so that they go side by side in a CUDA graph all the same. Those of equal shape share
     one compilation, and so do batches of more than one image; with BatchNorm frozen there is another.
     """
-    torch._dynamo.config.recompile_limit = 64  # of a kind of branch, each of whose shapes is compiled
-    torch._dynamo.config.automatic_dynamic_shapes = False  # nor one compilation for all of them
+    torch._dynamo.config.recompile_limit = 64  # of a kind of branch, which has a compilation for each shape
+    torch._dynamo.config.automatic_dynamic_shapes = False  # and not a slower one for all of them
     torch._dynamo.config.optimize_ddp = False
     for module in net.modules():
         if isinstance(module, BRANCHES):
