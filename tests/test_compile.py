@@ -293,12 +293,14 @@ def test_compile_may_change_when_a_search_is_resumed(folder, monkeypatch):
         assert len(compiled) - before == ("--compile" in flags)
 
 
-def test_validation_is_not_compiled(folder, monkeypatch):
+@pytest.mark.parametrize("how", [compile_network, partial(nn.Module.compile, dynamic=False)])
+def test_validation_is_not_compiled(how, folder, monkeypatch):
+    """Neither what `compile_network` compiles, nor what is compiled as `compile_edges` does."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     counted()
     scene = dataset.find(write_scenes(folder, 1) / "DID-MDN-training").scenes[0]
     net = Padding(Bottleneck(3, 2, 3))
-    compile_network(net)
+    how(net)
     validation.validate(net, [scene], CPU)
     assert graphs() == 0
     net(torch.zeros(1, 3, 8, 8))
