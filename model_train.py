@@ -406,10 +406,10 @@ def export(net, path):
     """Write the network, in evaluation mode on the CPU, to be run without this project: ONNX or torch.export,
     as the suffix of `path` says; or `.pt`, a checkpoint of half the size for this project.
 
-    Input `rainy`, Nx3xHxW RGB float32 in [0, 1]; output `restored`, the same shape, not clamped. N, H and W
-    are free, and the padding to multiples of 8 is inside; torch.export's wants more than 8x8 pixels. Raises
-    CheckpointError, one line naming `path`, for another suffix, packages that are missing and a file that
-    cannot be written.
+    Input, in ONNX `rainy`: Nx3xHxW RGB float32 in [0, 1]; output, there `restored`: the same shape, not
+    clamped. N, H and W are free, and the padding to multiples of 8 is inside; torch.export's wants more than
+    8x8 pixels. Raises CheckpointError, one line naming `path`, for another suffix, packages that are missing
+    and a file that cannot be written.
     """
     from torch.fx.experimental import _config
 
@@ -424,7 +424,9 @@ def export(net, path):
     about = {
         "format": FORMAT,
         "genotype": json.dumps(net.genotype._asdict()),
-        "usage": "rainy -> restored, Nx3xHxW RGB float32 in [0, 1], any N, H, W; clamp the output",
+        "usage": "rainy -> restored, Nx3xHxW RGB float32 in [0, 1], any N, H, W"
+        + ("" if path.suffix == ".onnx" else " over 8x8")
+        + "; clamp the output",
     }
     free = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")

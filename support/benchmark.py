@@ -179,7 +179,8 @@ def get_args_parser():
     parser.add_argument(
         "--repeats",
         type=positive,
-        help=f"turns of each form (default: 20, on a CPU 3; fewer where they take over {PATIENCE} s)",
+        help=f"turns of each form (default: 20, on a CPU 3; fewer where they take over {PATIENCE} s; of rows "
+        f"{KEPT}... and {WHOLE}... 5)",
     )
     parser.add_argument("--amp", action="store_true", help="measure each row with the scripts' --amp too")
     parser.add_argument("--compile", action="store_true", help="and what torch.compile changes")

@@ -3,9 +3,9 @@
     python dataset.py datasets/Rain1200                                        DID-MDN, both its parts
     python dataset.py rain800/training rain800/test_syn --clean_side left      training and test
 
-Every file is opened once. What is wrong is one line a kind, naming files, and makes the exit status 1; notes
-do not. The thresholds were set on Rain800, DID-MDN's samples and sets made by `support.rain` (4,965
-pairs in all); what they tell apart is said where they stand.
+A scene's files are each opened once. What is wrong is one line a kind, naming files, and makes the exit
+status 1; notes do not. The thresholds were set on Rain800, DID-MDN's samples and sets made by
+`support.rain` (4,965 pairs in all); what they tell apart is said where they stand.
 """
 
 import os

@@ -115,7 +115,11 @@ def add_arguments(parser):
         action="store_true",
         help="CUDA: launch each kernel by itself (default: steps are recorded and replayed as CUDA graphs)",
     )
-    run.add_argument("--max_minutes", type=above_zero, help="end the run, and the cosine schedule, by then")
+    run.add_argument(
+        "--max_minutes",
+        type=above_zero,
+        help="end the steps, and the cosine schedule, by then; the last scoring comes after it",
+    )
     run.add_argument(
         "--save_every", type=above_zero, default=10, help="minutes between checkpoints (default: 10)"
     )

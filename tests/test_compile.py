@@ -117,7 +117,7 @@ class OneEdge(nn.Module):
     def __init__(self):
         super().__init__()
         self.edge = MixedOperation(2)
-        self.beta = nn.Parameter(torch.randn(9))
+        self.beta = nn.Parameter(torch.randn(len(PRIMITIVES)))
 
     def forward(self, x):
         return self.edge(x, self.beta.softmax(-1))
@@ -165,7 +165,7 @@ def test_those_of_equal_shape_are_traced_once_and_are_the_same(monkeypatch):
     compile_edges(compiled)
     assert compiled.state_dict().keys() == net.state_dict().keys()
     x = torch.randn(3, 2, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
-    beta = torch.randn(9, requires_grad=True)
+    beta = torch.randn(len(PRIMITIVES), requires_grad=True)
     found = []
     for edges in (net, compiled):
         output = sum(edge(x, beta) for edge in edges)
