@@ -515,6 +515,14 @@ def test_scenes_and_pairs_mix_in_one_batch(tmp_path):
     assert 0.02 < difference.mean() < 0.2
 
 
+def test_pictures_become_a_batch_of_tensors_scaled_to_1():
+    images = np.stack([coordinates(0), coordinates(255)])
+    tensor = dataset.to_tensor(images)
+    assert tensor.dtype == torch.float32 and tensor.shape == (2, 3, HEIGHT, WIDTH)
+    for (image, row, column, channel), value in (((0, 5, 9, 0), 5), ((0, 5, 9, 1), 9), ((1, 5, 9, 2), 255)):
+        assert tensor[image, channel, row, column] == pytest.approx(value / 255, rel=1e-6)
+
+
 def test_batches_hold_the_pixels_of_the_files_scaled_to_1(tmp_path):
     scenes = find_training([write_coordinates(tmp_path)])
     (batch,) = batches(scenes, 1, batch_size=1)
@@ -957,6 +965,14 @@ def test_folders_that_cannot_be_trained_on_are_refused_by_name(tmp_path, make, w
         find_training([tmp_path / "set"])
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_has_another_size_by_the_time_it_is_read_is_refused(tmp_path):
+    pair_folders(tmp_path)
+    scene = find_training([tmp_path])[1]
+    write_image(tmp_path / "input" / "1.png", photograph(1, HEIGHT, WIDTH + 2))
+    with pytest.raises(UserError, match="target/1.png: 32x24 pixels, but .*input/1.png .* is 34x24"):
+        read_scene(scene)
 
 
 def test_empty_side_by_side_folder_and_odd_width_are_refused(tmp_path):

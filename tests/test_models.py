@@ -130,6 +130,8 @@ def test_edge_whose_best_is_none_is_dropped_but_a_node_keeps_its_best_edge():
     assert strongest_edges(beta) == ("SE", "none", "SE_A_M")
     beta = beta_of({"SE": 0.9}, {"none": 0.6}, {"CBAM": 0.5})
     assert strongest_edges(beta) == ("SE", "none", "CBAM")
+    beta = beta_of({"SE": 0.9}, {"none": 0.5, "CBAM": 0.4}, {"SE": 0.3})  # though 0.4 is more
+    assert strongest_edges(beta) == ("SE", "none", "SE")
 
 
 # --- checkpoints ---

@@ -389,6 +389,10 @@ def test_size_scenes_and_clean_side(photographs, tmp_path):
     write_scenes(find_photographs([photographs]), tmp_path / "square", scenes=2, size=48)
     pairs = list((tmp_path / "square").rglob("*.jpg"))
     assert len(pairs) == 6 and {read_image(p).shape for p in pairs} == {(48, 96, 3)}
+    for pair in pairs:  # the middle, made smaller
+        (photograph,) = photographs.glob(f"{pair.stem}.*")
+        middle = cv2.resize(read_image(photograph)[:, 18:82], (48, 48), interpolation=cv2.INTER_AREA)
+        assert cv2.PSNR(np.ascontiguousarray(read_image(pair)[:, 48:]), middle) > 30
 
     dark, bright = np.full((32, 64, 3), 20, np.uint8), np.full((32, 64, 3), 230, np.uint8)
     write_image(tmp_path / "pairs" / "p.png", np.hstack([dark, bright]))
