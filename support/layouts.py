@@ -209,7 +209,7 @@ def _in_folders(path):
     return None
 
 
-def _pair_folders(path, perhaps=False):
+def _pair_folders(path, perhaps):
     """The folders in one that by their names hold rainy images, and clean ones; or perhaps do."""
     kinds = RAINY_FOLDERS, CLEAN_FOLDERS
     if perhaps:
