@@ -754,6 +754,30 @@ def test_a_video_that_ends_early_is_reported_with_status_1(network, capsys, monk
     assert "film.avi: ends early, after 4 of 9 frames" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_of_an_interrupted_video_nothing_is_written(network, capsys, monkeypatch, number):
+    write_video("film.avi", [photograph(i, 32, 48) for i in range(4)], 10)
+    restore, calls = test_view.restore, []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(number)
+        return restore(*args, **options)
+
+    monkeypatch.setattr(test_view, "restore", interrupted)
+    assert view("--path film.avi --result_path out") == 130
+    assert "interrupted: out/film.avi is not written" in capsys.readouterr().err
+    assert list(Path("out").iterdir()) == []
+
+
+def test_a_video_is_for_one_process(network, monkeypatch):
+    write_video("film.avi", [photograph(0, 32, 48)], 10)
+    monkeypatch.setattr(test_view.distributed, "size", lambda: 2)
+    with pytest.raises(UserError, match="film.avi: a video is restored by one process; leave torchrun out"):
+        view("--path film.avi --result_path out")
+
+
 def promising(init, frames):
     def wrapped(self, path):
         init(self, path)
