@@ -593,6 +593,19 @@ def test_signals_do_what_they_did_before_once_a_run_has_finished(folder):
     assert {number: signal.getsignal(number) for number in before} == before
 
 
+@pytest.mark.parametrize("launched", [False, True])
+def test_asked_twice_a_run_ends_at_once_but_torchrun_asks_twice_by_itself(launched, monkeypatch):
+    done = []
+    monkeypatch.setattr(experiment.distributed, "launched", lambda: launched)
+    monkeypatch.setattr(signal, "signal", lambda *given: done.append(given))
+    monkeypatch.setattr(os, "kill", lambda *given: done.append(given))
+    run = SimpleNamespace(stopping=None)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        Experiment._stop(run, number, None)
+        assert run.stopping == ("SIGTERM" if number == signal.SIGTERM or launched else "SIGINT")
+    assert done == ([] if launched else [(signal.SIGINT, signal.SIG_DFL), (os.getpid(), signal.SIGINT)])
+
+
 def test_a_state_of_other_tensors_is_refused_by_name(folder):
     stopped(0)
     run = resumed("--resume", "run")
