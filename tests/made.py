@@ -1,6 +1,7 @@
 """Small data sets, genotypes and networks, and the scripts run on them."""
 
 import io
+import itertools
 import logging
 import os
 import random
@@ -211,6 +212,18 @@ def write_network(path):
     torch.nn.init.normal_(net.head.to_rgb.weight, 0, 0.05)
     model_train.save(net, path)
     return net
+
+
+def interrupted(call, interrupt):
+    """test_view's `restore`, with `interrupt()` before the call of a number, counted from 1."""
+    restore, calls = test_view.restore, itertools.count(1)
+
+    def wrapped(*args, **options):
+        if next(calls) == call:
+            interrupt()
+        return restore(*args, **options)
+
+    return wrapped
 
 
 def view(flags):

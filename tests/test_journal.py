@@ -17,7 +17,7 @@ import test_view
 from support.errors import UserError
 from support.images import read_image
 from support.journal import Journal
-from tests.made import ROOT, photograph, torchrun, view, write_network, write_pairs, write_scenes
+from tests.made import ROOT, interrupted, photograph, torchrun, view, write_network, write_pairs, write_scenes
 
 
 @pytest.fixture(autouse=True)
@@ -79,16 +79,8 @@ def test_three_processes_write_what_one_does(pictures):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_an_interrupted_run_goes_on_where_it_stopped(pictures, monkeypatch, number):
     assert view(f"{pictures} --result_path whole") == 1
-    restore, calls = test_view.restore, []
-
-    def interrupted(*args, **options):
-        calls.append(1)
-        if len(calls) == 5:
-            signal.raise_signal(number)
-        return restore(*args, **options)
-
     with monkeypatch.context() as patch:
-        patch.setattr(test_view, "restore", interrupted)
+        patch.setattr(test_view, "restore", interrupted(5, lambda: signal.raise_signal(number)))
         assert view(f"{pictures} --result_path out") == 130
     assert len(content("out")["results.csv"]) == 4
     with open("out/.done.0.jsonl", "a") as journal:

@@ -27,6 +27,7 @@ from support.metrics import METRICS, mean_scores, score
 from tests.made import (
     DENSITIES,
     ROOT,
+    interrupted,
     photograph,
     rain_on,
     random_genotype,
@@ -387,15 +388,7 @@ def test_a_table_that_cannot_be_written_is_one_line_after_the_scores(network, ca
 
 def test_ctrl_c_leaves_tables_of_what_was_done(network, capsys, monkeypatch):
     write_pairs(Path("pairs"), 4)
-    restore, calls = test_view.restore, []
-
-    def interrupted(*args, **options):
-        calls.append(None)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return restore(*args, **options)
-
-    monkeypatch.setattr(test_view, "restore", interrupted)
+    monkeypatch.setattr(test_view, "restore", interrupted(3, lambda: signal.raise_signal(signal.SIGINT)))
     assert view("--path pairs --clean_side left --result_path out") == 130
     assert "interrupted: 2 of 4 pictures are done" in capsys.readouterr().err
     assert list(table()) == ["0", "1"]
@@ -418,19 +411,15 @@ def test_a_signal_while_the_tables_are_written_does_not_cost_them(network, monke
 def test_ctrl_c_that_ends_the_reader_of_the_output_too_leaves_the_tables(network, monkeypatch):
     """As under `| tee log.txt`, where nothing can be printed any more."""
     write_pairs(Path("pairs"), 2)
-    restore, calls = test_view.restore, []
     read, write = os.pipe()
     lines = os.fdopen(write, "w", buffering=1)
 
-    def interrupted(*args, **options):
-        calls.append(None)
-        if len(calls) == 2:
-            os.close(read)
-            raise KeyboardInterrupt
-        return restore(*args, **options)
+    def ctrl_c():
+        os.close(read)
+        signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
-        patch.setattr(test_view, "restore", interrupted)
+        patch.setattr(test_view, "restore", interrupted(2, ctrl_c))
         patch.setattr(sys, "stdout", lines)
         view("--path pairs --clean_side left --result_path out --montage")
     assert list(table()) == ["0"]
@@ -757,15 +746,7 @@ def test_a_video_that_ends_early_is_reported_with_status_1(network, capsys, monk
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_of_an_interrupted_video_nothing_is_written(network, capsys, monkeypatch, number):
     write_video("film.avi", [photograph(i, 32, 48) for i in range(4)], 10)
-    restore, calls = test_view.restore, []
-
-    def interrupted(*args, **options):
-        calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(number)
-        return restore(*args, **options)
-
-    monkeypatch.setattr(test_view, "restore", interrupted)
+    monkeypatch.setattr(test_view, "restore", interrupted(3, lambda: signal.raise_signal(number)))
     assert view("--path film.avi --result_path out") == 130
     assert "interrupted: out/film.avi is not written" in capsys.readouterr().err
     assert list(Path("out").iterdir()) == []
