@@ -296,9 +296,9 @@ def test_torch_export_at_any_size_equals_the_network(exported):
     about = {"about.json": ""}
     program = torch.export.load(write("net.pt2"), extra_files=about)
     assert_parity(net, program.module())
-    assert (
-        json.loads(json.loads(about["about.json"])["genotype"])["modules"][0][0] == net.genotype.modules[0][0]
-    )
+    about = json.loads(about["about.json"])
+    assert json.loads(about["genotype"])["modules"][0][0] == net.genotype.modules[0][0]
+    assert "over 8x8" in about["usage"]
 
 
 def test_onnx_at_any_size_equals_the_network(exported):

@@ -20,6 +20,11 @@ def numbers_in(name):
     return [int(part) for part in name.split(".") if part.isdigit()]
 
 
+def maps(x):
+    """Maximum and mean over the channels."""
+    return torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)
+
+
 class Formulas:
     """What a state dict's tensors compute, by their names; with training, BatchNorm's statistics change."""
 
@@ -157,7 +162,6 @@ class Formulas:
         return self.separable(f"{name}.body.2", self.separable(f"{name}.body.0", x).relu())
 
     def operation(self, name, kind, x):
-        maps = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)
         match kind:
             case "none":
                 return 0 * x
@@ -168,17 +172,16 @@ class Formulas:
             case "dil_conv_3x3":
                 return x * self.separable(f"{name}.body", x, dilation=2).sigmoid()
             case "sep_conv_3x3_spatial":
-                return x * self.twice_separable(name, maps).sigmoid()
+                return x * self.twice_separable(name, maps(x)).sigmoid()
             case "dil_conv_3x3_spatial":
-                return x * self.separable(f"{name}.body", maps, dilation=2).sigmoid()
+                return x * self.separable(f"{name}.body", maps(x), dilation=2).sigmoid()
             case "SE":
                 return self.squeeze(name, x)
             case "SE_A_M":
                 return self.squeeze_both(name, x)
             case "CBAM":
                 x = self.squeeze_both(f"{name}.0", x)
-                maps = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)
-                weights = self.norm(f"{name}.1.body.1", self.conv(f"{name}.1.body.0", maps), momentum=0.01)
+                weights = self.norm(f"{name}.1.body.1", self.conv(f"{name}.1.body.0", maps(x)), momentum=0.01)
                 return x * weights.sigmoid()
 
 
