@@ -183,7 +183,7 @@ def test_a_compiled_edge_is_the_same_or_in_half_precision_as_near_to_float32_as_
     compiled = copy.deepcopy(net)
     compile_edges(compiled)
     x = torch.randn(3, 8, 32, 32).relu().to(memory_format=torch.channels_last).requires_grad_()
-    beta = torch.linspace(0.1, 0.9, 9, requires_grad=True)
+    beta = torch.linspace(0.1, 0.9, len(PRIMITIVES), requires_grad=True)
     found = []
     for edge, half in ((net, False), (net, amp), (compiled, amp)):
         with torch.autocast("cpu", enabled=half):
