@@ -145,10 +145,13 @@ class Compiled(nn.Module):
                 # Flipped or turned, a picture has other strides, for which all would be compiled anew.
                 padded = padded.contiguous(memory_format=torch.channels_last)
                 # Freezing: the weights are constants, laid out for the kernels that are chosen. As an option
-                # of torch.compile it comes after they were made arguments, and does nothing.
-                with torch._inductor.config.patch(freezing=True):
+                # of torch.compile it comes after they were made arguments, and does nothing. PyTorch 2.14
+                # cannot lay out those in float64, which the benchmark compares in.
+                with torch._inductor.config.patch(freezing=padded.dtype != torch.float64):
                     return self.compiled(padded)[..., :height, :width]
             except torch._dynamo.exc.TorchDynamoException as error:
                 self.shapes = set()
-                log.warning("compiling failed, going on without: %s", str(error).strip().partition("\n")[0])
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                why = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # "backend='inductor' raised:"
+                log.warning("compiling failed, going on without: %s", why)
         return self.net(x)
