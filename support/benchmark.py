@@ -118,9 +118,8 @@ class Row(NamedTuple):
     def has_half(self):
         return self.what not in LOADERS and self.processes != KEPT
 
-    def has_compiled(self, device):
-        on_cpu = self.what == "training_step" and device.type == "cpu"  # where it is slower
-        return self.has_half() and self.what != "operations" and not on_cpu
+    def has_compiled(self):
+        return self.has_half() and self.what != "operations"
 
     @property
     def allowed(self):
@@ -225,7 +224,7 @@ def main(args):
     if args.amp:
         rows += [row._replace(half=True) for row in rows if row.has_half()]
     if args.compile:
-        rows += [row._replace(compiled=True) for row in rows if row.has_compiled(device)]
+        rows += [row._replace(compiled=True) for row in rows if row.has_compiled()]
     measured = {}
     for row in rows:
         if row.what in LOADERS:
@@ -340,8 +339,10 @@ def steps(name, options, device, dtype=torch.float32, picture_size=None):
         if compiled and picture_size:
             formed = Compiled(formed)
             formed.shapes = set(forwards(*picture_size, tile=0))
+        elif compiled and name in SEARCH_STEPS:
+            compile_edges(formed)
         elif compiled:
-            (compile_edges if name in SEARCH_STEPS else compile_network)(formed)
+            compile_network(formed, device)
         if half:
             formed.forward = partial(in_half_precision, formed.forward, kind)
         return step(formed, first, second, options, recorded)

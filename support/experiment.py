@@ -389,16 +389,14 @@ class Experiment:
         """With --compile: have what gains by it compiled in place."""
         if not self.args.compile:
             return
-        if self.kind == "eval" and self.device.type == "cpu":
-            why = "a training step is slower compiled on a CPU"
-        elif self.args.sync_bn and distributed.size() > 1:
+        if self.args.sync_bn and distributed.size() > 1:
             why = "--sync_bn would cut the network into pieces at each BatchNorm"
         else:
             why = no_compiler(self.device)
         if why:
             log.warning("--compile: %s; the run goes on without", why)
         elif self.kind == "eval":
-            compile_network(net)
+            compile_network(net, self.device)
         else:
             compile_edges(net)
 

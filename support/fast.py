@@ -22,7 +22,8 @@ from operations import AttentionModule, Bottleneck, Gather, ResidualBlock, Trans
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT = 2**27  # bytes of a block: twice the largest activation of a half-width network at 512x512
 MOST_KEPT = 2**30
-BRANCHES = Bottleneck, Transition, ResidualBlock, Gather, AttentionModule  # what `compile_network` compiles
+# What `compile_network` compiles.
+BRANCHES = {"cpu": AttentionModule, "cuda": (Bottleneck, Transition, ResidualBlock, Gather, AttentionModule)}
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +97,10 @@ def compile_edges(net):
             module.compile(dynamic=False)
 
 
-def compile_network(net):
-    """Have the branches of a fixed network compiled in place, for training on a GPU; its state_dict stays as
-    it is. To be copied or pickled before: a copy would compute with this network's weights.
+def compile_network(net, device):
+    """Have the branches of a fixed network compiled in place, for training; on a CPU those of its attention
+    modules, since there the others are slower compiled. The state_dict stays as it is. To be copied or
+    pickled before: a copy would compute with this network's weights.
 
     Branch by branch, so that they go side by side in a CUDA graph all the same. Those of equal shape share
     one compilation, and so do batches of more than one image; with BatchNorm frozen there is another.
@@ -107,7 +109,7 @@ def compile_network(net):
     torch._dynamo.config.automatic_dynamic_shapes = False  # and not a slower one for all of them
     torch._dynamo.config.optimize_ddp = False
     for module in net.modules():
-        if isinstance(module, BRANCHES):
+        if isinstance(module, BRANCHES[device.type]):
             module.forward = partial(_of_any_number, torch.compile(module.forward))
 
 

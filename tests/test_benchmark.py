@@ -10,6 +10,7 @@ import torch
 import operations
 from genotypes import PRIMITIVES
 from model_search import MixedOperation, SearchNetwork
+from model_train import DerainNetwork
 from operations import Gate, Zero
 from support import benchmark
 
@@ -123,15 +124,17 @@ def test_in_half_precision_a_picture_differs_but_by_no_more_than_is_allowed(caps
 
 
 def test_compile_adds_a_row_that_says_what_its_first_step_took_where_the_scripts_compile(capsys, monkeypatch):
-    nets, edges = [], []
+    nets, edges, branches = [], [], []
     monkeypatch.setattr(torch, "compile", lambda net, **options: lambda x: nets.append(x.shape) or net(x))
     monkeypatch.setattr(benchmark, "compile_edges", edges.append)
+    monkeypatch.setattr(benchmark, "compile_network", lambda net, device: branches.append((net, device.type)))
     monkeypatch.setitem(benchmark.PICTURES, "inference_256", (30, 40))
     names = ["weight_step", "training_step", "inference_256"]
     rows = run(capsys, "--rows", *names, "--compile")
-    assert list(rows) == [*names, "weight_step_compile", "inference_256_compile"]
-    assert [row["compile_s"] is not None for row in rows.values()] == 3 * [False] + 2 * [True]
+    assert list(rows) == [*names, *(f"{name}_compile" for name in names)]
+    assert [row["compile_s"] is not None for row in rows.values()] == 3 * [False] + 3 * [True]
     assert {type(net) for net in edges} == {SearchNetwork}
+    assert {(type(net), device) for net, device in branches} == {(DerainNetwork, "cpu")}
     assert (1, 3, 32, 40) in nets
 
 

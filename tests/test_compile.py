@@ -175,20 +175,36 @@ def test_those_of_equal_shape_are_traced_once_and_are_the_same(monkeypatch):
     assert graphs() == 1
 
 
+# What a CPU compiles: of a search, of a training; and what they are given beside a map of 8 channels.
+COMPILED_MODULES = {
+    "edge": (
+        lambda: MixedOperation(8),
+        compile_edges,
+        [torch.linspace(0.1, 0.9, len(PRIMITIVES), requires_grad=True)],
+    ),
+    "attention": (
+        lambda: AttentionModule(8, [OPERATIONS[name](4) for name in ("dil_conv_3x3", "CBAM", "SE")]),
+        partial(compile_network, device=CPU),
+        [],
+    ),
+}
+
+
 @pytest.mark.parametrize("amp", [False, True])
-def test_a_compiled_edge_is_the_same_or_in_half_precision_as_near_to_float32_as_one_that_is_not(amp):
+@pytest.mark.parametrize("kind", COMPILED_MODULES)
+def test_a_compiled_module_is_the_same_or_in_half_precision_as_near_to_float32_as_one_that_is_not(kind, amp):
     counted()
     torch.manual_seed(0)
-    net = MixedOperation(8).to(memory_format=torch.channels_last)
+    make, compile, beta = COMPILED_MODULES[kind]
+    net = make().to(memory_format=torch.channels_last)
     compiled = copy.deepcopy(net)
-    compile_edges(compiled)
+    compile(compiled)
     x = torch.randn(3, 8, 32, 32).relu().to(memory_format=torch.channels_last).requires_grad_()
-    beta = torch.linspace(0.1, 0.9, len(PRIMITIVES), requires_grad=True)
     found = []
-    for edge, half in ((net, False), (net, amp), (compiled, amp)):
+    for module, half in ((net, False), (net, amp), (compiled, amp)):
         with torch.autocast("cpu", enabled=half):
-            output = edge(x.bfloat16() if half else x, beta)
-        gradients = torch.autograd.grad(output.float().square().sum(), [x, beta, *edge.parameters()])
+            output = module(x.bfloat16() if half else x, *beta)
+        gradients = torch.autograd.grad(output.float().square().sum(), [x, *beta, *module.parameters()])
         found.append(([output.detach()], gradients))
     exact, eager, fused = found
     allowed = max(0.02, 2 * relative_error(exact, eager, as_one=True)) if amp else 1e-4
@@ -196,8 +212,15 @@ def test_a_compiled_edge_is_the_same_or_in_half_precision_as_near_to_float32_as_
     assert graphs() == 1
 
 
-def test_branches_of_equal_shape_are_compiled_once_for_batches_of_any_number_of_images(monkeypatch):
-    """Each kind of branch twice, those of one map and those of all maps."""
+@pytest.mark.parametrize(
+    # Of the attention; on a GPU also of the bottleneck, two blocks, two sums and the transition.
+    ("device", "compilations"),
+    [("cpu", 1), ("cuda", 7)],
+)
+def test_branches_of_equal_shape_are_compiled_once_for_batches_of_any_number_of_images(
+    device, compilations, monkeypatch
+):
+    """Each kind of branch twice, those of one map and those of all maps; all on the CPU."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     counted()
     torch.manual_seed(0)
@@ -212,7 +235,7 @@ def test_branches_of_equal_shape_are_compiled_once_for_batches_of_any_number_of_
     net = nn.ModuleDict({f"{kind} {k}": make() for kind, make in kinds.items() for k in range(2)})
     net.to(memory_format=torch.channels_last)
     compiled = copy.deepcopy(net)
-    compile_network(compiled)
+    compile_network(compiled, torch.device(device))
     assert compiled.state_dict().keys() == net.state_dict().keys()
     for count in (5, 7, 4):
         found = []
@@ -224,7 +247,7 @@ def test_branches_of_equal_shape_are_compiled_once_for_batches_of_any_number_of_
             gradient = torch.autograd.grad(sum(o.square().sum() for o in outputs), list(each.parameters()))
             found.append(([o.detach() for o in outputs], gradient))
         assert relative_error(*found, as_one=True) < 1e-5
-    assert graphs() == 7  # of the bottleneck, the attention, two blocks, two sums and the transition
+    assert graphs() == compilations
 
 
 @pytest.mark.parametrize("name", PRIMITIVES[2:])
@@ -272,7 +295,7 @@ def test_on_a_gpu_what_gains_by_it_is_compiled(kind, sync_bn, said, monkeypatch,
     compiled, net = [], nn.Identity()
     monkeypatch.setattr(experiment, "no_compiler", lambda device: None)
     monkeypatch.setattr(experiment, "compile_edges", lambda net: compiled.append(("search", net)))
-    monkeypatch.setattr(experiment, "compile_network", lambda net: compiled.append(("eval", net)))
+    monkeypatch.setattr(experiment, "compile_network", lambda net, device: compiled.append(("eval", net)))
     monkeypatch.setattr(experiment.distributed, "size", lambda: 2 if sync_bn else 1)
     args = SimpleNamespace(compile=True, sync_bn=sync_bn)
     run = SimpleNamespace(kind=kind, device=torch.device("cuda"), args=args)
@@ -293,7 +316,10 @@ def test_compile_may_change_when_a_search_is_resumed(folder, monkeypatch):
         assert len(compiled) - before == ("--compile" in flags)
 
 
-@pytest.mark.parametrize("how", [compile_network, partial(nn.Module.compile, dynamic=False)])
+@pytest.mark.parametrize(
+    "how",
+    [partial(compile_network, device=torch.device("cuda")), partial(nn.Module.compile, dynamic=False)],
+)
 def test_validation_is_not_compiled(how, folder, monkeypatch):
     """Neither what `compile_network` compiles, nor what is compiled as `compile_edges` does."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
