@@ -373,6 +373,7 @@ def test_weights_are_widened_to_a_multiple_of_their_channels(data):
 
 def test_of_a_training_on_a_cpu_the_attention_modules_are_compiled(data, monkeypatch):
     compiled = []
+    monkeypatch.setattr(experiment, "no_compiler", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward.__self__) or forward)
     train(f"{PAIRS} {ONE_STEP} --save run --compile")
     assert {type(module) for module in compiled} == {AttentionModule}
