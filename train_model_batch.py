@@ -97,8 +97,8 @@ def get_args_parser():
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the network, on a CPU its attention modules: minutes at first, for a run of half "
-        "an hour or more",
+        help="torch.compile the network, on a CPU its attention modules, which gains with --amp: minutes at "
+        "first, for a run of half an hour or more",
     )
     return parser
 
