@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import dataset
 import genotypes
@@ -47,16 +48,31 @@ def gains(name, scenes, part=...):
     return {density: np.mean(values) for density, values in found.items()}
 
 
+def lines_after(text):
+    """The first code in the README after `text`, which begins a paragraph."""
+    paragraphs = (ROOT / "README.md").read_text(encoding="utf-8").split(f"\n\n{text}")[1].split("\n\n")
+    lines = takewhile(lambda paragraph: paragraph.startswith("    "), paragraphs[1:])
+    return textwrap.dedent("\n\n".join(lines))
+
+
 def test_the_lines_of_python_in_the_readme_restore_a_picture(tmp_path, monkeypatch):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    paragraphs = readme.split("\nFrom Python ")[1].split("\n\n")
-    lines = "\n\n".join(takewhile(lambda text: text.startswith("    "), paragraphs[1:]))
     write_image(tmp_path / "photo.jpg", rain_on(photograph(0, 48, 64), 0))
     (tmp_path / "eval-EXP").symlink_to(test_view.SHIPPED.parent.resolve())
     monkeypatch.chdir(tmp_path)
-    exec(textwrap.dedent(lines).replace('"cuda"', '"cpu"'), {})
+    exec(lines_after("From Python").replace('"cuda"', '"cpu"'), {})
     expected = restore(model_train.load("eval-EXP/derain.pt"), read_image("photo.jpg"))
     assert np.array_equal(read_image("restored.png"), expected)
+
+
+def test_the_loop_in_the_readme_computes_a_loss_on_all_scenes_but_those_that_validate(tmp_path, monkeypatch):
+    write_pairs(tmp_path / "my_pairs", 40, clean_side="left")
+    monkeypatch.chdir(tmp_path)
+    lines = lines_after("and for a training loop")
+    found = {}
+    exec(f"{lines}\n    break", found)
+    parts = dataset.split(dataset.find_training(["my_pairs"], ["left"]), 0)
+    assert len(found["scenes"]) == 40 - len(parts["validation"])
+    assert torch.isfinite(found["loss"]) and found["loss"].requires_grad
 
 
 @pytest.mark.parametrize("name, megabytes", [*zip(NAMES, (20, 8), strict=True)])
