@@ -2,7 +2,8 @@
 
 First order:   grad_a L_val(w, a).
 Unrolled:      grad_a L_val(w - xi * d(w, a), a), with d the step that SGD would take on the training loss,
-               momentum and weight decay included (Liu et al. 2019, DARTS, equations 6 and 7):
+               momentum and weight decay included (Liu et al. 2019, DARTS, equations 6 and 7), but for
+               --grad_clip, and with BatchNorm's running statistics unless --arch_batch_statistics:
 
     d = mu * v + grad_w L_train(w, a) + lambda * w,          w' = w - xi * d
     grad_a L_val(w', a) - xi * grad_a [ grad_w L_train(w, a) . grad_w' L_val(w', a) ]

@@ -13,6 +13,7 @@ import os
 import random
 import reprlib
 import textwrap
+import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -220,14 +221,16 @@ def write_json(genotype, path):
 def check_new_name(name, path=None):
     """Raise GenotypeError unless `name` can be added to the file of genotypes at `path` (default: `FILE`)."""
     path = Path(path or FILE)
-    if not name.isidentifier() or keyword.iskeyword(name):
+    normal = unicodedata.normalize("NFKC", name) == name  # Python would take it for another name
+    if not (name.isidentifier() and normal) or keyword.iskeyword(name):
         raise GenotypeError(f"--name {name}: not a Python identifier (letters, digits and _, no digit first)")
     tree = ast.parse(path.read_text(encoding="utf-8"))
     taken = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     taken |= {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     if name in taken or name in globals() or hasattr(builtins, name):
         raise NameTaken(f"--name {name}: already taken in {path.name}; choose another name")
-    if not os.access(path.parent, os.W_OK):
+    lock = _lock_of(path)
+    if not os.access(path.parent, os.W_OK) or (lock.exists() and not os.access(lock, os.W_OK)):
         raise GenotypeError(f"--name {name}: {path} cannot be written; run in a copy that can be")
 
 
@@ -256,10 +259,13 @@ def append_all(entries, path=None):
         _replace(path, text)
 
 
+def _lock_of(path):
+    return path.with_suffix(".lock")
+
+
 @contextmanager
 def _locked(path):
-    lock = path.with_suffix(".lock")
-    with open(lock, "w") as handle:
+    with open(_lock_of(path), "w") as handle:
         if os.name == "posix":
             import fcntl
 

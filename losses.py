@@ -55,38 +55,40 @@ def external(outputs, clean, scene, mse_weight=1.0, psnr_weight=0.0):
     return error.sum() / len(clean)
 
 
-def internal(outputs, scene, scenes):
-    """sum over d < e of MSE(O_d, O_e), averaged over the `scenes` scenes; 0 for a scene of one image.
+def internal(outputs, scene, scene_count):
+    """sum over d < e of MSE(O_d, O_e), averaged over the `scene_count` scenes; 0 for a scene of one image.
 
     Uses sum_{d<e} |O_d - O_e|^2 = D * sum_d |O_d - mean of O|^2, which needs no pairs.
     """
-    count = _images_of(scene, scenes, outputs)
-    total = outputs.new_zeros(scenes, *outputs.shape[1:]).index_add(0, scene, outputs)
+    count = _images_of(scene, scene_count, outputs)
+    total = outputs.new_zeros(scene_count, *outputs.shape[1:]).index_add(0, scene, outputs)
     mean = total / count.clamp(min=1).view(-1, 1, 1, 1)
     spread = (outputs - mean[scene]).square().mean((1, 2, 3))
-    return (count[scene] * spread).sum() / scenes
+    return (count[scene] * spread).sum() / scene_count
 
 
-def _images_of(scene, scenes, like):
+def _images_of(scene, scene_count, like):
     """How many images each scene has; torch.bincount would wait for the GPU."""
-    return like.new_zeros(scenes).index_add(0, scene, like.new_ones(len(scene)))
+    return like.new_zeros(scene_count).index_add(0, scene, like.new_ones(len(scene)))
 
 
-def total_variation(outputs, scene, scenes):
+def total_variation(outputs, scene, scene_count):
     """2 * (mean squared vertical + mean squared horizontal difference) of NxCxHxW, averaged over the images
     of each scene and then over the scenes: so a batch's loss is the mean of its scenes', however divided.
     """
     vertical = outputs.diff(dim=2).square().mean((1, 2, 3))
     horizontal = outputs.diff(dim=3).square().mean((1, 2, 3))
     each = 2 * (vertical + horizontal)
-    return (each / _images_of(scene, scenes, outputs)[scene]).sum() / scenes
+    return (each / _images_of(scene, scene_count, outputs)[scene]).sum() / scene_count
 
 
 def multi_to_one(outputs, clean, scene, use_internal=True, tv_weight=1e-4, mse_weight=1.0, psnr_weight=0.0):
-    """The loss on the weights: external + 1e-4 * total variation + internal (from the 6th epoch on).
+    """external + tv_weight * total variation + internal, averaged over the scenes: the loss of a training,
+    and of both levels of a search.
 
-    With one rainy image a scene (one-to-one training) the internal term is zero. mse_weight, psnr_weight:
-    those of `external`.
+    outputs: NxCxHxW; clean: SxCxHxW; scene: N indices into clean. use_internal: in the scripts from the 6th
+    epoch on; with one rainy image a scene (one-to-one training) that term is zero anyway. mse_weight,
+    psnr_weight: those of `external`. Raises ValueError where H or W is under 11.
     """
     loss = external(outputs, clean, scene, mse_weight, psnr_weight)
     loss = loss + tv_weight * total_variation(outputs, scene, len(clean))

@@ -152,7 +152,7 @@ def widen(net, channels, seed=0):
 
 
 def checkpoint(net, half=False):
-    """All that `restore` needs to build the network again, as plain tensors, numbers and strings.
+    """All that `load` needs to build the network again, as plain tensors, numbers and strings.
 
     half: the convolutions' weights in float16, but for those it cannot hold, the statistics as they are:
         half the size.
@@ -234,7 +234,7 @@ def load(path, device="cpu"):
     Nothing in the file is executed (`weights_only=True`). Raises CheckpointError, one line naming the file,
     on anything that is not such a checkpoint.
     """
-    return restore(read(path), path).to(device).eval()
+    return rebuilt(read(path), path).to(device).eval()
 
 
 def read(path):
@@ -302,7 +302,7 @@ def _check_nesting(pickled):
             stack += [(depth, size)] * len(code.stack_after)
 
 
-def restore(payload, path="checkpoint"):
+def rebuilt(payload, path):
     """The DerainNetwork described by a dictionary of `checkpoint`; CheckpointError, naming `path`, if it is
     none.
     """

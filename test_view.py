@@ -22,7 +22,6 @@ import platform
 import shlex
 import sys
 import time
-from argparse import ArgumentTypeError
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -46,7 +45,7 @@ from support.journal import FILES, Journal
 from support.metrics import METRICS, by_density, score
 from support.options import DEFAULT_DATA, DEMO_DATA
 from support.rain import demo_set
-from support.restore import ENSEMBLES, SMALLEST_TILE, forwards, is_out_of_memory, restore
+from support.restore import ENSEMBLES, forwards, is_out_of_memory, restore
 
 DEFAULT_PATH = f"{DEFAULT_DATA}/{layouts.TEST}"
 SHIPPED = model_train.SHIPPED
@@ -56,22 +55,25 @@ TABLES = ("results.csv", "results.json", "result_full.txt")
 COLUMNS = ("name", "density", "height", "width", "seconds", *METRICS, *(f"input_{m}" for m in METRICS))
 
 
-def tile(text):
-    side = command.natural(text)
-    if side and (side % 8 or side < SMALLEST_TILE):
-        raise ArgumentTypeError(f"{text} is not 0 or a multiple of 8 from {SMALLEST_TILE} on")
-    return side
-
-
 def get_args_parser():
     parser = command.Parser(
         prog="test_view.py", description="Restore pictures, and score them where there is ground truth."
     )
     add = parser.add_argument
-    add("--path", help=f"picture, folder or video (default: {DEFAULT_PATH}, else the demo)")
-    add("--result_path", default="results", help="where the results go (default: results)")
+    add(
+        "--path",
+        type=command.not_empty,
+        help=f"picture, folder or video (default: {DEFAULT_PATH}, else the demo)",
+    )
+    add(
+        "--result_path",
+        type=command.not_empty,
+        default="results",
+        help="where the results go (default: %(default)s)",
+    )
     add(
         "--ckt_path",
+        type=command.not_empty,
         help="checkpoint (default: the newest finished eval-EXP-* run's, else eval-EXP/derain.pt); on a "
         "laptop give eval-EXP/derain_light.pt",
     )
@@ -80,7 +82,7 @@ def get_args_parser():
     add("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     add(
         "--tile",
-        type=tile,
+        type=command.tile,
         help="side of the tiles in pixels, a multiple of 8; 0: never tile (default: above a megapixel)",
     )
     add(
@@ -138,7 +140,7 @@ def main(args):
     if out.suffix.lower() in {*images.EXTENSIONS, *images.VIDEO_EXTENSIONS} and not out.is_dir():
         raise UserError(f"--result_path {out}: is to be a folder, in which results keep their names")
     images.check_folder(out)
-    if path.suffix.lower() in images.VIDEO_EXTENSIONS:
+    if path.suffix.lower() in images.VIDEO_EXTENSIONS and not path.is_dir():
         check_video(args, path)
         return restore_video(restore_one, path, out, choose_compiled_for)
 
@@ -255,8 +257,6 @@ def takes_demo(args):
 
 def choose_path(args):
     """The folder or file to restore: --path, else DID-MDN-test, else the demo's test pictures."""
-    if args.path == "":
-        raise UserError("--path: is empty; give a folder or a file, or leave it out")
     if args.path is not None:
         path = Path(args.path)
         if os.path.isdir(path / layouts.TEST):

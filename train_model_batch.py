@@ -48,19 +48,23 @@ def get_args_parser():
         prog="train_model_batch.py", description="Retrain the fixed network of a genotype (stage 2)."
     )
     train = parser.add_argument_group("training")
+    by_default = " ".join(f"--{name} {value:g}" for name, value in FINE_TUNING.items())
     train.add_argument(
-        "--arch", help="a name in genotypes.py or a run's genotype.json (default: the newest name)"
+        "--arch",
+        type=command.not_empty,
+        help="a name in genotypes.py or a run's genotype.json (default: the newest name)",
     )
     train.add_argument(
         "--weights",
+        type=command.not_empty,
         metavar="CKPT",
-        help="begin with a trained network: fine-tune it, by default at --learning_rate 1e-4 --warmup_steps "
-        "100 --freeze_start 1; with --channels, a multiple of its own, widened",
+        help=f"begin with a trained network: fine-tune it, by default at {by_default}; with --channels, a "
+        "multiple of its own, widened",
     )
     train.add_argument("--epochs", type=positive, default=200, help="(default: %(default)s)")
     train.add_argument("--steps_per_epoch", type=positive, default=500, help="(default: %(default)s)")
-    train.add_argument("--batch_size", type=positive, default=32, help="scenes a step (default: 32)")
-    train.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: 64)")
+    train.add_argument("--batch_size", type=positive, default=32, help="scenes a step (default: %(default)s)")
+    train.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: %(default)s)")
     options.add_network_arguments(train)
     train.add_argument(
         "--ema", type=decay, default=0.0, help="decay of averaged weights, as 0.999 (default: 0, none)"
@@ -79,7 +83,7 @@ def get_args_parser():
         type=natural,
         default=0,
         help="first epoch in which BatchNorm keeps its statistics, and so trains as it will be used; 0: none "
-        "(default: 0)",
+        "(default: %(default)s)",
     )
     adam = parser.add_argument_group("weights (Adam, cosine)")
     adam.add_argument("--learning_rate", type=not_negative, default=1e-3, help="first (default: %(default)s)")
@@ -134,7 +138,7 @@ def main(args):
         genotypes.write_json(net.genotype, run.folder / "genotype.json")
 
     weights = list(net.parameters())
-    shipped = averaged.module if averaged else net  # what is scored and kept
+    kept = averaged.module if averaged else net  # what is scored and saved
     batches = run.batches(scenes["weights"] + scenes["architecture"])
 
     def frozen():
@@ -162,7 +166,7 @@ def main(args):
         constants=lambda: (frozen(), run.uses_internal()),
     )
     if args.weights and run.step == 0 and run.begun_with is None:
-        run.begin_with(run.validate(shipped, validation), partial(model_train.save, shipped))
+        run.begin_with(run.validate(kept, validation), partial(model_train.save, kept))
     for epoch in run.epochs():
         net.train()
         if frozen():
@@ -174,16 +178,16 @@ def main(args):
             optimizer.param_groups[0]["lr"] = warm * run.cosine(args.learning_rate, args.learning_rate_min)
             batch = run.next_batch(batches)
             training_loss = backward(batch)
-            run.share_statistics()
+            run.average_statistics()
             clipping = experiment.clip(weights, args.grad_clip)
             if run.accept(batch, loss=training_loss, **clipping):
                 optimizer.step()
                 if averaged:
                     averaged.update()
 
-        scores = run.validate(shipped, validation)
+        scores = run.validate(kept, validation)
         run.finish_epoch(
-            epoch, scores, partial(model_train.save, shipped), learning_rate=optimizer.param_groups[0]["lr"]
+            epoch, scores, partial(model_train.save, kept), learning_rate=optimizer.param_groups[0]["lr"]
         )
 
     run.finish(parameters=sum(p.numel() for p in net.parameters()))

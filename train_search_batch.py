@@ -63,7 +63,9 @@ def get_args_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     search = parser.add_argument_group("search")
-    search.add_argument("--name", help="of the genotype in genotypes.py (default: search_<time>)")
+    search.add_argument(
+        "--name", type=command.not_empty, help="of the genotype in genotypes.py (default: search_<time>)"
+    )
     search.add_argument(
         "--random",
         type=positive,
@@ -72,8 +74,10 @@ def get_args_parser():
     )
     search.add_argument("--epochs", type=positive, default=200, help="(default: %(default)s)")
     search.add_argument("--steps_per_epoch", type=positive, default=1000, help="(default: %(default)s)")
-    search.add_argument("--batch_size", type=positive, default=16, help="scenes a step (default: 16)")
-    search.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: 64)")
+    search.add_argument(
+        "--batch_size", type=positive, default=16, help="scenes a step (default: %(default)s)"
+    )
+    search.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: %(default)s)")
     options.add_network_arguments(search)
     weights = parser.add_argument_group("weights (SGD, cosine)")
     weights.add_argument(
@@ -91,7 +95,10 @@ def get_args_parser():
     arch.add_argument("--arch_learning_rate", type=not_negative, default=3e-4, help="(default: %(default)s)")
     arch.add_argument("--arch_weight_decay", type=not_negative, default=1e-3, help="(default: %(default)s)")
     arch.add_argument(
-        "--arch_start", type=positive, default=11, help="first epoch of the architecture steps (default: 11)"
+        "--arch_start",
+        type=positive,
+        default=11,
+        help="first epoch of the architecture steps (default: %(default)s)",
     )
     arch.add_argument(
         "--unrolled", action="store_true", help="second-order steps (DARTS), about 8 times the cost"
@@ -144,9 +151,10 @@ def main(args):
     collapse = runs.noted(run.folder, runs.SUMMARY, "collapse")
     if args.resume is not None and args.stop_on_collapse and collapse:
         raise UserError(f"--resume {run.folder}: this search has ended, collapsed: {collapse}")
-    over = run.done() or args.stop_on_collapse
-    if not (args.demo or (args.resume is not None and over and (run.folder / "genotype.json").exists())):
-        check_name(args)  # else it may be this run's own, written before it was stopped
+    ended = args.resume is not None and (run.done() or args.stop_on_collapse)
+    may_be_its_own = ended and (run.folder / "genotype.json").exists()  # taken just before it was stopped
+    if not (args.demo or may_be_its_own):
+        check_name(args)
     print(f"genotype: {'in the run folder (demo)' if args.demo else args.name}")
     scenes = run.split()
 
@@ -204,7 +212,7 @@ def main(args):
                 arch_batch = run.next_batch(arch_batches)
                 architect.step(arch_batch, batch, accept=partial(run.accept, arch_batch))
             training_loss = backward(batch)
-            run.share_statistics()
+            run.average_statistics()
             clipping = experiment.clip(weights, args.grad_clip)
             if run.accept(batch, loss=training_loss, **clipping):
                 optimizer.step()
@@ -335,7 +343,9 @@ def discretisation_gap(run, net, genotype, validation):
     """
     scenes, bad, psnr = [scene for scene in validation if scene.key not in run.bad], [], {}
     for name, network in (("supernet", net), ("chosen", from_supernet(net, genotype))):
-        measured, _ = measure(network, scenes, run.device, bad, lambda: run.stopping, run.args.amp, run.cache)
+        measured, _ = measure(
+            network, scenes, run.device, bad, stop=lambda: run.stopping, amp=run.args.amp, cache=run.cache
+        )
         if run.stopping:  # the state is that of the last step, which this does not change
             raise Interrupted(f"stopped by {run.stopping} after the last step; {run.how_to_go_on()}")
         psnr[name] = means(measured, bad)["psnr"]

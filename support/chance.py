@@ -15,6 +15,7 @@ import argparse
 import fnmatch
 import json
 import math
+import statistics
 import sys
 from itertools import islice
 from pathlib import Path
@@ -85,7 +86,7 @@ def main(args):
     groups = {name: group for name, group in groups.items() if name in psnr}
     shared = {}
     if supernet and groups:
-        of_runs = begun_with(next(iter(runs.values())))  # with the data that was found, or a demo's
+        of_runs = options_of(next(iter(runs.values())))  # with the data that was found, or a demo's
         shared = shared_scores(supernet, list(groups), argparse.Namespace(**of_runs))
     if groups:
         print(report(groups, psnr, parameters, shared))
@@ -110,7 +111,7 @@ def retrain(name, seed, folder, flags):
     if not (folder / SUMMARY).exists():
         train_model_batch.main(args)
     else:
-        refuse_other_options(folder, vars(args), args.given, begun_with(folder))
+        refuse_other_options(folder, vars(args), args.given, options_of(folder))
     return read_json(folder / SUMMARY)
 
 
@@ -126,7 +127,7 @@ def check_alike(runs):
             raise UserError(
                 f"{folder}: is of another genotype called {name}; take it away, or give other --runs"
             )
-        own = begun_with(folder)
+        own = options_of(folder)
         first, expected = first or folder, expected or own
         for option in sorted(own.keys() & expected.keys() - OF_EACH):
             if own[option] != expected[option]:
@@ -136,7 +137,7 @@ def check_alike(runs):
                 )
 
 
-def begun_with(folder):
+def options_of(folder):
     """The options of the run in a folder."""
     return as_now(read_json(folder / "options.json"))
 
@@ -172,7 +173,7 @@ def shared_scores(supernet, names, options):
 
 def report(groups, psnr, parameters, shared=None):
     """The table of all genotypes, best first, and of the groups: mean, spread, interval, rank correlation."""
-    means = {name: sum(values) / len(values) for name, values in psnr.items()}
+    means = {name: statistics.mean(values) for name, values in psnr.items()}
     order = sorted(means, key=means.get, reverse=True)
     lines = [f"{'':4} {'genotype':28} {'group':9} {'parameters':>10}  {'PSNR by seed, dB':24} {'mean':>7}"]
     lines[0] += f" {'shared':>7}" if shared else ""
@@ -185,8 +186,9 @@ def report(groups, psnr, parameters, shared=None):
         values = [means[name] for name in order if groups[name] == group]
         sizes = [parameters[name] for name in order if groups[name] == group]
         lines.append(
-            f"{group:9} {len(values):3} genotypes: mean {mean(values):.3f} dB, {spread(values)}; "
-            f"{min(values):.3f} to {max(values):.3f}; {mean(sizes):,.0f} parameters on average"
+            f"{group:9} {len(values):3} genotypes: mean {statistics.mean(values):.3f} dB, "
+            f"{interval(values)}; "
+            f"{min(values):.3f} to {max(values):.3f}; {statistics.mean(sizes):,.0f} parameters on average"
         )
     drawn = [name for name in order if groups[name] == "random"]
     correlations = {"parameters": parameters, "PSNR with shared weights": shared}
@@ -198,15 +200,11 @@ def report(groups, psnr, parameters, shared=None):
     return "\n".join(lines)
 
 
-def mean(values):
-    return sum(values) / len(values)
-
-
-def spread(values):
+def interval(values):
     """Standard deviation, and the 95 % interval of the mean by Student's t, of two values or more."""
     if len(values) < 2:
         return "a single one"
-    deviation = math.sqrt(sum((v - mean(values)) ** 2 for v in values) / (len(values) - 1))
+    deviation = statistics.stdev(values)
     half = stats.t.ppf(0.975, len(values) - 1) * deviation / math.sqrt(len(values))
     return f"SD {deviation:.3f}, 95 % interval of the mean +-{half:.3f}"
 

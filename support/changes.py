@@ -37,10 +37,12 @@ def get_args_parser():
     )
     parser.add_argument("--clean_side", choices=layouts.SIDES, help="files are side by side")
     parser.add_argument(
-        "--half", choices=("rainy", "clean"), default="rainy", help="of a pair (default: rainy)"
+        "--half", choices=("rainy", "clean"), default="rainy", help="of a pair (default: %(default)s)"
     )
     parser.add_argument("--every", type=positive, default=1, metavar="N", help="of the pictures, each N-th")
-    parser.add_argument("--worst", type=natural, default=1, metavar="N", help="pictures to name (default: 1)")
+    parser.add_argument(
+        "--worst", type=natural, default=1, metavar="N", help="pictures to name (default: %(default)s)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     return parser
 

@@ -26,6 +26,7 @@ from support.images import header_size, read_image
 from support.layouts import (
     DENSITIES,
     OTHER_SIDE,
+    SIDE_HELP,
     SIDES,
     TEST,
     TRAINING,
@@ -416,7 +417,7 @@ def get_args_parser():
         nargs="+",
         default=[],
         choices=SIDES,
-        help="the clean half of side-by-side files: one for all folders but DID-MDN's own, or one a folder",
+        help=SIDE_HELP,
     )
     return parser
 

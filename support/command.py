@@ -11,20 +11,27 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from genotypes import GenotypeError
 from losses import SSIM_WINDOW
 from model_train import MAX_CHANNELS, CheckpointError
 from support import distributed
 from support.errors import Interrupted, UserError
+from support.restore import SMALLEST_TILE, is_out_of_memory
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+MISTAKES = UserError, GenotypeError, CheckpointError
 THRIFTY = ("--accumulate", "--batch_size", "--amp", "--no_graphs", "--tile")  # flags that need less memory
 
 
+def not_empty(text):
+    """As of "$CKPT", where the shell has no such variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a value, or leave it out")
+    return text
+
+
 def positive(text):
-    return _number(text, int, lambda value: value >= 1, "a whole number from 1")
+    return _number(text, int, lambda value: 1 <= value < 2**31, "a whole number from 1, less than 2**31")
 
 
 def natural(text):
@@ -50,6 +57,13 @@ def patch(text):
 
 def side(text):
     return _number(text, int, lambda value: value >= 16, "a whole number from 16")
+
+
+def tile(text):
+    expected = f"0 or a multiple of 8 from {SMALLEST_TILE} on"
+    return _number(
+        text, int, lambda value: value % 8 == 0 and (value == 0 or value >= SMALLEST_TILE), expected
+    )
 
 
 def share(text):
@@ -108,19 +122,17 @@ def run(main, parser):
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
-        status = distributed.recorded(main)(parser.parse_args())
+        status = distributed.reporting(main, (*MISTAKES, Interrupted))(parser.parse_args())
         distributed.end()
         sys.stdout.flush()
         sys.exit(status)
-    except (UserError, GenotypeError, CheckpointError) as error:
+    except MISTAKES as error:
         sys.exit(_report(parser, f"error: {error}", 2))
     except KeyboardInterrupt:  # before a run, or in a command that has nothing to save
         sys.exit(_report(parser, "interrupted", 130))
-    except torch.OutOfMemoryError as error:
-        usage, what = parser.format_usage(), str(error).partition(" GPU ")[0]
-        flags = [flag for flag in THRIFTY if flag in usage]
-        sys.exit(_report(parser, f"error: {what} To need less, see {', '.join(flags) or '--help'}", 2))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            sys.exit(_report(parser, f"error: {_out_of_memory(error, parser.format_usage())}", 2))
         compiler = sys.modules.get("torch._dynamo.exc")  # there once something is to be compiled
         if compiler and isinstance(error, compiler.TorchDynamoException):
             _report(parser, "error: compiling failed, as the traceback says; leave --compile out", 1)
@@ -192,6 +204,15 @@ def silence(stream):
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def _out_of_memory(error, usage):
+    """One line of what PyTorch or numpy says on CUDA or a CPU, and of the flags in `usage` that need less."""
+    what = (
+        str(error).partition(" GPU ")[0].partition(" Error code ")[0].rpartition("DefaultCPUAllocator: ")[2]
+    )
+    flags = [flag for flag in THRIFTY if flag in usage]
+    return f"{(what or 'out of memory').rstrip('.')}. To need less, see {', '.join(flags) or '--help'}"
 
 
 def _full_disk(error):

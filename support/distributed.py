@@ -78,13 +78,27 @@ def first_to_say(text):
     return not launched() or _store().add(f"said {text}", 1) == 1
 
 
-def recorded(function):
-    """The function; under torchrun the traceback that ends it is in torchrun's report too."""
+def reporting(function, mistakes):
+    """The function; under torchrun the traceback that ends it is in torchrun's report too, but for exceptions
+    of the types `mistakes`, of which a line is enough.
+    """
     if not launched():
         return function
     from torch.distributed.elastic.multiprocessing.errors import record  # which has something to say on macOS
 
-    return record(function)
+    def attempt(*args):
+        try:
+            return function(*args), None
+        except mistakes as mistake:
+            return None, mistake
+
+    def report(*args):
+        result, mistake = record(attempt)(*args)
+        if mistake:
+            raise mistake
+        return result
+
+    return report
 
 
 # --- agreeing -----------------------------------------------------------------------------------------------
@@ -141,9 +155,9 @@ def join(found):
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def share(tensors):
-    """Give the tensors, which need no gradient, rank 0's values: of one seed those drawn on processors of
-    different kinds may differ.
+def broadcast(tensors):
+    """Give the tensors, which need no gradient, rank 0's values: drawn from one seed, they may still differ
+    between kinds of processor.
     """
     for tensor in tensors if size() > 1 else ():
         values = tensor.contiguous()
@@ -164,7 +178,7 @@ def average(tensors):
 def parallel(net, weights):
     """The network, whose backward pass averages the gradients of the weights, which are among its parameters.
 
-    Buffers are left alone: see `experiment.Experiment.share_statistics`.
+    Buffers are left alone: see `experiment.Experiment.average_statistics`.
     """
     if size() == 1:
         return net
@@ -178,7 +192,9 @@ def parallel(net, weights):
 
 
 def in_parts(net, parts):
-    """The parts of a batch, whose gradients are summed: `parallel`'s are averaged with those of the last."""
+    """Yield the parts of a batch, whose gradients add up; those of a net of `parallel` are averaged over the
+    ranks once, with the last part.
+    """
     for number, part in enumerate(parts, start=1):
         last = number == len(parts) or not isinstance(net, DistributedDataParallel)
         with nullcontext() if last else net.no_sync():

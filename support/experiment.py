@@ -38,7 +38,7 @@ from support.lock import lock_folder
 from support.logs import NoWriter, open_log
 from support.options import DEFAULT_DATA, DEMO_DATA, FREE_OPTIONS, HERE, MOST_BAD
 from support.rain import demo_set
-from support.runs import BEST, STATES, SUMMARY, as_now, read_state, refuse_other_options
+from support.runs import BEST, LAST, PREVIOUS, STATES, SUMMARY, as_now, read_state, refuse_other_options
 from support.validation import means, measure
 
 LOCK = "run.lock"
@@ -72,9 +72,10 @@ def commit():
 class Experiment:
     """One run of a training script.
 
-    kind: "search" or "eval", the beginning of the folder's name. demo: options that --demo changes. Until
-    `start`, options are only decided and nothing is written, so that a mistake in them costs nothing.
-    `args` are the options of the run: those given, or, resumed, those that it was begun with.
+    kind: "search" or, of a training, "eval" (the released code's name): the beginning of the folder's name.
+    demo: options that --demo changes. Until `start`, options are only decided and nothing is written, so that
+    a mistake in them costs nothing. `args` are the options of the run: those given, or, resumed, those that
+    it was begun with.
 
     Under torchrun every rank has one, and all of them decide alike; that of rank 0 writes.
     """
@@ -100,7 +101,7 @@ class Experiment:
         self.damaged = None  # why the newest state cannot be gone on from
         self.stopping = None
         self.padded_mentioned = False
-        self.begun = 0.0, 0  # where this session's first step was: progress, step
+        self.rate_from = 0.0, 0  # progress and step from which on the rate of steps is taken
         self.unreached = set()  # flags of STARTS that were warned of
         self.parser = parser
         args = argparse.Namespace(**vars(args))
@@ -115,7 +116,8 @@ class Experiment:
         self.steps_in_all = self.args.epochs * self.args.steps_per_epoch
         self.clock = time.monotonic()
         if self.state and self.done() and (self.folder / SUMMARY).exists():
-            more = f"; train on with --weights {self.folder}/{BEST['psnr']}" if self.kind == "eval" else ""
+            more = "; a larger --max_minutes goes on" if self.step < self.steps_in_all else ""
+            more += f"; train on with --weights {self.folder}/{BEST['psnr']}" if self.kind == "eval" else ""
             raise UserError(f"--resume {self.folder}: this run has finished, with step {self.step}{more}")
         self._check_division()
         distributed.barrier()  # rank 0 does not touch the folder while others still look at it
@@ -218,12 +220,12 @@ class Experiment:
                     self._load(name, part)
             self.state = None
             if self.damaged:
-                log.warning("%s; going on from %s", self.damaged, self.folder / STATES[1])
+                log.warning("%s; going on from %s", self.damaged, self.folder / PREVIOUS)
             log.info("continuing %s after step %d", self.folder, self.step)
         else:
             log.info("run folder %s on %s", self.folder, self.device)
             for network in (part for part in parts.values() if isinstance(part, nn.Module)):
-                distributed.share(network.state_dict().values())
+                distributed.broadcast(network.state_dict().values())
         flags = [text for name, value in options.items() for text in as_flag(name, value)]
         origin = f"{sys.executable}, commit {distributed.from_main(commit)}, torch {torch.__version__}"
         for line in (f"command: {shlex.join(sys.argv)}", f"options: {shlex.join(flags)}", f"by {origin}"):
@@ -267,7 +269,7 @@ class Experiment:
 
     def _make_folder(self):
         """Two runs that begin in one second, unnamed, get folders of their own."""
-        named, unnamed = bool(self.args.save or self.state), self.folder
+        named, wanted = bool(self.args.save or self.state), self.folder
         for number in range(2, 1000):
             try:
                 self.folder.mkdir(parents=True, exist_ok=named)
@@ -276,7 +278,7 @@ class Experiment:
             except OSError as error:
                 if named or not isinstance(error, FileExistsError):
                     raise UserError(f"--save {self.folder}: cannot be made: {error.strerror}") from None
-            self.folder = unnamed.with_name(f"{unnamed.name}-{number}")
+            self.folder = wanted.with_name(f"{wanted.name}-{number}")
 
     def _stop(self, number, frame):
         # torchrun passes on what Slurm may have sent to all processes as well.
@@ -341,10 +343,10 @@ class Experiment:
 
     def _foretell(self):
         """With --max_minutes, warn of what the run will not come to at its rate so far."""
-        steps = self.step - self.begun[1]
+        steps = self.step - self.rate_from[1]
         if self.args.max_minutes and steps > 0:
             progress = self.progress()
-            left = (1 - progress) * steps / max(progress - self.begun[0], 1e-9)
+            left = (1 - progress) * steps / max(progress - self.rate_from[0], 1e-9)
             self._warn_of_starts(math.ceil((self.step + left) / self.args.steps_per_epoch))
 
     def _warn_of_starts(self, last):
@@ -442,9 +444,9 @@ class Experiment:
 
     def epochs(self):
         """Numbers of the epochs that remain, from 1; one that a stopped run left without scores is first."""
-        if not (self.folder / "last.pt").exists():
+        if not (self.folder / LAST).exists():
             self.save()  # from now on a run that is killed can be resumed
-        self.begun = self.progress(), self.step
+        self.rate_from = self.progress(), self.step
         while not self.done():
             yield (self.step - self.unscored()) // self.args.steps_per_epoch + 1
         if self.step == 0:
@@ -471,7 +473,7 @@ class Experiment:
                 self.stop_if_asked()
                 taken += 1
                 if taken == RATE_FROM:
-                    self.begun = self.progress(), self.step
+                    self.rate_from = self.progress(), self.step
                 elif taken == 3 * RATE_FROM:
                     self._foretell()
                 if time.monotonic() - saved > 60 * self.args.save_every:
@@ -491,8 +493,9 @@ class Experiment:
 
     def how_to_go_on(self):
         nodes = distributed.size() // distributed.local_size()
-        torchrun = f"torchrun{f' --nnodes={nodes}' * (nodes > 1)} --nproc_per_node={distributed.local_size()}"
-        launcher = torchrun if distributed.launched() else "python"
+        words = [f"--nnodes={nodes}"] if nodes > 1 else []
+        words = ["torchrun", *words, f"--nproc_per_node={distributed.local_size()}"]
+        launcher = " ".join(words) if distributed.launched() else "python"
         flags = ["--resume", self.folder.as_posix()]
         for name in sorted(self.given.intersection(HERE)):
             flags += as_flag(name, getattr(self.args, name))
@@ -561,11 +564,11 @@ class Experiment:
         if self.in_a_row[kind] >= self.args.max_bad_steps:
             raise UserError(
                 f"--max_bad_steps: {self.in_a_row[kind]} in a row were not finite ({found}; log.txt names "
-                f"their files); {self.folder / STATES[0]} is that of step {self.saved}; {self.how_to_go_on()}"
+                f"their files); {self.folder / LAST} is that of step {self.saved}; {self.how_to_go_on()}"
             )
         return False
 
-    def share_statistics(self):
+    def average_statistics(self):
         """Average what a step changed in BatchNorm's statistics over the ranks, which so stay equal."""
         self.buffers.average_changes()
 
@@ -576,7 +579,7 @@ class Experiment:
         bad = []
         scenes = [s for s in scenes if s.key not in self.bad][distributed.rank() :: distributed.size()]
         measured, panel = measure(
-            net, scenes, self.device, bad, lambda: self.stopping, self.args.amp, self.cache
+            net, scenes, self.device, bad, stop=lambda: self.stopping, amp=self.args.amp, cache=self.cache
         )
         self.stop_if_asked()
         bad = distributed.join(bad)
@@ -671,7 +674,8 @@ class Experiment:
         try:
             write_whole(state, last, previous)
         except CheckpointError as error:
-            raise UserError(f"{error}; last.pt, after step {self.saved}, is kept") from None
+            kept = f"{LAST}, after step {self.saved}, is kept" if last.exists() else "nothing is saved yet"
+            raise UserError(f"{error}; {kept}") from None
         self.saved = self.step
 
     def finish(self, **summary):

@@ -22,8 +22,8 @@ from operations import AttentionModule, Bottleneck, Gather, ResidualBlock, Trans
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT = 2**27  # bytes of a block: twice the largest activation of a half-width network at 512x512
 MOST_KEPT = 2**30
-# What `compile_network` compiles.
-BRANCHES = {"cpu": AttentionModule, "cuda": (Bottleneck, Transition, ResidualBlock, Gather, AttentionModule)}
+# By kind of device, what `compile_network` compiles.
+COMPILED = {"cpu": AttentionModule, "cuda": (Bottleneck, Transition, ResidualBlock, Gather, AttentionModule)}
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def compile_network(net, device):
     torch._dynamo.config.automatic_dynamic_shapes = False  # and not a slower one for all of them
     torch._dynamo.config.optimize_ddp = False
     for module in net.modules():
-        if isinstance(module, BRANCHES[device.type]):
+        if isinstance(module, COMPILED[device.type]):
             module.forward = partial(_of_any_number, torch.compile(module.forward))
 
 

@@ -99,14 +99,14 @@ def get_args_parser():
     )
     add("--json", metavar="FILE", help="write the points measured")
     add("--svg", metavar="FILE", help="draw them")
-    add("--repeats", type=command.positive, default=3, help="timed steps a point (default: 3)")
+    add("--repeats", type=command.positive, default=3, help="timed steps a point (default: %(default)s)")
     add(
         "--most_gb",
         type=command.above_zero,
         default=8,
-        help="leave out what would take more memory, in the row memory (default: 8)",
+        help="leave out what would take more memory, in the row memory (default: %(default)s)",
     )
-    add("--threads", type=command.positive, default=1, help="of the CPU (default: 1)")
+    add("--threads", type=command.positive, default=1, help="of the CPU (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     add(
         "--channels",

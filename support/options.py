@@ -3,7 +3,7 @@
 import os
 
 from support import distributed, layouts
-from support.command import above_zero, even, natural, positive, seed, share
+from support.command import above_zero, even, natural, not_empty, positive, seed, share
 
 DEFAULT_DATA, DEMO_DATA = "datasets/Rain1200", "datasets/demo"
 MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
@@ -32,7 +32,10 @@ def add_network_arguments(group):
         "--upright", action="store_true", help="flip patches, but do not turn them: rain falls"
     )
     group.add_argument(
-        "--internal_start", type=positive, default=6, help="first epoch of the internal loss (default: 6)"
+        "--internal_start",
+        type=positive,
+        default=6,
+        help="first epoch of the internal loss (default: %(default)s)",
     )
 
 
@@ -41,6 +44,7 @@ def add_arguments(parser):
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
+        type=not_empty,
         action="extend",
         nargs="+",
         metavar="DIR",
@@ -52,15 +56,17 @@ def add_arguments(parser):
         nargs="+",
         default=[],
         choices=layouts.SIDES,
-        help="the clean half of side-by-side files: one for all folders but DID-MDN's own, or one a folder",
+        help=layouts.SIDE_HELP,
     )
     data.add_argument("--demo", action="store_true", help="a small run on photographs at hand; no download")
-    data.add_argument("--split_seed", type=int, default=0, help="of the split into parts (default: 0)")
+    data.add_argument(
+        "--split_seed", type=int, default=0, help="of the split into parts (default: %(default)s)"
+    )
     data.add_argument(
         "--val_scenes",
         type=natural,
         default=50,
-        help="validation scenes to score after each epoch, evenly spread; 0: all (default: 50)",
+        help="validation scenes to score after each epoch, evenly spread; 0: all (default: %(default)s)",
     )
     cores = os.cpu_count() or 2
     data.add_argument(
@@ -78,7 +84,9 @@ def add_arguments(parser):
         help="decode once, into a file in each data folder, or in DIR (12.6 GB for DID-MDN); same batches",
     )
     run = parser.add_argument_group("run")
-    run.add_argument("--save", metavar="DIR", help="folder of the run (default: named by the time)")
+    run.add_argument(
+        "--save", type=not_empty, metavar="DIR", help="folder of the run (default: named by the time)"
+    )
     run.add_argument(
         "--resume",
         nargs="?",
@@ -86,7 +94,9 @@ def add_arguments(parser):
         metavar="DIR",
         help="continue the run in DIR (default: --save, else the newest) with its own options",
     )
-    run.add_argument("--seed", type=seed, default=0, help="of the weights, crops and flips (default: 0)")
+    run.add_argument(
+        "--seed", type=seed, default=0, help="of the weights, crops and flips (default: %(default)s)"
+    )
     run.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     run.add_argument(
         "--amp",
@@ -98,7 +108,8 @@ def add_arguments(parser):
         type=positive,
         default=1,
         metavar="K",
-        help="sum the gradients of K equal parts of a batch: less memory, BatchNorm by the part (default: 1)",
+        help="sum the gradients of K equal parts of a batch: less memory, BatchNorm by the part (default: "
+        "%(default)s)",
     )
     run.add_argument(
         "--sync_bn",
@@ -121,14 +132,14 @@ def add_arguments(parser):
         help="end the steps, and the cosine schedule, by then; the last scoring comes after it",
     )
     run.add_argument(
-        "--save_every", type=above_zero, default=10, help="minutes between checkpoints (default: 10)"
+        "--save_every", type=above_zero, default=10, help="minutes between checkpoints (default: %(default)s)"
     )
     run.add_argument(
         "--max_bad_steps",
         type=positive,
         default=20,
         metavar="N",
-        help="stop after N steps in a row whose loss or gradient is not finite (default: 20)",
+        help="stop after N steps in a row whose loss or gradient is not finite (default: %(default)s)",
     )
     run.add_argument(
         "--allow_bad",

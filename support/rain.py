@@ -506,10 +506,12 @@ def get_args_parser():
     )
     parser.add_argument("clean_dirs", nargs="+", help="folders of clean photographs")
     parser.add_argument("out_dir", help="folder to make DID-MDN-training and DID-MDN-test in")
-    parser.add_argument("--seed", type=command.seed, default=0, help="of all that is drawn (default: 0)")
+    parser.add_argument(
+        "--seed", type=command.seed, default=0, help="of all that is drawn (default: %(default)s)"
+    )
     rain = parser.add_mutually_exclusive_group()
     rain.add_argument(
-        "--style", choices=[*STYLES, "mixed"], default="did-mdn", help="of the rain (default: did-mdn)"
+        "--style", choices=[*STYLES, "mixed"], default="did-mdn", help="of the rain (default: %(default)s)"
     )
     rain.add_argument("--rain_of", metavar="PAIRS", help="move the rain of these side by side pairs here")
     parser.add_argument("--rain_side", choices=["left", "right"], help="the clean half of those pairs")

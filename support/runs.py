@@ -9,7 +9,7 @@ from model_train import CheckpointError, read
 from support.errors import UserError
 from support.options import FREE_OPTIONS
 
-STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
+LAST, PREVIOUS = STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
 SUMMARY = "summary.json"  # of a run that has finished
 # Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
@@ -96,7 +96,7 @@ def remove_unfinished(folder):
 
 def set_damaged_aside(folder):
     """Rename a damaged last.pt, or the next save would keep it in the place of the whole one before."""
-    last = folder / STATES[0]
+    last = folder / LAST
     if last.exists():
         os.replace(last, folder / "last.damaged.pt")
 

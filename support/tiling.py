@@ -26,10 +26,7 @@ BLOCK = 16
 
 
 def side(text):
-    value = None if text == "default" else multiple_of_8(text)
-    if value and value < SMALLEST_TILE:
-        raise argparse.ArgumentTypeError(f"{text} is less than {SMALLEST_TILE}, the smallest tile")
-    return value
+    return None if text == "default" else command.tile(text)
 
 
 def multiple_of_8(text):

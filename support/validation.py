@@ -59,10 +59,11 @@ def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
 
 
 def restored(net, images, device, amp):
-    """DxHxWx3 uint8, the images of a scene -> Dx3xHxW, those without rain, in [0, 1]: together where they are
-    no larger than a picture may be that goes through whole, else one by one. One that is too large for that,
-    or for the GPU's memory, goes in tiles, and comes rounded to 8 bits, on the CPU, and all NaN where some of
-    it is not finite.
+    """The outputs for a scene's images: DxHxWx3 uint8 -> Dx3xHxW float32.
+
+    All at once, on `device`, not clamped, if they have at most `WHOLE_PIXELS` together; else one by one. An
+    image that is too large for that, or for the GPU's memory, goes in tiles: its output is on the CPU,
+    clamped and rounded to 8 bits, and all NaN where the network's is not finite.
     """
     if images[..., 0].size <= WHOLE_PIXELS:
         with suppress(torch.cuda.OutOfMemoryError), autocast(device, amp):

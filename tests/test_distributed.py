@@ -197,6 +197,7 @@ def test_a_mistake_is_told_once(tmp_path, monkeypatch, flags, words):
     lines = [line for line in done.stderr.splitlines() if line.startswith("train_search_batch.py: ")]
     assert len(lines) == 1 and words in lines[0]
     assert set(re.findall(r"exitcode +: (\S+)", done.stderr)) <= {"2", "-15"}
+    assert "support/experiment.py" not in done.stderr  # no traceback of ours in torchrun's report
     assert not Path("run").exists()
 
 

@@ -65,10 +65,10 @@ def test_the_worst_block_is_found_wherever_it_is():
 def test_sides_are_multiples_of_8(capsys):
     with pytest.raises(SystemExit):
         tiling.get_args_parser().parse_args(["x.png", "--tiles", "100"])
-    assert "100 is not a multiple of 8" in capsys.readouterr().err
+    assert "--tiles: '100' is not 0 or a multiple of 8 from 64 on" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         tiling.get_args_parser().parse_args(["x.png", "--tiles", "56"])
-    assert "--tiles: 56 is less than 64, the smallest tile" in capsys.readouterr().err
+    assert "--tiles: '56' is not 0 or a multiple of 8 from 64 on" in capsys.readouterr().err
 
 
 def test_equal_pictures_are_left_out_of_the_mean_and_bad_ones_are_named(picture, capsys):

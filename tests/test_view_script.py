@@ -194,6 +194,12 @@ def test_a_folder_that_holds_training_scenes_alone_is_told_apart(folder):
         view("--path set --result_path out")
 
 
+def test_a_folder_that_is_named_like_a_video_is_a_folder(network):
+    write_image(Path("film.mp4", "1.png"), photograph(0))
+    assert view("--path film.mp4 --result_path results") == 0
+    assert Path("results", "1.png").exists()
+
+
 def test_a_folder_without_ground_truth_is_restored_and_not_scored(network, capsys):
     """Its tables take the place of those of a scored set that was restored into the same folder."""
     write_pairs(Path("pairs"), 1)
