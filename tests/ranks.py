@@ -53,9 +53,9 @@ def run(name, flags):
                 batch.rainy[0, 0, 3, 3] = torch.nan
             yield batch
 
-    def stopped_there(*args):
+    def stopped_there(*args, **options):
         signal.raise_signal(signal.SIGTERM)
-        return measure(*args)
+        return measure(*args, **options)
 
     def kept(run, **parts):
         runs.append(run)

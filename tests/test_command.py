@@ -66,6 +66,7 @@ def test_every_command_prints_its_help(name):
         ("train", "--arch=", ["--arch", "is empty"]),
         ("search", "--data=", ["--data", "is empty"]),
         ("search", "--name=", ["--name", "is empty"]),
+        ("view", "--path=", ["--path", "is empty"]),
         ("view", "--ckt_path=", ["--ckt_path", "is empty"]),
         ("view", "--result_path=", ["--result_path", "is empty"]),
     ],

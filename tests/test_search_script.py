@@ -358,9 +358,9 @@ def test_a_search_stopped_while_its_gap_is_measured_ends_there_and_goes_on(vocab
     write_pairs(Path("pairs"), 6)
     measure = train_search_batch.measure
 
-    def stopped(*args):
+    def stopped(*args, **options):
         signal.raise_signal(signal.SIGINT)
-        return measure(*args)
+        return measure(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_search_batch, "measure", stopped)

@@ -512,7 +512,6 @@ def test_a_grey_picture_is_grey_in_the_gallery_too(network, monkeypatch):
     [
         ("--path nowhere", UserError, "nowhere: no such file or folder"),
         ("--path empty", UserError, "empty: no images"),
-        ("--path=", UserError, "--path: is empty"),
         ("--path pairs --ckt_path gone.pt", CheckpointError, "gone.pt: no such checkpoint"),
         ("--path pairs --ckt_path pairs", CheckpointError, "pairs: not a file"),
         ("--path pairs --ckt_path pairs/0.png", CheckpointError, "pairs/0.png: cannot be read"),
