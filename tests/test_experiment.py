@@ -798,6 +798,14 @@ def test_a_full_disk_while_saving_leaves_the_old_state_and_says_how_much_is_need
     assert {file.name: file.read_bytes() for file in Path("run").iterdir()} == before
 
 
+def test_a_disk_that_is_full_from_the_start_leaves_nothing_to_go_on_from_and_says_so(folder):
+    run, net = begun()
+    net.register_buffer("large", torch.zeros(100_000))
+    with files_up_to(200_000), pytest.raises(UserError, match="; nothing is saved yet$"):
+        run.save()
+    assert not Path("run", "last.pt").exists()
+
+
 @pytest.mark.parametrize("full", ["log.txt", "events"])
 def test_a_full_disk_while_logging_is_one_line_too(folder, full, monkeypatch, capfd):
     """Not logging's traceback, nor that of TensorBoard's thread."""

@@ -116,7 +116,9 @@ def test_a_folder_whose_name_is_not_utf_8_does_not_cost_a_search_its_genotype(vo
     assert "# data in d\\udce9j\\udce0\nfound = " in vocabulary.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["PRIMITIVES", "check", "json", "tuple", "class", "2nd", "a-b", ""])
+@pytest.mark.parametrize(
+    "name", ["PRIMITIVES", "check", "json", "tuple", "class", "2nd", "a-b", "", "\uff43heck"]
+)
 def test_names_that_would_break_the_file_are_refused(name, vocabulary):
     before = vocabulary.read_text(encoding="utf-8")
     with pytest.raises(GenotypeError, match="--name"):
@@ -130,8 +132,11 @@ def test_existing_name_is_refused(vocabulary):
         genotypes.append("found", random_genotype(4), "", vocabulary)
 
 
-def test_a_file_that_cannot_be_written_is_told_before_a_search(vocabulary, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: path != vocabulary.parent)
+@pytest.mark.parametrize("what", [".", "genotypes.lock"])
+def test_a_file_that_cannot_be_written_is_told_before_a_search(vocabulary, monkeypatch, what):
+    unwritable = vocabulary.parent / what
+    unwritable.touch()  # the lock is another user's
+    monkeypatch.setattr(os, "access", lambda path, mode: path != unwritable)
     with pytest.raises(GenotypeError, match=r"found: .*genotypes\.py cannot be written"):
         genotypes.check_new_name("found", vocabulary)
 
