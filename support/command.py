@@ -61,9 +61,7 @@ def side(text):
 
 def tile(text):
     expected = f"0 or a multiple of 8 from {SMALLEST_TILE} on"
-    return _number(
-        text, int, lambda value: value % 8 == 0 and (value == 0 or value >= SMALLEST_TILE), expected
-    )
+    return _number(text, int, lambda side: side == 0 or (side >= SMALLEST_TILE and side % 8 == 0), expected)
 
 
 def share(text):
@@ -208,9 +206,8 @@ def silence(stream):
 
 def _out_of_memory(error, usage):
     """One line of what PyTorch or numpy says on CUDA or a CPU, and of the flags in `usage` that need less."""
-    what = (
-        str(error).partition(" GPU ")[0].partition(" Error code ")[0].rpartition("DefaultCPUAllocator: ")[2]
-    )
+    what = str(error).partition(" GPU ")[0]
+    what = what.rpartition("DefaultCPUAllocator: ")[2].partition(" Error code ")[0]
     flags = [flag for flag in THRIFTY if flag in usage]
     return f"{(what or 'out of memory').rstrip('.')}. To need less, see {', '.join(flags) or '--help'}"
 
