@@ -125,6 +125,7 @@ def run(main, parser):
         sys.stdout.flush()
         sys.exit(status)
     except MISTAKES as error:
+        distributed.leave()  # as all ranks do, which agree on what is a mistake
         sys.exit(_report(parser, f"error: {error}", 2))
     except KeyboardInterrupt:  # before a run, or in a command that has nothing to save
         sys.exit(_report(parser, "interrupted", 130))
@@ -136,6 +137,7 @@ def run(main, parser):
             _report(parser, "error: compiling failed, as the traceback says; leave --compile out", 1)
         raise
     except Interrupted as stop:
+        distributed.leave()
         sys.exit(_report(parser, str(stop), 130))
     except BrokenPipeError:
         if not _unread(sys.stdout):

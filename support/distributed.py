@@ -64,6 +64,12 @@ def end():
     """Wait for the other ranks, and part."""
     if dist.is_initialized():
         barrier()
+    leave()
+
+
+def leave():
+    """Part from the other ranks, who may have left: Python's end can abort where gloo's threads still run."""
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

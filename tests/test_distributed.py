@@ -196,9 +196,28 @@ def test_a_mistake_is_told_once(tmp_path, monkeypatch, flags, words):
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("train_search_batch.py: ")]
     assert len(lines) == 1 and words in lines[0]
-    assert set(re.findall(r"exitcode +: (\S+)", done.stderr)) <= {"2", "-15"}
+    assert set(re.findall(r"exitcode +: (\S+)", done.stderr)) <= {"2", "-15"}, done.stderr
     assert "support/experiment.py" not in done.stderr  # no traceback of ours in torchrun's report
     assert not Path("run").exists()
+
+
+PARTING = """
+import atexit
+import torch.distributed as dist
+import train_search_batch
+from support import command
+
+atexit.register(lambda: print("in the group at the end:", dist.is_initialized()))
+command.run(train_search_batch.main, train_search_batch.get_args_parser())
+"""
+
+
+def test_the_ranks_part_before_a_mistake_ends_them(tmp_path, monkeypatch):
+    """With the group's threads still there Python's end was seen to abort, with status -6 and a core."""
+    monkeypatch.chdir(tmp_path)
+    Path("parting.py").write_text(PARTING)
+    done = torchrun("parting.py", "--batch_size", "5", "--demo", "--device", "cpu", "--save", "run")
+    assert "in the group at the end: False" in done.stdout and "True" not in done.stdout
 
 
 DYING = """
