@@ -41,7 +41,7 @@ from support import check, command, devices, distributed, images, layouts, runs
 from support.errors import UserError
 from support.fast import Compiled, for_inference, keep_freed_memory, no_compiler
 from support.gallery import FOLDER, MONTAGE, PAGE, Gallery, montage
-from support.journal import FILES, Journal
+from support.journal import Journal
 from support.metrics import METRICS, by_density, score
 from support.options import DEFAULT_DATA, DEMO_DATA
 from support.rain import demo_set
@@ -144,7 +144,7 @@ def main(args):
         check_video(args, path)
         return restore_video(restore_one, path, out, choose_compiled_for)
 
-    found = find_pictures(args, path)
+    found, closed = find_pictures(args, path)
     source = path if path.is_dir() else path.parent
     check_apart(source.resolve(), out, within=path.is_dir())
     tasks = [task for scene in found.scenes for task in tasks_of(scene, source)]
@@ -154,6 +154,8 @@ def main(args):
     gallery = Gallery(out)
     data = {"data": str(path.resolve()), "clean_side": args.clean_side}
     journal = Journal(out, data | {"sha256": sha256, "options": options})
+    results = [task.result for task in tasks]
+    distributed.from_main(partial(check_nothing_lost, journal, [*TABLES, PAGE, MONTAGE, *results]))
     journal.lock()
     tasks = to_do(args, tasks, files, journal)
     choose_compiled_for(sizes_of(tasks))
@@ -165,8 +167,9 @@ def main(args):
         return 0  # what follows is done once
     done = dict(journal.done(files))
     gallery.entries = [done[name] for name in files if name in done]
-    if found.unpaired:
-        failures = [f"{file}: has no partner, so it is left out" for file in found.unpaired] + failures
+    left_out = closed + [f"{file}: has no partner, so it is left out" for file in found.unpaired]
+    if left_out:
+        failures = left_out + failures
         status = status or 1
     if stopped:
         failures.append(f"{stopped} {len(gallery.entries)} of {len(files)} pictures are done")
@@ -191,9 +194,9 @@ def main(args):
 
 def begin(journal, fresh):
     """Open the journal, and remove the tables of an earlier run: new ones come at the end."""
-    if fresh and any(journal.out.glob(FILES)):
+    if fresh and journal.is_there():
         print(
-            f"{journal.out}: holds the pictures of an earlier run, too; the tables will be of this one alone",
+            f"{journal.out}: holds results of an earlier run, too; the tables will be of this one alone",
             flush=True,
         )
     journal.begin(fresh)
@@ -272,7 +275,9 @@ def choose_path(args):
 
 
 def find_pictures(args, path):
-    """The `layouts.Found` of a file or folder; prints what that is and what is left alone."""
+    """The `layouts.Found` of a file or folder, and a line for each folder in it that cannot be read; prints
+    what that is and what is left alone.
+    """
     found = layouts.find(path, args.clean_side)
     alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
     unscored = bool(found.scenes) and all(scene.clean is None for scene in found.scenes)
@@ -288,10 +293,11 @@ def find_pictures(args, path):
         )
     if not unscored and (hint := distributed.from_main(partial(check.pair_hint, found.scenes))):
         print(f"{path}: {hint}", flush=True)
-    if path.is_dir() and (others := other_kinds(path)):
+    others, closed = look_around(path) if path.is_dir() else ([], [])
+    if others:
         video = "; give a video as --path" if {*others} & {*images.VIDEO_EXTENSIONS} else ""
         print(f"left alone: files of other kinds ({', '.join(others)}){video}", flush=True)
-    return found
+    return found, closed
 
 
 class Task(NamedTuple):
@@ -320,7 +326,7 @@ def tasks_of(scene, source):
 def to_do(args, tasks, files, journal):
     """Those of the tasks that are to be done, with --skip_done what is not done yet, and numbered.
 
-    files: {name: those of its scene}.
+    files: {name: those of its scene}. UserError where --skip_done would replace what was done of other data.
     """
     done, first = set(), 1
     if args.skip_done:
@@ -329,6 +335,12 @@ def to_do(args, tasks, files, journal):
     if done:
         print(f"done already: {len(done)} of {len(files)} pictures", flush=True)
     remaining = [task for task in tasks if task.name not in done]
+    others = journal.of_other_data() if args.skip_done and remaining else {}
+    for result in (task.result for task in remaining):
+        if result in others and os.path.exists(journal.out / result):
+            raise UserError(
+                f"--skip_done: {journal.out / result} is of {others[result]}; give another --result_path"
+            )
     return [task._replace(number=number) for number, task in enumerate(remaining, start=first)]
 
 
@@ -366,6 +378,18 @@ def check_no_original(tasks, out):
             raise UserError(
                 f"--result_path {out}: {target} is {original}, a picture to restore, whose place a "
                 "result would take; give another folder"
+            )
+
+
+def check_nothing_lost(journal, names):
+    """UserError where a file of one of the names lies in the folder of results, but not by an earlier run."""
+    if journal.is_there():
+        return
+    for file in (journal.out / name for name in names):
+        if os.path.lexists(file) and not os.path.isdir(file):
+            raise UserError(
+                f"--result_path {journal.out}: {file} is no result of an earlier run, and one would take its "
+                "place; give another folder"
             )
 
 
@@ -416,14 +440,15 @@ def sizes_of(tasks):
             yield dataset.half_size(task.half, images.header_size)
 
 
-def other_kinds(path):
-    """The suffixes of the files in a folder that are no pictures by their names, as .heic and .mp4."""
-    seen = set()
-    for file in path.rglob("*"):
-        hidden = any(part[0] == "." for part in file.relative_to(path).parts)
-        if not hidden and os.path.isfile(file):
+def look_around(path):
+    """The suffixes of a folder's files that are no pictures by their names, as .heic and .mp4, and a line for
+    each folder in it that cannot be read.
+    """
+    seen, closed = set(), []
+    for file in images.walk(path, lambda error: closed.append(images.cannot_read(error))):
+        if file.name[0] != "." and os.path.isfile(file):
             seen.add(file.suffix.lower())
-    return sorted(seen - {"", *images.EXTENSIONS})
+    return sorted(seen - {"", *images.EXTENSIONS}), closed
 
 
 def restore_video(restore_one, path, out, choose_compiled_for):
@@ -439,16 +464,25 @@ def restore_video(restore_one, path, out, choose_compiled_for):
     print(f"data: {path}: a video of {video.frames} frames of {width}x{height}, {video.fps:g} a second")
     print("the sound is not carried over", end="")
     print("; the odd side gains a row or column" if height % 2 or width % 2 else "", flush=True)
+    journal = Journal(out, {})
+    check_nothing_lost(journal, [target.name])
     choose_compiled_for([video.size] * video.frames)
     frames = tqdm(video, total=video.frames or None, unit="frame", disable=None)
+    journal.lock()
     try:
+        journal.begin(fresh=False)
         images.write_video(target, map(restore_one, frames), video.fps)
+        journal.add_video(target.name)
     except images.EndsEarly as error:
+        with suppress(UserError):  # on a full disk
+            journal.add_video(target.name)
         print(f"{error}\n{target} holds what came before", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted: {target} is not written", file=sys.stderr)
         return 130
+    finally:
+        journal.unlock()
     print(f"restored video: {target}")
     return 0
 
@@ -470,9 +504,9 @@ def restore_pictures(restore_one, tasks, gallery, journal):
                     journal.add(entry, scene.files)
                     gallery.entries.clear()  # the journal has it
                     bar.update()
-            except images.CannotWrite as error:  # what room is left is for the tables
-                return failures, f"{error}; stopped there,", 1
             except UserError as error:
+                if no_other_fares_better(error, gallery.out):  # what room is left is for the tables
+                    return failures, f"{error}; stopped there,", 1
                 failures.append((place, str(error)))
             except KeyboardInterrupt:
                 return failures, "interrupted:", 130
@@ -481,6 +515,19 @@ def restore_pictures(restore_one, tasks, gallery, journal):
                     raise
                 failures.append((place, f"{scene.rainy[0].path}: too large for the memory here; see --tile"))
     return failures, "", 1 if failures else 0
+
+
+def no_other_fares_better(error, out):
+    """Whether none of the results can be written any more, as not on a full disk."""
+    if not isinstance(error, images.CannotWrite):
+        return False
+    if error.__cause__.errno in command.FULL_DISK:
+        return True
+    try:
+        images.check_folder(out)
+    except images.CannotWrite:
+        return True
+    return False
 
 
 def together(failures, stopped, status):

@@ -15,7 +15,7 @@ import threading
 import uuid
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -48,6 +48,7 @@ _QUALITY = {
     ".webp": cv2.IMWRITE_WEBP_QUALITY,
 }
 
+_OF_THE_SYSTEM = ("@eaDir", "lost+found")  # folders: Synology's thumbnails, root's alone on any disk of ext4
 _OF_THE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
 
 log = logging.getLogger(__name__)
@@ -216,7 +217,7 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     folder = Path(folder)
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: {'is not a folder' if os.path.exists(folder) else 'no such folder'}")
-    found = _walk(folder) if recursive else (folder / name for name in _names_in(folder))
+    found = walk(folder) if recursive else (folder / name for name in _names_in(folder))
     images = [p for p in found if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and _is_file(p)]
     return sorted(images, key=lambda p: _natural(p.relative_to(folder).as_posix()))
 
@@ -232,15 +233,19 @@ def _names_in(folder: Path) -> list[str]:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
-def _walk(folder: str | Path) -> Iterator[Path]:
+def _warn(error: OSError) -> None:
+    log.warning("%s; left out", cannot_read(error))
+
+
+def cannot_read(error: OSError) -> str:
+    return f"{error.filename}: cannot be read: {error.strerror}"
+
+
+def walk(folder: str | Path, unreadable: Callable[[OSError], object] = _warn) -> Iterator[Path]:
     """The files in a folder and in all below it that are not hidden, linked ones included, each folder once.
 
-    Of a folder that cannot be read a warning tells.
+    unreadable: is told of each folder that cannot be read; by default a warning tells.
     """
-
-    def unreadable(error):
-        log.warning("%s: cannot be read: %s; left out", error.filename, error.strerror)
-
     seen = set()
     for root, folders, files in os.walk(str(folder), onerror=unreadable, followlinks=True):
         place = os.path.realpath(root)
@@ -248,7 +253,7 @@ def _walk(folder: str | Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(place)
-        visible = [name for name in folders if name[0] != "." and name != "@eaDir"]  # Synology's thumbnails
+        visible = [name for name in folders if name[0] != "." and name not in _OF_THE_SYSTEM]
         folders[:] = sorted(visible, key=lambda name: (os.path.islink(os.path.join(root, name)), name))
         yield from (Path(root, file) for file in files)
 
@@ -637,9 +642,11 @@ def _check_name(path):
 
 
 def video_name(path: str | Path) -> Path:
-    """The name that `write_video` can give to what came from `path`: .mp4 where it cannot keep the format."""
+    """The name that `write_video` can give to what came from `path`: with .mp4 behind it where it cannot keep
+    the format, so that a.webm's is not that of a.mp4.
+    """
     path = Path(path)
-    return path if path.suffix.lower() in _CODECS else path.with_suffix(".mp4")
+    return path if path.suffix.lower() in _CODECS else path.with_name(f"{path.name}.mp4")
 
 
 def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:

@@ -11,9 +11,11 @@ after it, and several processes put their shares together.
 import json
 import os
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 from support import distributed
+from support.errors import UserError
 from support.gallery import Entry
 from support.images import CannotWrite
 from support.lock import lock_folder
@@ -32,6 +34,10 @@ class Journal:
         self.key = json.dumps(key, sort_keys=True)
         self.run = distributed.agree(uuid.uuid4().hex)
 
+    def is_there(self):
+        """Whether the results of some run lie in the folder."""
+        return any(file.stat().st_size for file in self.out.glob(FILES))
+
     def lock(self):
         """Keep other runs from the folder of the results: UserError where there is one."""
         distributed.from_main(self._lock)
@@ -48,26 +54,35 @@ class Journal:
             self.out.rmdir()
 
     def begin(self, fresh):
-        """Before `add`, once all processes are here. fresh: without what was done before."""
+        """Before `add`, once all processes are here. fresh: forget what was done before; or UserError."""
+        self.file = self.out / FILES.replace("*", str(distributed.rank()))
         if fresh:
             distributed.from_main(self._forget)
         distributed.barrier()  # none writes while others still read
-        self.file = self.out / FILES.replace("*", str(distributed.rank()))
 
     def _forget(self):
+        """All but that there were results, which may be replaced."""
+        was_there = self.is_there()
         for file in self.out.glob(FILES):
-            file.unlink()
+            with _told(file, "removed", UserError):
+                file.unlink()
+        if was_there:
+            self._write({"earlier": True})
 
     def add(self, entry, sources):
         """A picture of the gallery is done, its files written. Raises CannotWrite."""
         line = {"key": self.key, "run": self.run, "entry": entry}
         line |= {"result": self._results(entry), "sources": _sources(sources)}
+        self._write(line)
+
+    def add_video(self, name):
+        """A video is done: the folder is one of results, and a journal tells no more. Raises CannotWrite."""
+        self._write({"video": name})
+
+    def _write(self, line):
         text = json.dumps(line, default=str)
-        try:
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write(f"\n{text}\n")  # the line before may have been cut off
-        except OSError as error:
-            raise CannotWrite(f"{self.file}: cannot be written: {error.strerror}") from None
+        with _told(self.file, "written", CannotWrite), open(self.file, "a", encoding="utf-8") as file:
+            file.write(f"\n{text}\n")  # the line before may have been cut off
 
     def done(self, sources):
         """(name, Entry) of each picture that this run has done, and of each that one before it has, if its
@@ -88,6 +103,16 @@ class Journal:
         """The stamps of a picture's results, by names that still hold when their folder has moved."""
         return _stamps(self.out, _files(entry))
 
+    def of_other_data(self):
+        """{result: data} of what was done of other data than this run's; results as paths in the folder."""
+        data, others = json.loads(self.key).get("data"), {}
+        for line in self._lines():
+            of, file = json.loads(line["key"]).get("data"), _entry(*line["entry"]).file
+            others[file] = of
+            if of == data:
+                del others[file]
+        return others
+
     def last_number(self):
         """The largest number that is taken in the gallery, by what is done or by pictures of other data; 0
         without one.
@@ -103,13 +128,26 @@ class Journal:
         )
 
     def _lines(self):
+        """What the journals tell of pictures."""
         for journal in sorted(self.out.glob(FILES)):
-            with open(journal, encoding="utf-8") as lines:
+            with _told(journal, "read", UserError), open(journal, encoding="utf-8") as lines:
                 for text in lines:
                     try:
-                        yield json.loads(text)
+                        line = json.loads(text)
                     except ValueError:  # the run was killed within this line
                         continue
+                    if "entry" in line:
+                        yield line
+
+
+@contextmanager
+def _told(file, what, kind):
+    """An OSError, as of another user's file, in one line: an exception of that kind."""
+    try:
+        yield
+    except OSError as error:
+        line = f"{file}: cannot be {what}: {error.strerror}; give another --result_path"
+        raise kind(line) from error
 
 
 def _stamps(folder, files):

@@ -104,7 +104,7 @@ def test_what_has_changed_is_done_again(network, folder, monkeypatch, capsys):
     assert view(flags) == 0
     assert "earlier run" not in capsys.readouterr().out
     assert view(flags) == 0
-    assert "out: holds the pictures of an earlier run, too" in capsys.readouterr().out
+    assert "out: holds results of an earlier run, too" in capsys.readouterr().out
     restored = count_restored(monkeypatch)
 
     def again(flags=f"{flags} --skip_done"):
@@ -213,6 +213,30 @@ def test_two_data_sets_in_one_folder_keep_their_own_pictures_in_the_gallery(fold
     restored = count_restored(monkeypatch)
     assert view(f"{flags} a --montage 1") == 0
     assert len(restored) == 2 and Path("out", "montage.png").exists()
+
+
+def test_what_was_done_of_other_data_is_not_replaced(folder):
+    write_pairs(Path("a"), 2)
+    write_pairs(Path("b"), 3)
+    flags = "--clean_side left --result_path out --skip_done --path"
+    assert view(f"{flags} a") == 0
+    before = content("out")
+    with pytest.raises(UserError, match=r"--skip_done: out/0\.png is of .*/a; give another --result_path"):
+        view(f"{flags} b")
+    assert content("out") == before
+    shutil.rmtree("a")
+    for i in range(2):
+        Path("out", f"{i}.png").unlink()  # there is nothing to lose
+    assert view(f"{flags} b") == 0
+
+
+def test_a_journal_that_cannot_be_used_is_one_line(folder):
+    write_pairs(Path("pairs"), 1)
+    Path("out", ".done.0.jsonl").mkdir(parents=True)
+    flags = "--path pairs --clean_side left --result_path out"
+    for more, what in (("", "removed"), (" --skip_done", "read")):
+        with pytest.raises(UserError, match=f"jsonl: cannot be {what}: .*; give another --result_path"):
+            view(flags + more)
 
 
 def test_pictures_without_truth_go_on_too(network, folder, monkeypatch):

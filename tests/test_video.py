@@ -158,7 +158,7 @@ def test_what_is_no_video_is_refused(tmp_path, content):
 
 
 def test_formats_that_cannot_be_written_become_mp4(tmp_path):
-    assert video_name("a/b.webm").as_posix() == "a/b.mp4"
+    assert video_name("a/b.webm").as_posix() == "a/b.webm.mp4"
     assert video_name("a/b.AVI").as_posix() == "a/b.AVI"
     with pytest.raises(UserError, match="x.webm: cannot be written as a video"):
         write_video(tmp_path / "x.webm", frames(1, 16, 16), 25)

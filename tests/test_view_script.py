@@ -1,11 +1,13 @@
 """Restoring and scoring from the command line: every layout, what is written, what is said of bad files."""
 
 import csv
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -734,7 +736,7 @@ def test_a_video_is_restored_frame_by_frame(network, capsys):
     assert "sound is not carried over" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds the video"):
         view("--path film.avi --result_path .")
-    Path("film.avi").rename("film.webm")  # whose result, film.mp4, may be another video
+    Path("film.avi").rename("film.webm")
     with pytest.raises(UserError, match="holds the video"):
         view("--path film.webm --result_path .")
     with pytest.raises(UserError, match="--skip_done: is for pictures, and film.webm is a video"):
@@ -754,7 +756,62 @@ def test_of_an_interrupted_video_nothing_is_written(network, capsys, monkeypatch
     monkeypatch.setattr(test_view, "restore", interrupted(3, lambda: signal.raise_signal(number)))
     assert view("--path film.avi --result_path out") == 130
     assert "interrupted: out/film.avi is not written" in capsys.readouterr().err
-    assert list(Path("out").iterdir()) == []
+    assert not Path("out").exists()
+
+
+def test_a_video_replaces_its_own_result_and_no_other_film(network):
+    write_video("film.avi", [photograph(i, 32, 48) for i in range(2)], 10)
+    Path("mine").mkdir()
+    shutil.copy("film.avi", "mine/film.avi")
+    with pytest.raises(UserError, match="mine/film.avi is no result of an earlier run"):
+        view("--path film.avi --result_path mine")
+    assert os.listdir("mine") == ["film.avi"]
+    assert [view("--path film.avi --result_path out") for _ in range(2)] == [0, 0]
+    shutil.copy("film.avi", "film.webm")
+    assert view("--path film.webm --result_path out") == 0
+    write_pairs(Path("pairs"), 1)
+    assert view("--path pairs --result_path out") == 0  # and pictures may come beside them
+    assert {"film.avi", "film.webm.mp4", "0.png"} <= set(os.listdir("out"))
+
+
+@pytest.mark.parametrize("name", ["index.html", "results.csv", "montage.png", "1.png"])
+def test_a_file_that_is_no_result_is_not_replaced(network, name):
+    write_pairs(Path("pairs"), 2)
+    Path("mine").mkdir()
+    Path("mine", name).write_text("a user's own")
+    with pytest.raises(UserError, match=f"--result_path mine: mine/{name} is no result of an earlier run"):
+        view("--path pairs --clean_side left --result_path mine")
+    assert os.listdir("mine") == [name] and Path("mine", name).read_text() == "a user's own"
+    Path("mine", name).rename("mine/notes.txt")
+    assert [view("--path pairs --clean_side left --result_path mine") for _ in range(2)] == [0, 0]
+    assert Path("mine", "notes.txt").read_text() == "a user's own"
+
+
+def test_a_folder_of_results_that_cannot_be_made_stops_no_other(network, capsys):
+    for name in ("a.png", "sub/b.png", "c.png"):
+        write_image(Path("set", name), photograph(0))
+    Path("out").mkdir()
+    Path("out", "sub").touch()
+    assert view("--path set --result_path out") == 1
+    assert "1 could not be used:\n  out/sub/b.png: cannot be written" in capsys.readouterr().err
+    assert {"a.png", "c.png"} <= set(os.listdir("out"))
+
+
+def test_a_folder_that_cannot_be_read_is_reported_and_the_status_tells(network, capsys, monkeypatch):
+    for name in ("a.png", "closed/b.png", "lost+found/c.png"):
+        write_image(Path("set", name), photograph(0))
+    scandir = os.scandir
+
+    def closed(path):
+        if Path(path).name in ("closed", "lost+found"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert view("--path set --result_path out") == 1
+    said = "set/closed: cannot be read: Permission denied"
+    assert f"1 could not be used:\n  {said}" in capsys.readouterr().err
+    assert json.loads(Path("out", "results.json").read_text())["left_out"] == [said]
 
 
 def test_a_video_is_for_one_process(network, monkeypatch):
