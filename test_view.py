@@ -172,7 +172,7 @@ def main(args):
         failures = left_out + failures
         status = status or 1
     if stopped:
-        failures.append(f"{stopped} {len(gallery.entries)} of {len(files)} pictures are done")
+        stopped += f" {len(gallery.entries)} of {len(files)} pictures are done"
     facts = {
         "checkpoint": str(checkpoint),
         "sha256": sha256,
@@ -187,7 +187,7 @@ def main(args):
         "command": shlex.join(sys.argv),
         "genotype": net.genotype._asdict(),
     }
-    status = conclude(gallery, facts, failures, status, args.montage)
+    status = conclude(gallery, facts, failures, stopped, status, args.montage)
     journal.unlock()
     return status
 
@@ -206,10 +206,11 @@ def begin(journal, fresh):
                 os.unlink(journal.out / table)
 
 
-def conclude(gallery, facts, failures, status, montage_of):
-    """Write the tables, the gallery and, unless montage_of is None, the montage; print what there is and what
-    could not be used; returns the exit status.
+def conclude(gallery, facts, failures, stopped, status, montage_of):
+    """Write the tables, the gallery and, unless montage_of is None, the montage; print what there is, what
+    could not be used and what stopped the run, or ""; returns the exit status.
     """
+    left_out = failures + [stopped] if stopped else failures
     out, rows = gallery.out, [entry.row for entry in gallery.entries]
     means, scores = summarise(rows, facts) if rows and METRICS[0] in rows[0] else ({}, [])
     said = [*scores, f"{len(rows)} restored pictures in {out}"]
@@ -218,9 +219,9 @@ def conclude(gallery, facts, failures, status, montage_of):
     # Files first: Ctrl-C ends a `| tee`, too, and then nothing can be printed.
     attempts = []
     if rows:
-        tables = report(rows, {"means": means} | facts | {"left_out": failures}, scores)
+        tables = report(rows, {"means": means} | facts | {"left_out": left_out}, scores)
         attempts = [partial(images.write_bytes, out / name, content) for name, content in tables.items()]
-        attempts.append(lambda: said.append(f"look at them: {gallery.write(shown, failures)}"))
+        attempts.append(lambda: said.append(f"look at them: {gallery.write(shown, left_out)}"))
         if montage_of is not None:
             attempts.append(lambda: montage(gallery.examples(montage_of), out / MONTAGE))
     for attempt in attempts:  # one may find room where another does not
@@ -234,6 +235,8 @@ def conclude(gallery, facts, failures, status, montage_of):
     if said:
         print(*said, sep="\n")
     command.tell_unusable(failures)
+    if stopped:
+        print(stopped, file=sys.stderr)
     return status
 
 
@@ -278,7 +281,13 @@ def find_pictures(args, path):
     """The `layouts.Found` of a file or folder, and a line for each folder in it that cannot be read; prints
     what that is and what is left alone.
     """
-    found = layouts.find(path, args.clean_side)
+    try:
+        found = layouts.find(path, args.clean_side)
+    except UserError as error:
+        kinds = look_around(path)[0] if os.path.isdir(path) else []
+        if {*kinds} & {*images.VIDEO_EXTENSIONS} and not images.list_images(path, recursive=True):
+            raise UserError(f"{error}; give a video in it as --path") from None
+        raise
     alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
     unscored = bool(found.scenes) and all(scene.clean is None for scene in found.scenes)
     truth = "; without ground truth, so nothing is scored" if unscored else ""

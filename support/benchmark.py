@@ -62,7 +62,7 @@ from model_train import DerainNetwork
 from operations import MULTI_SCALE, OPERATIONS, AttentionModule, Bottleneck, Head, Transition
 from support import command, devices, layouts
 from support.cache import open_cache
-from support.command import natural, positive
+from support.command import positive
 from support.errors import UserError
 from support.fast import (
     Compiled,
@@ -196,7 +196,9 @@ def get_args_parser():
         "--cache", default="", metavar="DIR", help="of loader_cached's file (default: the training folder)"
     )
     workers = train_model_batch.get_args_parser().get_default("workers")
-    loader.add_argument("--workers", type=natural, default=workers, help="processes (default: the scripts')")
+    loader.add_argument(
+        "--workers", type=command.workers, default=workers, help="processes (default: the scripts')"
+    )
     return parser
 
 

@@ -38,6 +38,10 @@ def natural(text):
     return _number(text, int, lambda value: value >= 0, "a whole number from 0")
 
 
+def workers(text):
+    return _number(text, int, lambda value: 0 <= value <= 1024, "a whole number from 0 to 1024")
+
+
 def above_zero(text):
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 

@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
+from unicodedata import combining, normalize
 from urllib.parse import quote
 
 import cv2
@@ -177,7 +178,8 @@ def gain(row: Mapping, channels: str = "rgb") -> float:
 def montage(examples: Iterable[Example], path: str | Path, width: int = 480) -> None:
     """Write one picture: a row an example, columns rain, restored and ground truth, labelled, on white.
 
-    Scores, where given, are PSNR in dB and SSIM on RGB. The labels' font has Latin letters only.
+    Scores, where given, are PSNR in dB and SSIM on RGB. The labels' font has no accents, which are left out,
+    and no other script than Latin, which is question marks.
 
     Args:
         path: its extension is the format.
@@ -208,7 +210,7 @@ def montage(examples: Iterable[Example], path: str | Path, width: int = 480) -> 
     top = line
     for example, (height, own_width), under in zip(examples, sizes, below, strict=True):
         title = Image.new("L", (height, line))  # turned upwards, in the margin
-        text = _shorten(example.title, font, height)
+        text = _shorten(_plain(example.title), font, height)
         ImageDraw.Draw(title).text((height / 2, line / 2), text, 255, font, anchor="mm")
         canvas.paste("black", (gap // 2, top), title.rotate(90, expand=True))
         pictures = (example.rainy, example.restored, example.clean)
@@ -231,6 +233,11 @@ def _fitting(shape, width):
 def _strip_scores(row):
     numbers = [f"{row[f'{of}psnr_rgb']:.2f} dB / {row[f'{of}ssim_rgb']:.4f}" for of in ("input_", "")]
     return [*numbers, "PSNR / SSIM on RGB"]
+
+
+def _plain(text):
+    letters = [letter for letter in normalize("NFKD", text) if not combining(letter)]
+    return "".join(letters).encode("ascii", "replace").decode()
 
 
 def _shorten(text, font, room):
@@ -330,6 +337,7 @@ def _number(value, digits, sign=""):
 
 
 def _gain(value):
+    value = round(value, 2) + 0.0  # not -0.0
     kind = "up" if value > 0 else "down" if value < 0 else "none"
     return f"<b class={kind}>{_number(value, 2, '+')} dB</b>"
 

@@ -3,7 +3,7 @@
 import os
 
 from support import distributed, layouts
-from support.command import above_zero, even, natural, not_empty, positive, seed, share
+from support.command import above_zero, even, natural, not_empty, positive, seed, share, workers
 
 DEFAULT_DATA, DEMO_DATA = "datasets/Rain1200", "datasets/demo"
 MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
@@ -71,7 +71,7 @@ def add_arguments(parser):
     cores = os.cpu_count() or 2
     data.add_argument(
         "--workers",
-        type=natural,
+        type=workers,
         default=min(8, max(1, cores // 2 // distributed.local_size())),
         help="loader processes; 0: load in the main one (default: half the cores, at most 8). Under torchrun "
         "each process has so many (default: its share)",

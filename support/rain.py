@@ -533,7 +533,7 @@ def get_args_parser():
     parser.add_argument("--clean_side", choices=["left", "right"], help="this half of side by side files")
     parser.add_argument(
         "--workers",
-        type=command.natural,
+        type=command.workers,
         default=os.cpu_count() or 1,
         help="processes; 0: all in the main one (default: one a core)",
     )

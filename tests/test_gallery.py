@@ -218,6 +218,21 @@ def test_a_montage_without_truth_has_two_columns_and_pictures_keep_their_proport
         montage([], tmp_path / "none.png")
 
 
+def test_a_montage_s_titles_are_letters_whatever_the_script(tmp_path):
+    rainy = photograph(0, 60, 80)
+    for plain, title in (("cafe ???", "café 雨の夜"), ("Malmo", "Malmö")):
+        for name, text in (("plain", plain), ("own", title)):
+            montage([Example(text, rainy, rainy)], tmp_path / f"{name}.png")
+        assert (read_image(tmp_path / "plain.png") == read_image(tmp_path / "own.png")).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(-0.004, "none>+0.00"), (-0.006, "down>−0.01"), (0.006, "up>+0.01")]
+)
+def test_a_gain_is_coloured_as_it_reads(value, shown):
+    assert f"<b class={shown} dB</b>" == gallery._gain(value)
+
+
 ACTS = """
 <script>
 {

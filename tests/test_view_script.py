@@ -398,7 +398,7 @@ def test_ctrl_c_leaves_tables_of_what_was_done(network, capsys, monkeypatch):
     write_pairs(Path("pairs"), 4)
     monkeypatch.setattr(test_view, "restore", interrupted(3, lambda: signal.raise_signal(signal.SIGINT)))
     assert view("--path pairs --clean_side left --result_path out") == 130
-    assert "interrupted: 2 of 4 pictures are done" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted: 2 of 4 pictures are done"
     assert list(table()) == ["0", "1"]
     assert pictures() == {"0.png", "1.png"}
 
@@ -513,7 +513,8 @@ def test_a_grey_picture_is_grey_in_the_gallery_too(network, monkeypatch):
     ("flags", "error", "words"),
     [
         ("--path nowhere", UserError, "nowhere: no such file or folder"),
-        ("--path empty", UserError, "empty: no images"),
+        ("--path empty", UserError, "empty: no images .* found$"),
+        ("--path films", UserError, "films: no images .* found; give a video in it as --path"),
         ("--path pairs --ckt_path gone.pt", CheckpointError, "gone.pt: no such checkpoint"),
         ("--path pairs --ckt_path pairs", CheckpointError, "pairs: not a file"),
         ("--path pairs --ckt_path pairs/0.png", CheckpointError, "pairs/0.png: cannot be read"),
@@ -523,6 +524,8 @@ def test_a_grey_picture_is_grey_in_the_gallery_too(network, monkeypatch):
 )
 def test_mistakes_are_refused_and_no_result_folder_is_made(flags, error, words):
     Path("empty").mkdir()
+    Path("films").mkdir()
+    Path("films", "one.mp4").touch()
     write_pairs(Path("pairs"), 1)
     with pytest.raises(error, match=words):
         view(f"{flags} --result_path out")
