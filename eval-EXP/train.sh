@@ -1,6 +1,7 @@
 #!/bin/sh
-# The training of derain_light.pt (runs 1 to 12, 15 and 16) and of derain.pt (13, 14 and 17 to 19, after 12; for a GPU:
-# on two CPU cores they take days), from the photographs on; interrupted, it goes on where it was. In the project's folder:
+# The training of derain_light.pt (runs 1 to 12, 15, 16, 20 and 21) and of derain.pt (13, 14 and 17 to 19, after 12; for
+# a GPU: on two CPU cores they take days), from the photographs on; interrupted, it goes on where it was. In the
+# project's folder:
 #
 #     sh eval-EXP/train.sh BSDS500 RAIN800_TRAINING [FLAG ...]
 #
@@ -118,6 +119,12 @@ scenes 36 bsds-36 "$made/photographs-half"
 scenes 37 bsds-37 "$bsds" "--style mixed --angle 75"
 scenes 40 bsds-40 "$bsds" "$lent"
 scenes 31 rain800-31 "$made/rain800" "--clean_side left"
+# For the twentieth and twenty-first, of the light network.
+scenes 41 bsds-41 "$bsds"
+scenes 46 bsds-46 "$made/photographs-half"
+scenes 47 bsds-47 "$bsds" "--style mixed --angle 75"
+scenes 50 bsds-50 "$bsds" "$lent"
+scenes 41 rain800-41 "$made/rain800" "--clean_side left"
 
 # The flags of made folders, `of FOLDER ...`: the clean side is right but in Rain800's own pairs
 of() {
@@ -147,6 +154,7 @@ seventeen=$(of bsds-0 bsds-1 bsds-4 bsds-7 bsds-15 bsds-10 bsds-16 rain800-2 rai
     rain800 rain800 rain800 rain800-late rain800-late)
 eighteen=$(of bsds-20 bsds-26 bsds-27 bsds-30 rain800-20 rain800 rain800-late)
 nineteen=$(of bsds-31 bsds-36 bsds-37 bsds-38 bsds-40 rain800-31 rain800 rain800-late)
+twenty=$(of bsds-41 bsds-46 bsds-47 bsds-50 rain800-41 rain800 rain800 rain800-late)
 few="--val_scenes 12 --steps_per_epoch 200 --warmup_steps 100 --clean_inputs 0.1"
 many="--val_scenes 24 --steps_per_epoch 500 --warmup_steps 100 --ema 0.999 --learning_rate 6e-4 --learning_rate_min 2e-6"
 fine="--freeze_start 1 --internal_start 1 --batch_size 2 --patch_size 96"
@@ -197,6 +205,10 @@ train 18 $eighteen $many $fine $upright --weights eval-EXP-derain-17/best_psnr.p
 train 19 $nineteen $many $fine $upright --weights eval-EXP-derain-18/best_psnr.pt --batch_size 16 --val_scenes 24 \
     --clean_inputs 0.3 --mse_weight 10 --psnr_weight 0.006 --epochs 1 --steps_per_epoch 9461 --warmup_steps 200 \
     --learning_rate 7e-4 --amp --seed 22 "$@"
+train 20 $twenty $many $fine $upright --weights eval-EXP-derain-16/best_psnr.pt --clean_inputs 0.5 \
+    --mse_weight 10 --psnr_weight 0.006 --epochs 12 --steps_per_epoch 491 --amp --seed 23 "$@"
+train 21 $twenty $many $fine $upright --weights eval-EXP-derain-20/best_psnr.pt --clean_inputs 0.7 \
+    --mse_weight 10 --psnr_weight 0.006 --epochs 10 --steps_per_epoch 474 --learning_rate 4e-4 --amp --seed 25 "$@"
 
-"$python" model_train.py eval-EXP-derain-16/best_psnr.pt eval-EXP-derain-16/derain_light.pt
+"$python" model_train.py eval-EXP-derain-21/best_psnr.pt eval-EXP-derain-21/derain_light.pt
 "$python" model_train.py eval-EXP-derain-19/best_psnr.pt eval-EXP-derain-19/derain.pt
