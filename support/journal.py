@@ -54,7 +54,10 @@ class Journal:
             self.out.rmdir()
 
     def begin(self, fresh):
-        """Before `add`, once all processes are here. fresh: forget what was done before; or UserError."""
+        """Before `add`, once all processes are here. fresh: what was done before is forgotten.
+
+        Raises UserError where another user's journal keeps that from being done.
+        """
         self.file = self.out / FILES.replace("*", str(distributed.rank()))
         if fresh:
             distributed.from_main(self._forget)
@@ -108,9 +111,10 @@ class Journal:
         data, others = json.loads(self.key).get("data"), {}
         for line in self._lines():
             of, file = json.loads(line["key"]).get("data"), _entry(*line["entry"]).file
-            others[file] = of
             if of == data:
-                del others[file]
+                others.pop(file, None)  # written anew since then
+            else:
+                others[file] = of
         return others
 
     def last_number(self):
