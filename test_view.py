@@ -153,7 +153,7 @@ def main(args):
     check_montage(args, files)
     gallery = Gallery(out)
     data = {"data": str(path.resolve()), "clean_side": args.clean_side}
-    journal = Journal(out, data | {"sha256": sha256, "options": options})
+    journal = Journal(out, data | {"sha256": sha256, "options": options, "metrics": list(METRICS)})
     results = [task.result for task in tasks]
     distributed.from_main(partial(check_nothing_lost, journal, [*TABLES, PAGE, MONTAGE, *results]))
     journal.lock()
@@ -212,7 +212,7 @@ def conclude(gallery, facts, failures, stopped, status, montage_of):
     """
     left_out = failures + [stopped] if stopped else failures
     out, rows = gallery.out, [entry.row for entry in gallery.entries]
-    means, scores = summarise(rows, facts) if rows and METRICS[0] in rows[0] else ({}, [])
+    means, scores = summarise(rows, facts) if rows and "psnr_rgb" in rows[0] else ({}, [])
     said = [*scores, f"{len(rows)} restored pictures in {out}"]
     shown = {name: facts[name] for name in ("checkpoint", "data", "device")}
     shown |= {"self-ensemble": "no"} | in_words(facts["options"])
@@ -601,10 +601,10 @@ def report(rows, facts, lines):
 def summarise(rows, facts):
     """({density: means of the outputs and of the inputs}, lines that say them), and last those of all."""
     means = {}
-    lines = [f"{'':8} {'images':>6}  {'PSNR RGB':>9} {'SSIM RGB':>9}  {'PSNR Y':>9} {'SSIM Y':>9}"]
+    lines = [f"{'':8} {'images':>6} " + "".join(f" {heading:>9}" for heading, _ in METRICS.values())]
     for density, (group, output, untouched) in by_density(rows).items():
         means[density] = {"output": output, "input": untouched}
-        lines += [f"{density:8} {len(group):6}  {_four(output)}", f"{'  input':15}  {_four(untouched)}"]
+        lines += [f"{density:8} {len(group):6} {_figures(output)}", f"{'  input':15} {_figures(untouched)}"]
         for whose, found in (("outputs", output), ("inputs", untouched)):
             left_out = {metric: count for metric, count in found["left_out"].items() if count}
             if left_out:
@@ -636,9 +636,8 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _four(means):
-    psnr_rgb, ssim_rgb, psnr_y, ssim_y = (means[metric] for metric in METRICS)
-    return f"{psnr_rgb:9.2f} {ssim_rgb:9.4f}  {psnr_y:9.2f} {ssim_y:9.4f}"
+def _figures(means):
+    return "".join(f" {means[metric]:9.{digits}f}" for metric, (_, digits) in METRICS.items())
 
 
 if __name__ == "__main__":

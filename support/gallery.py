@@ -273,8 +273,8 @@ def _figure(entry, kind):
     scores = ""
     if _is_scored(entry.row) and kind != "truth":
         of = "input_" if kind == "rain" else ""
-        psnr_rgb, ssim_rgb, psnr_y, ssim_y = (entry.row[of + metric] for metric in METRICS)
-        scores = f"<dl>{_pair('RGB', psnr_rgb, ssim_rgb)}{_pair('Y', psnr_y, ssim_y)}</dl>"
+        pairs = (_pair(entry.row, of, channels) for channels in ("rgb", "y"))
+        scores = f"<dl>{''.join(pairs)}</dl>"
     small, full = _url(entry.thumbnails[kind]), _url(entry.shown[kind])
     height, width = entry.size
     return (
@@ -284,8 +284,9 @@ def _figure(entry, kind):
     )
 
 
-def _pair(channels, psnr, ssim):
-    return f"<dt>{channels}</dt><dd>{_number(psnr, 2)}<i> dB</i></dd><dd>{_number(ssim, 4)}</dd>"
+def _pair(row, of, channels):
+    psnr, ssim = row[f"{of}psnr_{channels}"], row[f"{of}ssim_{channels}"]
+    return f"<dt>{channels.upper()}</dt><dd>{_number(psnr, 2)}<i> dB</i></dd><dd>{_number(ssim, 4)}</dd>"
 
 
 def _facts(facts):
@@ -295,14 +296,14 @@ def _facts(facts):
 def _summary(rows):
     if not rows:
         return ""
-    heads = "".join(f"<th>{m}</th>" for m in ("PSNR RGB", "SSIM RGB", "PSNR Y", "SSIM Y"))
+    heads = "".join(f"<th>{heading}</th>" for heading, _ in METRICS.values())
     lines = [
         f"<tr><th></th><th>pictures</th>{heads}<th>gain RGB</th><th>gain Y</th><th>worse than input</th></tr>"
     ]
     for density, (group, output, untouched) in by_density(rows).items():
         left_out = sum(output["left_out"].values()) + sum(untouched["left_out"].values())
         cells = [f"<th>{escape(density)}</th>", f"<td>{len(group):,}</td>"]
-        for metric, digits in zip(METRICS, (2, 4, 2, 4), strict=True):
+        for metric, (_, digits) in METRICS.items():
             before, after = _number(untouched[metric], digits), _number(output[metric], digits)
             cells.append(f"<td>{after} <small>from {before}</small></td>")
         cells += [f"<td>{_gain(_mean_gain(group, channels))}</td>" for channels in ("rgb", "y")]
@@ -327,7 +328,7 @@ def _left_out(messages):
 
 
 def _is_scored(row):
-    return METRICS[0] in row
+    return "psnr_rgb" in row
 
 
 def _number(value, digits, sign=""):

@@ -6,7 +6,13 @@ import cv2
 import numpy as np
 import skimage  # whose metrics, and SciPy with them, the first score loads
 
-METRICS = ("psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y")
+# What `score` measures: its heading in tables, and digits after the point.
+METRICS = {
+    "psnr_rgb": ("PSNR RGB", 2),
+    "ssim_rgb": ("SSIM RGB", 4),
+    "psnr_y": ("PSNR Y", 2),
+    "ssim_y": ("SSIM Y", 4),
+}
 SSIM_WINDOW = 11  # pixels a side: of the Gaussian window, so of the smallest image that has an SSIM
 SSIM_SIGMA = 1.5
 BAND = 256  # rows of SSIM at a time
@@ -55,10 +61,10 @@ def mean_scores(rows: Iterable[Mapping[str, float]]) -> dict:
     and counted, so that one such image neither hides the others nor passes unseen.
 
     Args:
-        rows: mappings that hold the four scores; other keys are ignored.
+        rows: mappings that hold the scores of `METRICS`; other keys are ignored.
 
     Returns:
-        the four means (NaN where no value is left), `images`, the number of rows, and `left_out`, which maps
+        their means (NaN where no value is left), `images`, the number of rows, and `left_out`, which maps
         each score to the number of values left out of its mean.
     """
     rows = list(rows)

@@ -155,6 +155,23 @@ def test_paired_folders_are_scored(network):
     assert_scored(network, expected)
 
 
+def test_a_metric_that_is_added_is_in_all_tables_and_what_lacks_it_is_not_done(monkeypatch):
+    write_pairs(Path("pairs"), 1, "left")
+    flags = "--path pairs --clean_side left --result_path out"
+    assert view(flags) == 0
+    monkeypatch.setitem(METRICS, "mae_rgb", ("MAE RGB", 3))
+    monkeypatch.setattr(test_view, "COLUMNS", (*test_view.COLUMNS, "mae_rgb", "input_mae_rgb"))
+    monkeypatch.setattr(test_view, "score", lambda *images: score(*images) | {"mae_rgb": 7.25})
+    assert view(f"{flags} --skip_done") == 0
+    text = Path("out", "result_full.txt").read_text()
+    assert summary(text, "all")[-1] == summary(text, "all", untouched=True)[-1] == 7.25
+    assert " MAE RGB\n" in text and "  mae_rgb 7.2500\n" in text
+    assert float(table()["0"]["input_mae_rgb"]) == 7.25
+    assert json.loads(Path("out", "results.json").read_text())["means"]["all"]["output"]["mae_rgb"] == 7.25
+    page = Path("out", "index.html").read_text()
+    assert "<th>MAE RGB</th>" in page and "<td>7.250 <small>from 7.250</small></td>" in page
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_files_that_look_like_pairs_side_by_side_are_restored_whole_and_the_flag_is_named(
     network, side, capsys, monkeypatch
