@@ -44,11 +44,12 @@ def keep_freed_memory():
 
 def for_inference(net):
     """A copy of a network in evaluation mode with every BatchNorm folded into the convolution before it,
-    every ReLU in place, and channels last in memory.
+    ReLUs in place, and channels last in memory.
 
     Its outputs are the same but for rounding. It is to be run only: save, train and export `net` itself.
     """
     net = copy.deepcopy(net)
+    firsts = {module[0] for module in net.modules() if isinstance(module, nn.Sequential) and len(module)}
     for module in net.modules():
         if isinstance(module, nn.Sequential):
             for i in range(len(module) - 1):
@@ -56,7 +57,7 @@ def for_inference(net):
                     module[i] = fuse_conv_bn_eval(module[i], module[i + 1])
                     module[i + 1] = nn.Identity()
         if isinstance(module, nn.ReLU):
-            module.inplace = True  # each is of a convolution's output or of a sum, of no other use
+            module.inplace = module not in firsts  # else of a convolution's output, of no other use
     return net.to(memory_format=torch.channels_last)
 
 

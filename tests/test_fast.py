@@ -58,6 +58,19 @@ def test_the_network_in_the_form_for_inference_equals_the_plain_one_and_leaves_i
     assert fast.genotype == net.genotype
 
 
+def test_a_relu_that_comes_first_leaves_its_input_alone():
+    """As in the operations of other search spaces, ReLU, convolution, BatchNorm."""
+    torch.manual_seed(0)
+    operation = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    net, x = with_statistics(nn.Sequential(operation)), torch.randn(1, 4, 9, 11)
+    given = x.clone()
+    fast = for_inference(net)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(x, given)
+    assert fast[0][3].inplace
+
+
 # Megabytes that a step faults in which fills 128 MB in blocks of 64, as activations do: by itself, and kept.
 FAULTS = """
 import mmap, resource, torch
