@@ -16,7 +16,6 @@ percent with running statistics, and by 49 percent or more with batch statistics
 """
 
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch.func import functional_call
@@ -97,16 +96,14 @@ class Architect:
         """(L_val, [grad_alpha, grad_beta]) at the present weights, of this process's share of the batch."""
         weights = [w.detach() for w in self.weights]  # compiled, it would compute their gradients too
         with self.statistics():  # in here, so that a recorded step does not do it again
-            return self.own_gradient(partial(self.validation_loss, weights), batch, self.net.architecture())
+            return self.own_gradient(self.upper_loss, weights, batch, self.net.architecture())
 
     def unrolled(self, batch, training_batch):
         """(L_val, [grad_alpha, grad_beta]) after one virtual step of the weights on the training batch."""
         architecture = self.net.architecture()
         with self.statistics():
             virtual = self.virtual_weights(training_batch)
-            loss, gradients = self.gradient(
-                partial(self.validation_loss, virtual), batch, [*architecture, *virtual]
-            )
+            loss, gradients = self.gradient(self.upper_loss, virtual, batch, [*architecture, *virtual])
             direct, vector = gradients[: len(architecture)], gradients[len(architecture) :]
             del virtual, gradients
             product = self.hessian_vector_product(vector, training_batch)
@@ -126,7 +123,7 @@ class Architect:
     def virtual_weights(self, training_batch):
         """w' = w - xi * (mu * v + grad_w L_train + lambda * w), as leaves that require a gradient."""
         group = self.weight_optimizer.param_groups[0]
-        _, gradient = self.gradient(partial(self.loss_at, self.weights), training_batch, self.weights)
+        _, gradient = self.gradient(self.loss_at, self.weights, training_batch, self.weights)
         virtual = []
         for w, g in zip(self.weights, gradient, strict=True):
             momentum = self.weight_optimizer.state.get(w, {}).get("momentum_buffer")
@@ -148,23 +145,23 @@ class Architect:
             products.append(torch.autograd.grad(product, self.net.architecture()))
         return average([sum(of_parts) for of_parts in zip(*products, strict=True)])
 
-    def gradient(self, loss, batch, inputs):
-        """(loss(batch), its gradient by the inputs, averaged over the processes)."""
-        value, own = self.own_gradient(loss, batch, inputs)
+    def gradient(self, loss, weights, batch, inputs):
+        """(loss(weights, batch), its gradient by the inputs, averaged over the processes)."""
+        value, own = self.own_gradient(loss, weights, batch, inputs)
         return value, average(own)
 
-    def own_gradient(self, loss, batch, inputs):
-        """(loss(batch), its gradient by the inputs), summed over the parts of the batch."""
+    def own_gradient(self, loss, weights, batch, inputs):
+        """(loss(weights, batch), its gradient by the inputs), summed over the parts of the batch."""
         value, summed = 0.0, None
         for share, part in batch.parts(self.parts):
-            part_loss = share * loss(part)
+            part_loss = share * loss(weights, part)
             gradient = torch.autograd.grad(part_loss, inputs)
             value = value + part_loss.detach()
             summed = gradient if summed is None else torch._foreach_add(summed, gradient)
         return value, summed
 
-    def validation_loss(self, weights, batch):
-        """L_val(w, a) of a batch: its loss with the given weights, and the penalty."""
+    def upper_loss(self, weights, batch):
+        """L_val(w, a) of an architecture batch: its loss with the given weights, and the penalty."""
         loss = self.loss_at(weights, batch)
         return loss if self.penalty is None else loss + self.penalty()
 

@@ -75,29 +75,24 @@ def check(genotype):
             f"a genotype has the entries {' and '.join(Genotype._fields)}, not {brief(fields)}"
         )
 
-    modules = _sequence(fields["modules"], CELLS, "modules", "cells")
-    modules = tuple(
-        tuple(
-            _word(word, MODULES, f"modules[{c}][{m}]")
-            for m, word in enumerate(_sequence(cell, MODULES_PER_CELL, f"modules[{c}]", "modules"))
-        )
-        for c, cell in enumerate(modules)
-    )
-    attention = _sequence(fields["attention"], CELLS, "attention", "cells")
+    modules = _nested(fields["modules"], "modules", MODULES, (CELLS, "cells"), (MODULES_PER_CELL, "modules"))
+    cells = _sequence(fields["attention"], "attention", CELLS, "cells")
     attention = tuple(
-        tuple(
-            tuple(
-                _word(word, PRIMITIVES, f"attention[{c}][{b}][{e}]")
-                for e, word in enumerate(_sequence(edges, EDGES, f"attention[{c}][{b}]", "edges"))
-            )
-            for b, edges in enumerate(_sequence(cell, BRANCHES[c], f"attention[{c}]", "branches"))
-        )
-        for c, cell in enumerate(attention)
+        _nested(cell, f"attention[{c}]", PRIMITIVES, (branches, "branches"), (EDGES, "edges"))
+        for c, (cell, branches) in enumerate(zip(cells, BRANCHES, strict=True))
     )
     return Genotype(modules, attention)
 
 
-def _sequence(value, length, where, what):
+def _nested(value, where, allowed, *levels):
+    """`value` as nested tuples of allowed words; levels: of each, from the outside, (its length, of what)."""
+    if not levels:
+        return _word(value, where, allowed)
+    inner = enumerate(_sequence(value, where, *levels[0]))
+    return tuple(_nested(entry, f"{where}[{i}]", allowed, *levels[1:]) for i, entry in inner)
+
+
+def _sequence(value, where, length, what):
     if not isinstance(value, (tuple, list)):
         raise GenotypeError(f"{where} must be a sequence of {length} {what}, not {brief(value)}")
     if len(value) != length:
@@ -105,7 +100,7 @@ def _sequence(value, length, where, what):
     return value
 
 
-def _word(value, allowed, where):
+def _word(value, where, allowed):
     if value not in allowed:
         raise GenotypeError(f"{where} is {brief(value)}; allowed are {', '.join(allowed)}")
     return str(value)
@@ -143,12 +138,13 @@ def named():
 
 def draw_random(count, seed):
     """`count` different random genotypes, none of which has a name yet; the same `seed` gives the same
-    ones as long as no more of them have a name.
+    ones as long as no more of them have a name and no operation is added to `PRIMITIVES`.
 
     They are spread as what the search derives from alpha and beta drawn at random, all entries alike and
     independent: each module's kind and each edge's operation is any with equal chances, and a node all of
     whose edges came out as `none` gets one of the other operations, all alike, on one of its edges. So node
-    U_1's edge is never `none`, and node U_2's are both there in 64 of 81 modules and one of them in 17.
+    U_1's edge is never `none`, and with nine operations node U_2's are both there in 64 of 81 modules and one
+    of them in 17.
     """
     rng = random.Random(seed)
 
@@ -176,6 +172,7 @@ def find(arch=None):
     Raises GenotypeError for an unknown name, or a file that holds no genotype.
     """
     known = named()
+    arch = os.fspath(arch) if arch is not None else None
     if arch is None:
         if not known:
             raise GenotypeError(f"{__file__}: holds no genotype yet; search one, or give --arch")

@@ -43,19 +43,18 @@ class MixedModule(nn.Module):
         self.kinds = nn.ModuleDict({name: MULTI_SCALE[name](channels) for name in MODULES})
 
     def forward(self, xs, alpha):
-        candidates = zip(*(kind.branches(xs) for kind in self.kinds.values()), strict=True)
-        return side_by_side([partial(self.mix, branch, alpha) for branch in candidates], xs)
+        return side_by_side([partial(self.branch, xs, alpha, k) for k in range(len(xs))], xs)
 
-    @staticmethod
-    def mix(candidates, alpha):
-        """The weighted sum for one branch; candidates: functions without arguments, one a kind."""
-        return total([a * candidate() for a, candidate in zip(alpha, candidates, strict=True)])
+    def branch(self, xs, alpha, k):
+        """Output k."""
+        return total([a * kind.branch(xs, k) for a, kind in zip(alpha, self.kinds.values(), strict=True)])
 
 
 class MixedOperation(nn.Module):
-    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW; beta: 9 weights, one an operation.
+    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW; beta: K weights, one for
+    each of the K = 9 in `PRIMITIVES`.
 
-    `none` adds nothing. The paper's other eight multiply x by a gate: the gates are summed, and x, whose
+    `none` adds nothing. All others of the paper's multiply x by a gate: the gates are summed, and x, whose
     poolings they share, is multiplied once. An operation without a method `gate` is evaluated by itself.
     """
 
@@ -76,7 +75,7 @@ class MixedOperation(nn.Module):
 
 
 class MixedAttention(AttentionModule):
-    """The attention module with a mixed operation on each of its three edges; beta is 3x9."""
+    """The attention module with a mixed operation on each of its three edges; beta is 3xK."""
 
     def __init__(self, channels):
         super().__init__(channels, [MixedOperation(channels // NODES) for _ in range(EDGES)])
@@ -98,7 +97,7 @@ class SearchCell(nn.Module):
         self.attention = nn.ModuleList(MixedAttention(c) for c in channels)
 
     def forward(self, xs, alpha, beta):
-        """xs: one map a branch; alpha: 4x2; beta: branches x 3 x 9; both already through the softmax."""
+        """xs: one map a branch; alpha: 4x2; beta: branches x 3 x K; both already through the softmax."""
         for module, a in zip(self.multi_scale, alpha, strict=True):
             xs = module(xs, a)
         mixed = zip(self.attention, xs, beta, strict=True)

@@ -283,8 +283,8 @@ OPERATIONS = {
     "CBAM": cbam,
 }
 assert tuple(OPERATIONS) == PRIMITIVES, (
-    "operations.OPERATIONS and genotypes.PRIMITIVES are to name the same in one order; only one has "
-    f"{sorted({*OPERATIONS} ^ {*PRIMITIVES})}"
+    "operations.OPERATIONS and genotypes.PRIMITIVES are to name the same in one order; in only one are "
+    f"{sorted({*OPERATIONS} ^ {*PRIMITIVES}) or 'none, so the order differs'}"
 )
 
 
@@ -366,12 +366,12 @@ class Parallel(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(c) for c in channels)
 
-    def branches(self, xs):
-        """Of each output a function without arguments that computes it."""
-        return [partial(block, x) for block, x in zip(self.blocks, xs, strict=True)]
-
     def forward(self, xs):
-        return side_by_side(self.branches(xs), xs)
+        return side_by_side([partial(self.branch, xs, k) for k in range(len(xs))], xs)
+
+    def branch(self, xs, k):
+        """Output k."""
+        return self.blocks[k](xs[k])
 
 
 class NearestUpsample(nn.Upsample):
@@ -426,12 +426,12 @@ class Fusion(nn.Module):
             conv_bn(channels[source], channels[target], 3, stride=2, relu=False),
         )
 
-    def branches(self, xs):
-        """Of each output a function without arguments that computes it."""
-        return [partial(gather, xs) for gather in self.paths]
-
     def forward(self, xs):
-        return side_by_side(self.branches(xs), xs)
+        return side_by_side([partial(self.branch, xs, k) for k in range(len(self.paths))], xs)
+
+    def branch(self, xs, k):
+        """Output k."""
+        return self.paths[k](xs)
 
 
 MULTI_SCALE = {"parallel": Parallel, "fusion": Fusion}

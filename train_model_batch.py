@@ -144,6 +144,7 @@ def main(args):
     def frozen():
         return run.has_begun("freeze_start")
 
+    # Recorded as a CUDA graph: what changes in it but the batch is to be in `constants` below.
     def loss(forward, batch):
         with devices.autocast(run.device, args.amp):
             outputs = forward(batch.rainy)

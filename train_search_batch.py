@@ -170,6 +170,7 @@ def main(args):
     run.describe()
     validation = dataset.spread(scenes["validation"], args.val_scenes)
 
+    # Recorded as a CUDA graph: what changes in it but the batch is to be in `constants` below.
     def loss(forward, batch):
         with devices.autocast(run.device, args.amp):
             outputs = forward(batch.rainy)
@@ -338,8 +339,8 @@ def make_penalty(net, args):
 
 
 def discretisation_gap(run, net, genotype, validation):
-    """Validation PSNR in dB of the supernet, and of a genotype's network with the supernet's weights. Raises
-    Interrupted after SIGINT or SIGTERM.
+    """Validation PSNR in dB of the supernet, and of a genotype's network with the supernet's weights and
+    BatchNorm's running statistics. Raises Interrupted after SIGINT or SIGTERM.
     """
     scenes, bad, psnr = [scene for scene in validation if scene.key not in run.bad], [], {}
     for name, network in (("supernet", net), ("chosen", from_supernet(net, genotype))):

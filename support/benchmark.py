@@ -655,9 +655,8 @@ def peak_memory(step, device):
     before = None
     if device.type == "cpu" and sys.platform == "linux":
         try:
-            ctypes.CDLL(None).malloc_trim(
-                0
-            )  # what the allocator keeps of earlier steps would hide the growth
+            # What the allocator keeps of earlier steps would hide the growth.
+            ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the resident set's height, from now on
             before = resident("VmRSS")
         except (AttributeError, OSError):  # another C library; a system that forbids it
@@ -749,9 +748,8 @@ def conclude(rows, workers):
         loaded = rows[loader]["scenes_per_second"]
         how = f", {rows[loader]['ratio']:.1f} times those of decoding," if loader == "loader_cached" else ""
         print(f"the {loader} alone gives {loaded:.1f} scenes a second{how} with --workers {workers}")
-        for name in [
-            name for name in rows if name in ("weight_step", "weight_and_arch_step", "training_step")
-        ]:
+        steps = ("weight_step", "weight_and_arch_step", "training_step")
+        for name in [step for step in steps if step in rows]:
             eaten = rows[name]["images_per_second"] / DENSITIES
             slower = "loader" if loaded < eaten else "step"
             print(f"  {name} eats {eaten:.1f} scenes a second: a run waits for the {slower}")

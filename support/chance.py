@@ -30,7 +30,7 @@ from model_train import from_supernet
 from support import command, devices, options
 from support.errors import UserError
 from support.runs import STATES, SUMMARY, as_now, refuse_other_options
-from support.validation import validate
+from support.validation import means, measure
 from train_search_batch import load_supernet
 
 # Options that are a run's own, or do not change what it computes.
@@ -164,7 +164,7 @@ def shared_scores(supernet, names, options):
             parts["weights"], options.patch_size, options.batch_size, options.seed, device, options.workers
         )
         update_bn((batch.rainy for batch in islice(batches, RECALIBRATION)), net)
-        scores[name] = validate(net, validation, device)[0]["psnr"]
+        scores[name] = means(measure(net, validation, device)[0])["psnr"]
     return scores
 
 
@@ -173,17 +173,17 @@ def shared_scores(supernet, names, options):
 
 def report(groups, psnr, parameters, shared=None):
     """The table of all genotypes, best first, and of the groups: mean, spread, interval, rank correlation."""
-    means = {name: statistics.mean(values) for name, values in psnr.items()}
-    order = sorted(means, key=means.get, reverse=True)
+    mean = {name: statistics.mean(values) for name, values in psnr.items()}
+    order = sorted(mean, key=mean.get, reverse=True)
     lines = [f"{'':4} {'genotype':28} {'group':9} {'parameters':>10}  {'PSNR by seed, dB':24} {'mean':>7}"]
     lines[0] += f" {'shared':>7}" if shared else ""
     for place, name in enumerate(order, start=1):
         values = " ".join(f"{value:.3f}" for value in psnr[name])
-        line = f"{place:3}. {name:28} {groups[name]:9} {parameters[name]:10,}  {values:24} {means[name]:7.3f}"
+        line = f"{place:3}. {name:28} {groups[name]:9} {parameters[name]:10,}  {values:24} {mean[name]:7.3f}"
         lines.append(line + (f" {shared[name]:7.3f}" if shared else ""))
     lines.append("")
     for group in dict.fromkeys(groups.values()):
-        values = [means[name] for name in order if groups[name] == group]
+        values = [mean[name] for name in order if groups[name] == group]
         sizes = [parameters[name] for name in order if groups[name] == group]
         lines.append(
             f"{group:9} {len(values):3} genotypes: mean {statistics.mean(values):.3f} dB, "
@@ -193,9 +193,9 @@ def report(groups, psnr, parameters, shared=None):
     drawn = [name for name in order if groups[name] == "random"]
     correlations = {"parameters": parameters, "PSNR with shared weights": shared}
     for what, scores in correlations.items():
-        differ = scores and all(len({of[n] for n in drawn}) > 1 for of in (scores, means))
+        differ = scores and all(len({of[n] for n in drawn}) > 1 for of in (scores, mean))
         if differ and len(drawn) > 2:
-            rho, p = stats.spearmanr([scores[n] for n in drawn], [means[n] for n in drawn])
+            rho, p = stats.spearmanr([scores[n] for n in drawn], [mean[n] for n in drawn])
             lines.append(f"random ones: rank correlation of PSNR with {what}: {rho:+.2f} (p = {p:.2f})")
     return "\n".join(lines)
 

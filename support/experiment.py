@@ -573,7 +573,7 @@ class Experiment:
         self.buffers.average_changes()
 
     def validate(self, net, scenes):
-        """The scores, as of `support.validation.validate`, of the scenes that can be read, shared out to the
+        """The scores, as of `support.validation.means`, of the scenes that can be read, shared out to the
         ranks. SIGINT and SIGTERM stop it between two. TensorBoard gets the first: rain | restored | clean.
         """
         bad = []

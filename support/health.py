@@ -71,6 +71,7 @@ class Health:
                 scalars |= {f"{kind}_{letter}/{row}": v for row, v in zip(rows, values.tolist(), strict=True)}
                 scalars[f"{kind}_{letter}"] = values.mean().item()
             scalars[f"margin_{letter}_min"] = margins.min().item()
+        counted = " ".join(f"{name} {count}" for name, count in winners(genotype).items())
         changed = ""
         before = run.folder / f"genotype_{epoch - 1:03d}.json"
         if before.exists():
@@ -86,12 +87,10 @@ class Health:
             "beta", heat_map(beta, BETA_ROWS, PRIMITIVES, EDGES), run.step, dataformats="HWC"
         )
         log.info(
-            "health: entropy alpha %.4f beta %.4f, margin alpha %.4f (least %.4f) beta %.4f (least %.4f)%s, "
-            "winners %s",
-            *(scalars[f"entropy_{letter}"] for letter in ("alpha", "beta")),
-            *(scalars[f"margin_{tag}"] for tag in ("alpha", "alpha_min", "beta", "beta_min")),
-            changed,
-            " ".join(f"{name} {count}" for name, count in winners(genotype).items()),
+            "health: entropy alpha %(entropy_alpha).4f beta %(entropy_beta).4f, "
+            "margin alpha %(margin_alpha).4f (least %(margin_alpha_min).4f) "
+            "beta %(margin_beta).4f (least %(margin_beta_min).4f)%(changed)s, winners %(winners)s",
+            scalars | {"changed": changed, "winners": counted},
         )
         if epoch >= self.arch_start:
             self.judge(epoch, genotype, scalars["entropy_beta"], scalars["margin_beta"])

@@ -563,9 +563,8 @@ class Video:
 
     def _open(self):
         with _quiet:
-            self.capture = cv2.VideoCapture(
-                os.path.abspath(self.path)
-            )  # FFmpeg takes 12:30.mp4 for a protocol
+            # Not 12:30.mp4, which FFmpeg takes for a protocol.
+            self.capture = cv2.VideoCapture(os.path.abspath(self.path))
 
     def _count(self):
         """Matroska tells a length and a nominal rate, and OpenCV as many frames as there would be of it."""

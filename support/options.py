@@ -9,9 +9,17 @@ DEFAULT_DATA, DEMO_DATA = "datasets/Rain1200", "datasets/demo"
 MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
 # What may differ when a run is resumed: it changes where, when and how long the run computes, not what.
 HERE = {"workers", "device", "compile", "no_graphs"}  # and is not remembered: another machine has its own
-FREE_OPTIONS = HERE | {"resume", "save", "name", "save_every", "max_minutes"}
-FREE_OPTIONS |= {"max_bad_steps", "allow_bad", "cache"}
-FREE_OPTIONS |= {"accumulate"}  # as the number of processes may: both divide the batch for BatchNorm alone
+FREE_OPTIONS = HERE | {
+    "resume",
+    "save",
+    "name",
+    "save_every",
+    "max_minutes",
+    "max_bad_steps",
+    "allow_bad",
+    "cache",
+    "accumulate",  # as the number of processes may: both divide the batch for BatchNorm alone
+}
 
 
 def add_network_arguments(group):

@@ -11,12 +11,6 @@ from support.errors import UserError
 from support.restore import WHOLE_PIXELS, NotFinite, restore
 
 
-def validate(net, scenes, device):
-    """`measure` and `means` in one: ({"psnr", "ssim", "loss"}, (rainy, restored, clean))."""
-    measured, panel = measure(net, scenes, device)
-    return means(measured), panel
-
-
 def means(measured, bad=()):
     """{"psnr", "ssim"}: means over the images, {"loss"}: over the scenes; UserError where none was read.
 

@@ -319,7 +319,7 @@ def test_validation_is_not_compiled(how, folder, monkeypatch):
     scene = dataset.find(write_scenes(folder, 1) / "DID-MDN-training").scenes[0]
     net = Padding(Bottleneck(3, 2, 3))
     how(net)
-    validation.validate(net, [scene], CPU)
+    validation.measure(net, [scene], CPU)
     assert graphs() == 0
     net(torch.zeros(1, 3, 8, 8))
     assert graphs() == 1

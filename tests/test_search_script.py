@@ -224,8 +224,8 @@ def test_the_discretisation_gap_is_that_of_the_supernet_and_its_own_choices(fini
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(finished.folder)
         for name, network in (("supernet", net), ("chosen", fixed)):
-            scores, _ = validation.validate(network, [scenes], torch.device("cpu"))
-            assert psnr[name] == pytest.approx(scores["psnr"], abs=1e-4)
+            measured, _ = validation.measure(network, [scenes], torch.device("cpu"))
+            assert psnr[name] == pytest.approx(validation.means(measured)["psnr"], abs=1e-4)
     assert psnr["supernet"] != psnr["chosen"]
     gap = psnr["supernet"] - psnr["chosen"]
     assert f"discretisation gap {gap:.2f} dB" in (finished.run / "log.txt").read_text()
@@ -315,8 +315,8 @@ def test_a_validation_picture_that_breaks_does_not_cost_the_genotype(vocabulary,
     net = SearchNetwork(CHANNELS)
     net.load_state_dict(state("run")["parts"]["net"])
     psnr = json.loads(Path("run", "summary.json").read_text())["validation_psnr"]
-    scores, _ = validation.validate(net, others, torch.device("cpu"))
-    assert psnr["supernet"] == pytest.approx(scores["psnr"], abs=1e-4)
+    measured, _ = validation.measure(net, others, torch.device("cpu"))
+    assert psnr["supernet"] == pytest.approx(validation.means(measured)["psnr"], abs=1e-4)
 
 
 # --- stopped and resumed ---
