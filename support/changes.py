@@ -4,19 +4,18 @@
     python -m support.changes RAINY_PHOTOGRAPHS --ckt_path before.pt after.pt --worst 5
     python -m support.changes rain800/training --clean_side left --half clean
 
-For each checkpoint, over the pictures of all folders: RGB PSNR of the output to the input, mean, least and
-how many are above 38 dB, which on dry pictures is the harm done; and the largest mean change of a 16x16 block
-in grey levels, the median of the pictures and the worst of them by name: where to look for artefacts.
+For each checkpoint, over the pictures of all folders, of DID-MDN in both its parts: RGB PSNR of the output to
+the input, mean, least and how many are above 38 dB, which on dry pictures is the harm done; and the largest
+mean change of a 16x16 block in grey levels, the median of the pictures and the worst of them by name: where
+to look for artefacts.
 """
-
-import os
 
 import numpy as np
 from tqdm import tqdm
 
 import dataset
 from model_train import SHIPPED, load
-from support import command, devices, layouts
+from support import check, command, devices, layouts
 from support.command import natural, positive
 from support.errors import UserError
 from support.fast import for_inference, keep_freed_memory
@@ -52,13 +51,17 @@ def main(args):
     keep_freed_memory()
     device = devices.pick_device(args.device)
     nets = {str(path): for_inference(load(path, device)) for path in args.ckt_path}
-    scenes = []
-    for folder, side in layouts.with_sides(args.folders, [args.clean_side] if args.clean_side else []):
-        inner = folder / layouts.TRAINING
-        scenes += layouts.find(inner if os.path.isdir(inner) else folder, side).scenes
+    scenes, unusable = [], []
+    for path, side in layouts.with_sides(args.folders, [args.clean_side] if args.clean_side else []):
+        for folder in check.parts(path):
+            found = layouts.find(folder, side)
+            scenes += found.scenes
+            unusable += [f"{file}: has no partner" for file in found.unpaired]
+            single = [scene for scene in found.scenes if scene.clean is None]
+            if hint := check.single_hint(single):
+                print(f"{folder}: {hint}")
     scenes = scenes[:: args.every]
     changes = {path: {} for path in nets}
-    unusable = []
     for scene in tqdm(scenes, unit="scene", disable=None):
         try:
             pictures = pictures_of(scene, args.half)
@@ -87,7 +90,7 @@ def pictures_of(scene, half):
     rainy, clean = dataset.read_scene(scene)
     if half == "clean":
         if clean is None:
-            raise UserError(f"{scene.key}: has no clean half; leave --half out")
+            raise UserError(f"{scene.key}: has no clean half; leave --half out, or give --clean_side")
         return {str(scene.clean.path): clean}
     return dict(zip((str(half.path) for half in scene.rainy), rainy, strict=True))
 

@@ -260,14 +260,14 @@ def sizes(looks):
         yield f"all images {_wh(*count)}"
 
 
-def wrong_side(looks):
-    """What to say where most rain is on the clean side, or ""."""
+def wrong_side(looks, flag="--clean_side"):
+    """What to say where most rain is on the clean side, or ""; flag: what told that side."""
     scores = [score for _, score in _scores(looks)]
     below = sum(score < SWAPPED for score in scores)
     if below <= len(scores) / 2:
         return ""
     side = next(look.scene.clean.side for look in looks if look.scene.clean)
-    remedy = f"give --clean_side {OTHER_SIDE[side]}" if side else "exchange the two folders' names"
+    remedy = f"give {flag} {OTHER_SIDE[side]}" if side else "exchange the two folders' names"
     measured = f"{below:,} of {len(scores):,} images, median rain score {np.median(scores):.2f}"
     return f"the rain is on the clean side ({measured}): {remedy}"
 
@@ -360,7 +360,7 @@ def _named(path, root, text):
 
 
 def _relative(path, root):
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+    return path.relative_to(root).as_posix() if root in path.parents else str(path)
 
 
 def _wh(size):
@@ -370,15 +370,15 @@ def _wh(size):
 # --- a line for a user who did not ask ----------------------------------------------------------------------
 
 
-def pair_hint(scenes):
-    """What is wrong with most of a few pairs; "" where nothing is."""
+def pair_hint(scenes, flag="--clean_side"):
+    """What is wrong with most of a few pairs; "" where nothing is. flag: as in `wrong_side`."""
     looks = [examine(scene, Path()) for scene in spread(scenes, HINT_FROM)]
     images = sum(len(look.scene.rainy) for look in looks)
     faults = Counter(kind for look in looks for kind, _ in look.faults)
     for kind in (OTHER_PICTURE, EQUAL):
         if faults[kind] > images / 2:
             return f"{kind}, {faults[kind]} of {images} images looked at; python dataset.py looks at all"
-    return wrong_side(looks)
+    return wrong_side(looks, flag)
 
 
 def single_hint(scenes):

@@ -39,10 +39,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset import start_worker
-from support import command
+from support import check, command
 from support.errors import UserError
 from support.images import CannotWrite, list_images, read_image, write_bytes, write_image
-from support.layouts import DENSITIES, OTHER_SIDE, TEST, TRAINING
+from support.layouts import DENSITIES, OTHER_SIDE, TEST, TRAINING, Half, Scene, some
 
 JPEG_QUALITY = 75  # DID-MDN's, by the quantisation tables of its files
 
@@ -490,14 +490,49 @@ def demo_set(folder: str | Path) -> Path:
 
 
 def find_photographs(folders: Iterable[str | Path]) -> list[Path]:
-    """The image files of some folders. Raises UserError naming the folder that is missing or has none."""
+    """The image files of some folders, without those in folders below. Raises UserError naming the folder
+    that is missing or has none.
+    """
     found = []
     for folder in folders:
         images = list_images(folder)
         if not images:
-            raise UserError(f"{folder}: holds no image files")
+            below = _folders_below(folder)
+            more = f" itself, but {some(below)} do; give them one by one" if below else ""
+            raise UserError(f"{folder}: holds no image files{more}")
         found += images
     return found
+
+
+def _folders_below(folder) -> list[str]:
+    """Those with image files, relative to `folder`."""
+    inner = {file.parent.relative_to(folder) for file in list_images(folder, recursive=True)}
+    return sorted(map(str, inner - {Path()}))
+
+
+def _hints(args) -> Iterator[str]:
+    """What seems to be wrong with the photographs and pairs that are given, a line each."""
+    for folder in args.clean_dirs:
+        files = list_images(folder)
+        if args.clean_side:
+            hint = check.pair_hint(_scenes(files, args.clean_side))
+        else:
+            hint = check.single_hint(_scenes(files))
+        if hint:
+            yield f"{folder}: {hint}"
+        if below := _folders_below(folder):
+            yield f"{folder}: {some(below)}: folders below it are left out; give them, too, if they are meant"
+    if args.rain_of and args.rain_side:
+        pairs = _scenes(list_images(args.rain_of), args.rain_side)
+        if hint := check.pair_hint(pairs, "--rain_side"):
+            yield f"{args.rain_of}: {hint}"
+
+
+def _scenes(files, clean_side=None) -> list[Scene]:
+    """Of side by side files, or, without a side, of single images."""
+    clean = [Half(file, clean_side) if clean_side else None for file in files]
+    rainy = [Half(file, OTHER_SIDE.get(clean_side)) for file in files]
+    return [Scene(r.path.stem, (r,), c) for r, c in zip(rainy, clean, strict=True)]
 
 
 def get_args_parser():
@@ -543,7 +578,10 @@ def get_args_parser():
 def main(args) -> int:
     """Returns the exit status: 0, or 1 if some photographs could not be used. Raises UserError."""
     options = {k: v for k, v in vars(args).items() if k not in ("clean_dirs", "out_dir", "given")}
-    failures = write_scenes(find_photographs(args.clean_dirs), args.out_dir, **options)
+    photographs = find_photographs(args.clean_dirs)
+    for hint in _hints(args):
+        print(hint, file=sys.stderr)
+    failures = write_scenes(photographs, args.out_dir, **options)
     if any((Path(args.out_dir) / part).exists() for part in (TRAINING, TEST)):
         look = shlex.join(["python", "dataset.py", args.out_dir])
         print(f"scenes are in {args.out_dir}; to look them over: {look}")

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from model_train import DerainNetwork, load, save
-from support import changes
+from support import changes, check
 from support.errors import UserError
 from support.images import write_image
 from support.restore import restore
 from support.tiling import worst_block
-from tests.made import photograph, random_genotype, write_pairs, write_scenes
+from tests.made import photograph, rain_on, random_genotype, write_pairs, write_scenes
 
 
 def change(flags, capsys):
@@ -95,11 +95,32 @@ def test_a_network_whose_output_is_not_finite_is_named_and_the_other_is_reported
     assert f"{checkpoints[0]}: its output for {tmp_path}/p/a.png is not finite" in said.err
 
 
-def test_did_mdns_folder_stands_for_its_training_set(checkpoints, tmp_path, capsys):
-    """And its rainy halves are looked at, not whole files."""
+def test_did_mdns_folder_stands_for_its_two_parts(checkpoints, tmp_path, capsys):
+    """And rainy halves are looked at, not whole files."""
     write_scenes(tmp_path / "set", 2)
+    write_pairs(tmp_path / "set" / "DID-MDN-test", 3, "right")
     said = [
-        change([tmp_path / name, "--ckt_path", *checkpoints], capsys)
-        for name in ("set", "set/DID-MDN-training")
+        change([*(tmp_path / name for name in names.split()), "--ckt_path", *checkpoints], capsys)
+        for names in ("set", "set/DID-MDN-training set/DID-MDN-test")
     ]
-    assert said[0] == said[1] and "6 pictures" in said[0][1].out
+    assert said[0] == said[1] and "9 pictures" in said[0][1].out
+
+
+def test_what_looks_like_pairs_is_named_and_what_has_no_partner(checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check, "rain_score", lambda rainy, clean: float(rainy.mean() - clean.mean()))
+    for i in range(2):
+        clean = photograph(i, 96, 128)
+        write_image(tmp_path / "sides" / f"{i}.png", np.hstack([rain_on(clean, i), clean]))
+    status, said = change([tmp_path / "sides", "--ckt_path", checkpoints[1]], capsys)
+    assert status == 0
+    assert said.out.splitlines()[0] == (
+        f"{tmp_path}/sides: 2 of 2 looked at seem to be side-by-side pairs, clean half right: "
+        "give --clean_side right"
+    )
+    for i in range(3):
+        write_image(tmp_path / "pairs" / "rain" / f"{i}.png", photograph(i))
+    write_image(tmp_path / "pairs" / "gt" / "1.png", photograph(1))
+    status, said = change([tmp_path / "pairs", "--ckt_path", checkpoints[1]], capsys)
+    assert status == 1 and "1 pictures" in said.out
+    assert f"{tmp_path}/pairs/rain/0.png: has no partner\n" in said.err
+    assert "2 could not be used" in said.err

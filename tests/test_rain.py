@@ -1,6 +1,7 @@
 """Synthetic rain: its statistics and its files' layout are those of DID-MDN, and a seed repeats it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -417,6 +418,28 @@ def test_command(photographs, tmp_path):
     done = run(photographs, tmp_path / "out", "--style", "mixed", "--size", 32)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(files(tmp_path / "out")) == 9
+
+
+def test_what_seems_wrong_with_photographs_and_pairs_is_said(tmp_path, capsys):
+    """That they are pairs, that the rain is on the side called clean, or that folders below are left out."""
+    demo = demo_set(tmp_path / "demo") / "DID-MDN-test"
+    for flags, hint in (
+        ((demo,), f"{demo}: 6 of 6 looked at seem to be side-by-side pairs, clean half right: give --clean"),
+        ((demo, "--clean_side", "left"), "give --clean_side right"),
+        ((demo, "--clean_side", "right", "--rain_of", demo, "--rain_side", "left"), "give --rain_side right"),
+        ((tmp_path / "demo", "--clean_side", "right"), "demo: DID-MDN-test, DID-MDN-training/Rain_"),
+    ):
+        if flags[0] != demo:
+            shutil.copy(demo / "heavy_coffee.jpg", flags[0])
+        photographs, *more = map(str, flags)
+        args = [photographs, str(tmp_path / "out"), *more, "--scenes", "1", "--workers", "0"]
+        assert main(get_args_parser().parse_args(args)) == 0
+        assert hint in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "out")
+    with pytest.raises(UserError, match=r"holds no image files itself, but p do; give them one by one"):
+        (tmp_path / "above").mkdir()
+        demo.rename(tmp_path / "above" / "p")
+        find_photographs([tmp_path / "above"])
 
 
 def test_mistakes_end_with_one_line_and_status_2(photographs, tmp_path):
