@@ -140,7 +140,7 @@ def split(scenes, seed=0):
 
     It goes by background, so that no background is in two parts: distinct backgrounds are ordered by a hash
     of their key and the seed, and cut in those proportions, each part getting at least one. It depends on
-    nothing else, the run's own seed and the order of the files included. Raises UserError for under 3
+    nothing else: not on the run's own seed, nor on the order of the files. Raises UserError for under 3
     backgrounds.
     """
     keys = background_keys(scenes)
@@ -230,7 +230,7 @@ def same_pictures(thumbnails, threshold=0.998):
 
 
 def plain(scene):
-    """The scene as lists and text, which `from_plain` takes back."""
+    """A scene with a clean image as lists and text, which `from_plain` takes back."""
     return [scene.name, [[half.path.as_posix(), half.side] for half in scene.halves], list(scene.densities)]
 
 
@@ -245,7 +245,8 @@ def from_plain(fields):
 
 
 class Batch(NamedTuple):
-    """Whole scenes: rainy Nx3xPxP and clean Sx3xPxP, uint8 from the loader, float32 in [0, 1] after `to`.
+    """Whole scenes: rainy Nx3xPxP and clean Sx3xPxP, uint8 from the loader, float32 in [0, 1] after `to`, as
+    `batches` gives them.
 
     scene: N indices into clean. names: the S scenes' names. padded: names of scenes smaller than the patch.
     files: of the scenes. bad: (key, why) of scenes that cannot be read, each replaced by the next one.
@@ -268,8 +269,10 @@ class Batch(NamedTuple):
         """The batch on a device, its images in [0, 1] and, as the networks are, channels last."""
         rainy, clean, scene = (tensor.to(device, non_blocking=True) for tensor in self.tensors)
         rainy = rainy.to(memory_format=torch.channels_last)
-        # In place: on a CPU, two new tensors this large cost 40 times the arithmetic.
-        return self._replace(rainy=rainy.float().div_(255), clean=clean.float().div_(255), scene=scene)
+        if rainy.dtype == torch.uint8:
+            # In place: on a CPU, two new tensors this large cost 40 times the arithmetic.
+            rainy, clean = rainy.float().div_(255), clean.float().div_(255)
+        return self._replace(rainy=rainy, clean=clean, scene=scene)
 
     def parts(self, count):
         """The batch as up to `count` smaller ones of whole scenes: a list of (share of the scenes, Batch)."""

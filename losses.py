@@ -21,14 +21,20 @@ def ssim(x, y):
     """Structural similarity of each image of two NxCxHxW batches in [0, 1], averaged over C, H, W: N values.
 
     Gaussian window 11x11, sigma 1.5, population covariance, range 1, no border (Wang et al. 2004; the same as
-    scikit-image's with these options). Raises ValueError where H or W is under 11.
+    scikit-image's with these options). Computed in float32 or float64, within `torch.autocast` too. Raises
+    ValueError where H or W is under 11.
     """
     if min(x.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs images of at least 11x11 pixels, not {x.shape[-2]}x{x.shape[-1]}")
+    with torch.autocast(x.device.type, enabled=False):  # in half precision, variances would cancel
+        return _ssim(*(images.to(torch.promote_types(images.dtype, torch.float32)) for images in (x, y)))
+
+
+def _ssim(x, y):
     offsets = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
     window = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
     window = window / window.sum()
-    maps = torch.cat([x, y, x * x, y * y, x * y], 1)
+    maps = torch.cat([x, y, x * x, y * y, x * y], 1).contiguous()  # channels last, cuDNN may round to TF32
     channels = maps.shape[1]
     kernel = window.expand(channels, 1, 1, SSIM_WINDOW)
     maps = F.conv2d(F.conv2d(maps, kernel, groups=channels), kernel.transpose(2, 3), groups=channels)
@@ -127,7 +133,7 @@ def complexity(distributions, sizes):
 
 
 def count_parameters(module, inputs=None):
-    """Learnable parameters of a module."""
+    """Learnable parameters of a module; `inputs`, as `count_macs` has, are not needed."""
     return sum(p.numel() for p in module.parameters())
 
 

@@ -345,7 +345,7 @@ def filled(make, payload, path):
         raise CheckpointError(f"{path}: holds no weights")
 
     with torch.device("meta"):  # shapes first: nothing is allocated for a file whose tensors do not fit
-        net = make(channels, residual)
+        net = make(channels, residual).float()  # whatever torch.get_default_dtype says
     weights = _fitting(net.state_dict(), weights, path)
     net = net.to_empty(device="cpu")
     net.load_state_dict(weights)
@@ -403,13 +403,13 @@ def _fitting(expected, weights, path):
 
 
 def export(net, path):
-    """Write the network, in evaluation mode on the CPU, to be run without this project: ONNX or torch.export,
-    as the suffix of `path` says; or `.pt`, a checkpoint of half the size for this project.
+    """Write a network that is on the CPU and in evaluation mode, to be run without this project: ONNX or
+    torch.export, as the suffix of `path` says; or `.pt`, a checkpoint of half the size for this project.
 
     Input, in ONNX `rainy`: Nx3xHxW RGB float32 in [0, 1]; output, there `restored`: the same shape, not
     clamped. N, H and W are free, and the padding to multiples of 8 is inside; torch.export's wants more than
     8x8 pixels. Raises CheckpointError, one line naming `path`, for another suffix, packages that are missing
-    and a file that cannot be written.
+    and a file that cannot be written, and ValueError in training mode.
     """
     from torch.fx.experimental import _config
 
@@ -421,6 +421,8 @@ def export(net, path):
     if path.suffix == ".pt":
         save(net, path, half=True)
         return
+    if net.training:
+        raise ValueError("net is in training mode, where it depends on the batch; call net.eval() first")
     about = {
         "format": FORMAT,
         "genotype": json.dumps(net.genotype._asdict()),

@@ -1,4 +1,5 @@
-"""What lies in a folder of pictures: scenes, each one clean background and its rainy versions.
+"""What lies in a folder of pictures: scenes, each a clean background with a rainy version of each density,
+or with one: rainy pictures that share a clean one without such densities, as in Rain1400, are scenes apart.
 
 The layouts that `find` knows, by the names of folders and files alone:
 
@@ -56,7 +57,10 @@ class Half(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """rainy: one Half a density; clean: a Half, or None for a single image; densities: their names, or ()."""
+    """name: that of its results, and so no other's in its folder; scenes of one name in several folders count
+    as one background. rainy: one Half a density; clean: a Half of the same size, or None for a single image;
+    densities: a name for each rainy one, or () where there is but one.
+    """
 
     name: str
     rainy: tuple[Half, ...]
@@ -88,7 +92,7 @@ class Found(NamedTuple):
 
 
 def find(path, clean_side=None):
-    """The scenes under `path`, a folder in one of the layouts above or a single image file.
+    """What is under `path`, a folder in one of the layouts above or a single image file, as a Found.
 
     clean_side: which half of a side-by-side file is clean, "left" or "right"; not heeded where pairs are told
     by names. DID-MDN's own folders are rain|clean as published. Raises UserError for a path that is missing,
@@ -127,9 +131,14 @@ def find(path, clean_side=None):
 
 def with_sides(paths, clean_sides):
     """[(Path, its clean side)] of folders by what --clean_side says: nothing, a side for each, or one for all
-    but DID-MDN's own, whose sides are known. Raises UserError for any other number of sides.
+    but DID-MDN's own, whose sides are known; a path or a side alone stands for a list of one. Raises
+    UserError for any other number of sides, and for what is no side.
     """
-    paths, sides = list(map(Path, paths)), list(clean_sides) or [None]
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    sides = [clean_sides] if isinstance(clean_sides, str) else clean_sides
+    paths, sides = list(map(Path, paths)), list(sides) or [None]
+    if wrong := [side for side in sides if side not in (None, *SIDES)]:
+        raise UserError(f"--clean_side: {wrong[0]!r} is neither {' nor '.join(SIDES)}")
     if len(sides) == len(paths):
         return list(zip(paths, sides, strict=True))
     if len(sides) > 1:

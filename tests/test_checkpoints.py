@@ -87,6 +87,18 @@ def test_a_wrapper_inside_the_network_is_stripped_and_two_of_one_name_are_refuse
     refused(path, "twice")
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_a_network_is_float32_whatever_the_default_is(saved, default):
+    net, path = saved
+    torch.set_default_dtype(default)
+    try:
+        loaded = model_train.load(path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in net.state_dict().items())
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 1e-1), (torch.float64, 0)]
 )
@@ -372,6 +384,9 @@ def test_what_cannot_be_exported_is_one_line(saved, tmp_path, monkeypatch):
         model_train.export(net, tmp_path / "net.txt")
     with pytest.raises(CheckpointError, match="there is no folder"):
         model_train.export(net, tmp_path / "none" / "net.pt2")
+    with pytest.raises(ValueError, match="training mode"):
+        model_train.export(net.train(), tmp_path / "net.pt2")
+    net.eval()
     monkeypatch.setattr(torch.export, "export", lambda *args, **options: 1 / 0)  # which takes long
     with pytest.raises(CheckpointError, match="x.pt2: cannot be written: File name too long"):
         model_train.export(net, tmp_path / f"{300 * 'x'}.pt2")

@@ -509,6 +509,9 @@ def test_scenes_and_pairs_mix_in_one_batch(tmp_path):
     for tensor in (batch.rainy, batch.clean):
         assert tensor.dtype == torch.float32
         assert 0 <= tensor.min() < 0.3 < 0.7 < tensor.max() <= 1
+    again = batch.to("cpu")  # as a training loop may
+    assert torch.equal(again.rainy, batch.rainy) and torch.equal(again.clean, batch.clean)
+    assert batch.rainy.max() > 0.7
     # Rain was drawn as something added: every rainy image lies on the clean one of its own scene.
     difference = batch.rainy - batch.clean[batch.scene]
     assert difference.min() >= 0
@@ -1110,3 +1113,11 @@ def test_names_that_are_no_text_are_split_and_trained_on(tmp_path):
     parts = dataset.split(dataset.find_training([tmp_path], ["left"]))
     names = [scene.name for part in parts.values() for scene in part]
     assert sorted(os.fsencode(name) for name in names) == [b"0", b"2", b"\xe9t\xe9"]
+
+
+def test_a_path_and_a_side_alone_stand_for_lists_of_one(tmp_path):
+    folder = write_pairs(tmp_path / "pairs", 2)
+    expected = find_training([folder], ["left"])
+    assert find_training(folder, "left") == find_training(str(folder), "left") == expected
+    with pytest.raises(UserError, match="--clean_side: 'LEFT' is neither left nor right"):
+        find_training(folder, ["LEFT"])

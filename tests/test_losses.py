@@ -45,6 +45,19 @@ def test_ssim_of_equal_images_is_one(batch):
     torch.testing.assert_close(losses.ssim(clean, clean), torch.ones(3, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_within_autocast_ssim_is_what_it_is_without(dtype):
+    """On a smooth picture a variance is a small difference of large numbers."""
+    x = torch.linspace(0.3, 0.7, 64).expand(1, 3, 64, 64).to(dtype).requires_grad_()
+    y = (x.detach().float() + 0.01).contiguous()
+    plain = losses.ssim(x, y)
+    (gradient,) = torch.autograd.grad(plain, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = losses.ssim(x, y)
+    assert plain > 0.99 and torch.equal(cast, plain)
+    assert torch.equal(torch.autograd.grad(cast, x)[0], gradient)
+
+
 def test_ssim_says_what_is_too_small():
     with pytest.raises(ValueError, match="at least 11x11 pixels, not 10x30"):
         losses.ssim(torch.rand(1, 3, 10, 30), torch.rand(1, 3, 10, 30))
