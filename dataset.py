@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from losses import SSIM_WINDOW
 from support.errors import UserError
 from support.images import image_size, read_image
-from support.layouts import TRAINING, Half, Scene, find, two_sets, with_sides
+from support.layouts import TEST, TRAINING, Half, Scene, find, two_sets, with_sides
 
 PARTS = {"weights": 0.50, "architecture": 0.45, "validation": 0.05}
 GIVE_UP = 100  # scenes in a row that cannot be read: the disk is gone, not some files
@@ -40,10 +40,12 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
 
     paths: folders; one that holds `DID-MDN-training` stands for it. clean_sides: none, one a folder, or one
     for all but DID-MDN's. say(line) is told what each folder was found to be. Raises UserError, naming the
-    file, for unpaired images and images that cannot be a pair.
+    file, for unpaired images, images that cannot be a pair, and DID-MDN's test set.
     """
     scenes = []
     for root, side in with_sides(paths, clean_sides):
+        if Path(os.path.abspath(root)).name == TEST:
+            raise UserError(f"{root}: is DID-MDN's test set, not to be trained on; give {TRAINING}")
         if os.path.isdir(root / TRAINING):
             root = root / TRAINING
         found = find(root, side)

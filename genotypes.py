@@ -12,9 +12,10 @@ import keyword
 import os
 import random
 import reprlib
+import shutil
 import textwrap
 import unicodedata
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,7 +156,10 @@ def draw_random(count, seed):
                 names[rng.choice(indices)] = rng.choice([name for name in PRIMITIVES if name != "none"])
         return tuple(names)
 
-    known, drawn = set(named().values()), []
+    known, drawn = set(), []
+    for genotype in named().values():
+        with suppress(GenotypeError):  # of operations that there were once
+            known.add(check(genotype))
     while len(drawn) < count:
         modules = tuple(tuple(rng.choice(MODULES) for _ in range(MODULES_PER_CELL)) for _ in range(CELLS))
         attention = tuple(tuple(edges() for _ in range(branches)) for branches in BRANCHES)
@@ -217,17 +221,21 @@ def write_json(genotype, path):
 
 def check_new_name(name, path=None):
     """Raise GenotypeError unless `name` can be added to the file of genotypes at `path` (default: `FILE`)."""
-    path = Path(path or FILE)
+    path = Path(path or FILE).resolve()
     normal = unicodedata.normalize("NFKC", name) == name  # Python would take it for another name
     if not (name.isidentifier() and normal) or keyword.iskeyword(name):
         raise GenotypeError(f"--name {name}: not a Python identifier (letters, digits and _, no digit first)")
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    try:
+        tree = ast.parse(_read(path))
+    except (SyntaxError, ValueError) as error:
+        raise GenotypeError(f"{path}: is not Python: {error}; repair it") from None
     taken = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     taken |= {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     if name in taken or name in globals() or hasattr(builtins, name):
         raise NameTaken(f"--name {name}: already taken in {path.name}; choose another name")
     lock = _lock_of(path)
-    if not os.access(path.parent, os.W_OK) or (lock.exists() and not os.access(lock, os.W_OK)):
+    writable = os.access(path.parent, os.W_OK) and os.access(path, os.W_OK)
+    if not writable or (lock.exists() and not os.access(lock, os.W_OK)):
         raise GenotypeError(f"--name {name}: {path} cannot be written; run in a copy that can be")
 
 
@@ -243,9 +251,9 @@ def append(name, genotype, comment, path=None):
 
 def append_all(entries, path=None):
     """As `append` of each name's (genotype, comment); all are added, or, where one cannot be, none."""
-    path = Path(path or FILE)
+    path = Path(path or FILE).resolve()
     with _locked(path):
-        text = path.read_text(encoding="utf-8").rstrip("\n") + "\n"
+        text = _read(path).rstrip("\n") + "\n"
         for name, (genotype, comment) in entries.items():
             if f"\n{name} = {literal(genotype)}\n" in text:
                 continue
@@ -254,6 +262,13 @@ def append_all(entries, path=None):
             comment = "\n".join(f"# {line}" for line in textwrap.wrap(comment, 108))
             text += f"\n{comment}\n{name} = {literal(genotype)}\n"
         _replace(path, text)
+
+
+def _read(path):
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GenotypeError(f"{path}: cannot be read: {error}; repair it") from None
 
 
 def _lock_of(path):
@@ -281,6 +296,8 @@ def _replace(path, text):
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except OSError as error:
         error.filename = str(path)  # a full disk's has none

@@ -269,7 +269,8 @@ def conclude(run, net, health, validation, searched):
     gap = discretisation_gap(run, net, genotype, validation)
     run.finish(genotype=genotype._asdict(), collapse=health.collapse, validation_psnr=gap)
     arch = (run.folder / "genotype.json").as_posix() if args.demo else name
-    log.info("retrain it with: python train_model_batch.py --arch %s", shlex.quote(arch))
+    flags = shlex.join(["--arch", arch, *run.of_network()])
+    log.info("retrain it with: python train_model_batch.py %s", flags)
     return 0
 
 
@@ -288,15 +289,17 @@ def add_to_vocabulary(run, genotype, origin):
     """
     stem = run.args.name
     numbered = [f"{stem}_{number}" for number in range(2, 100)] if DEFAULT_NAME.fullmatch(stem) else []
+    again = shlex.join(["--resume", str(run.folder)])
+    found = f"{run.folder}/genotype.json is what it found"
     for name in (stem, *numbered):
         try:
             genotypes.append(name, genotype, origin)
             return name
         except genotypes.NameTaken as error:
             taken = error
-    raise UserError(
-        f"{taken}: --resume {run.folder} --name OTHER; {run.folder}/genotype.json is what it found"
-    )
+        except genotypes.GenotypeError as error:  # as of a file that is being edited
+            raise genotypes.GenotypeError(f"{error}, then {again}; {found}") from None
+    raise UserError(f"{taken}: {again} --name OTHER; {found}")
 
 
 def provenance(run):

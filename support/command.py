@@ -20,6 +20,7 @@ from support.restore import SMALLEST_TILE, is_out_of_memory
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 MISTAKES = UserError, GenotypeError, CheckpointError
+LARGEST_PATCH = 2**14  # pixels a side: of 2^28, as many as a picture may have
 THRIFTY = ("--accumulate", "--batch_size", "--amp", "--no_graphs", "--tile")  # flags that need less memory
 
 
@@ -56,7 +57,8 @@ def even(text):
 
 
 def patch(text):
-    return _number(text, int, lambda value: value >= SSIM_WINDOW, f"a whole number from {SSIM_WINDOW}")
+    expected = f"a whole number from {SSIM_WINDOW} to {LARGEST_PATCH}"
+    return _number(text, int, lambda value: SSIM_WINDOW <= value <= LARGEST_PATCH, expected)
 
 
 def side(text):
@@ -136,6 +138,8 @@ def run(main, parser):
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             sys.exit(_report(parser, f"error: {_out_of_memory(error, parser.format_usage())}", 2))
+        if str(error).startswith("DataLoader worker (pid"):  # PyTorch's, of one that ended by itself
+            sys.exit(_report(parser, f"error: {_lost_worker(error, parser.format_usage())}", 2))
         compiler = sys.modules.get("torch._dynamo.exc")  # there once something is to be compiled
         if compiler and isinstance(error, compiler.TorchDynamoException):
             _report(parser, "error: compiling failed, as the traceback says; leave --compile out", 1)
@@ -216,6 +220,13 @@ def _out_of_memory(error, usage):
     what = what.rpartition("DefaultCPUAllocator: ")[2].partition(" Error code ")[0]
     flags = [flag for flag in THRIFTY if flag in usage]
     return f"{(what or 'out of memory').rstrip('.')}. To need less, see {', '.join(flags) or '--help'}"
+
+
+def _lost_worker(error, usage):
+    """One line of what PyTorch says of a process of the loader that was killed, mostly for want of memory."""
+    what = str(error).partition(". ")[0].rstrip(".")
+    again = "; what was saved goes on with --resume" if "--resume" in usage else ""
+    return f"{what}, as where memory or /dev/shm is full; fewer --workers need less{again}"
 
 
 def _full_disk(error):

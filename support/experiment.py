@@ -117,7 +117,8 @@ class Experiment:
         self.clock = time.monotonic()
         if self.state and self.done() and (self.folder / SUMMARY).exists():
             more = "; a larger --max_minutes goes on" if self.step < self.steps_in_all else ""
-            more += f"; train on with --weights {self.folder}/{BEST['psnr']}" if self.kind == "eval" else ""
+            weights = shlex.quote(f"{self.folder}/{BEST['psnr']}")
+            more += f"; train on with --weights {weights}" if self.kind == "eval" else ""
             raise UserError(f"--resume {self.folder}: this run has finished, with step {self.step}{more}")
         self._check_division()
         distributed.barrier()  # rank 0 does not touch the folder while others still look at it
@@ -133,11 +134,16 @@ class Experiment:
                 )
             args.learning_rate_min = args.learning_rate
         self.folder = Path(args.save or distributed.agree(time.strftime(f"{self.kind}-EXP-%Y%m%d-%H%M%S")))
+        self._refuse_a_run()
+        if not os.path.exists(self.folder / LOCK):  # else what is there is of a run that was soon killed
+            runs.refuse_others_files(self.folder)
+        return args
+
+    def _refuse_a_run(self):
         if any(os.path.exists(self.folder / file) for file in (*STATES, *BEST.values(), SUMMARY)):
             raise UserError(
                 f"--save {self.folder}: holds a run; go on with --resume, or choose another folder"
             )
-        return args
 
     def _choose_data(self, args, demo):
         """Settle --data and --demo, and with it the options that a demo changes."""
@@ -160,7 +166,7 @@ class Experiment:
                 f"--save {args.save}: --resume {args.resume} goes on in its own folder; leave it out"
             )
         self.folder = Path(args.resume or args.save or runs.last(self.kind) or f"{self.kind}-EXP-*")
-        if os.path.isdir(self.folder):  # where the name is too long, pathlib raises
+        if any(os.path.exists(self.folder / file) for file in STATES):
             distributed.from_main(self._claim)
         path, self.state, self.damaged = read_state(self.folder)
         if self.state.get("format") != RUN or self.state.get("kind") != self.kind:
@@ -222,6 +228,7 @@ class Experiment:
             if self.damaged:
                 log.warning("%s; going on from %s", self.damaged, self.folder / PREVIOUS)
             log.info("continuing %s after step %d", self.folder, self.step)
+            self._forget_what_is_gone()
         else:
             log.info("run folder %s on %s", self.folder, self.device)
             for network in (part for part in parts.values() if isinstance(part, nn.Module)):
@@ -230,11 +237,19 @@ class Experiment:
         origin = f"{sys.executable}, commit {distributed.from_main(commit)}, torch {torch.__version__}"
         for line in (f"command: {shlex.join(sys.argv)}", f"options: {shlex.join(flags)}", f"by {origin}"):
             log.info("%s", line)
-            self.writer.add_text(line.split()[0].strip(":"), line, self.step)
+            text = line.encode(errors="backslashreplace").decode()  # names of files need not be text
+            self.writer.add_text(line.split()[0].strip(":"), text, self.step)
         if self.args.amp and (why := slow_half(self.device)):
             log.warning("--amp: %s", why)
         self.buffers = Buffers(parts["net"])
         self.handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def _forget_what_is_gone(self):
+        """A best network whose file was taken away is no longer to be beaten: the next one has its place."""
+        kept = [name for name, value in self.best.items() if math.isfinite(value)]
+        for name in distributed.agree([name for name in kept if not (self.folder / BEST[name]).exists()]):
+            log.warning("%s is gone; the next epoch's network has its place", self.folder / BEST[name])
+            self.best[name] = math.inf if name == "loss" else -math.inf
 
     def _load(self, name, part):
         try:
@@ -274,6 +289,8 @@ class Experiment:
             try:
                 self.folder.mkdir(parents=True, exist_ok=named)
                 self._claim()
+                if not self.state:
+                    self._refuse_a_run()  # that another process began, and finished, while this one read data
                 return
             except OSError as error:
                 if named or not isinstance(error, FileExistsError):
@@ -450,7 +467,8 @@ class Experiment:
         while not self.done():
             yield (self.step - self.unscored()) // self.args.steps_per_epoch + 1
         if self.step == 0:
-            self.give_up(f"--max_minutes {self.args.max_minutes:g}: over before the first step; give more")
+            minutes = f"--max_minutes {self.args.max_minutes:g}"
+            self.give_up(f"{minutes}: over before the first step", more="max_minutes")
 
     def steps(self, epoch):
         """The steps that remain of an epoch, with a progress bar; saves and stops between them."""
@@ -486,10 +504,24 @@ class Experiment:
             self.save()
             raise Interrupted(f"stopped by {stopping[0]} after step {self.step}; {self.how_to_go_on()}")
 
-    def give_up(self, reason):
-        """Save, and raise UserError."""
+    def give_up(self, reason, more=None):
+        """Save, and raise UserError; more: a flag of which going on needs more."""
         self.save()
-        raise UserError(f"{reason}; saved after step {self.step}; {self.how_to_go_on()}")
+        flag = f" --{more} MORE" if more else ""
+        raise UserError(f"{reason}; saved after step {self.step}; {self.how_to_go_on()}{flag}")
+
+    def of_network(self):
+        """Flags, a list of words, by which a network of this search is trained on the same data, as wide."""
+        if self.args.demo:
+            return ["--demo"]
+        names = ("data", "clean_side", "channels", "residual")
+        default = {name: self.parser.get_default(name) for name in names} | {"data": [DEFAULT_DATA]}
+        return [
+            word
+            for name in names
+            if (value := getattr(self.args, name)) != default[name]
+            for word in as_flag(name, value)
+        ]
 
     def how_to_go_on(self):
         nodes = distributed.size() // distributed.local_size()

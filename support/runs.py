@@ -1,5 +1,6 @@
 """What lies in the folders of training runs, for those who begin with it, continue or compare it."""
 
+import glob
 import json
 import os
 import re
@@ -60,6 +61,14 @@ def refuse_other_options(folder, options, given, begun):
     if differing:
         flags = "flag" if len(differing) == 1 else "flags"
         raise UserError(f"{'; '.join(differing)}; leave the {flags} out, or begin a new run")
+
+
+def refuse_others_files(folder):
+    """UserError where files lie in a folder, of no run, that a run would replace or write to."""
+    for pattern in ("options.json", "log.txt", "genotype.json", "genotype_*.json", "genotype.svg"):
+        for file in sorted(glob.glob(os.path.join(glob.escape(folder), pattern))):
+            if os.path.isfile(file):
+                raise UserError(f"--save {folder}: {file} would be replaced; choose another folder")
 
 
 def read_state(folder):

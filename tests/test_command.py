@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 from contextlib import nullcontext
@@ -245,3 +246,27 @@ def test_a_run_logs_on_when_nobody_reads_its_lines(unread, monkeypatch):
     handler = logs.TqdmHandler()
     for line in ("one", "two"):
         handler.emit(logging.LogRecord("manas", logging.INFO, "", 0, line, (), None))
+
+
+class Killed(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_loader_process_that_is_killed_is_one_line(capsys, monkeypatch):
+    """As the system does where memory runs out."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    parser = command.Parser(prog="train.py")
+    parser.add_argument("--resume")
+    with pytest.raises(SystemExit) as stop:
+        command.run(lambda args: list(torch.utils.data.DataLoader(Killed(), num_workers=1)), parser)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"train\.py: error: DataLoader worker \(pid\W.*\d\)? .*, as where memory or /dev/shm is full; "
+        r"fewer --workers need less; what was saved goes on with --resume",
+        line,
+    )

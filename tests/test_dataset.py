@@ -85,6 +85,8 @@ def test_training_folder_inside_is_taken_and_the_test_set_beside_it_is_not_opene
     scenes = find_training([tmp_path])
     assert [scene.name for scene in scenes] == ["0", "1"]
     assert all("DID-MDN-test" not in str(half.path) for scene in scenes for half in scene.rainy)
+    with pytest.raises(UserError, match="DID-MDN-test: is DID-MDN's test set, not to be trained on"):
+        find_training([tmp_path / "DID-MDN-test"])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

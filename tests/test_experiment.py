@@ -213,7 +213,7 @@ def test_max_minutes_counts_across_resumes(clock, folder):
 def test_a_budget_that_is_over_before_the_first_step_is_refused_and_can_be_given_again(clock, folder):
     run, net = begun("--max_minutes", "1")
     clock.seconds += 61  # as for decoding
-    with pytest.raises(UserError, match="--max_minutes 1: over before the first step; give more"):
+    with pytest.raises(UserError, match="--max_minutes 1: over before the first step; .*MORE$"):
         train(run, net)
     assert not Path("run", "summary.json").exists()
     run = resumed("--resume", "run", "--max_minutes", "2")
@@ -344,6 +344,47 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(folder):
     Path("run", "best_psnr.pt").touch()
     with pytest.raises(UserError, match="--save run: holds a run"):
         new("--save", "run")
+
+
+@pytest.mark.parametrize("file", ["options.json", "log.txt", "genotype.json", "genotype_003.json"])
+def test_files_of_no_run_are_not_replaced(file, folder):
+    Path("run").mkdir()
+    Path("run", file).write_text("mine")
+    with pytest.raises(UserError, match=f"--save run: run/{file} would be replaced; choose another folder"):
+        new("--save", "run")
+    assert [(path.name, path.read_text()) for path in Path("run").iterdir()] == [(file, "mine")]
+
+
+def test_the_folder_of_a_run_that_was_killed_before_its_first_state_can_be_taken(folder):
+    begun()
+    assert Path("run", "options.json").exists() and not Path("run", "last.pt").exists()
+    train(*begun("--epochs", "1"))
+    assert Path("run", "last.pt").exists()
+
+
+def test_a_run_that_another_process_finishes_while_this_one_reads_its_data_is_kept(folder):
+    late = new("--save", "run")
+    train(*begun("--epochs", "1"))
+    experiment.log.handlers = []
+    before = {file: file.read_bytes() for file in Path("run").iterdir()}
+    with pytest.raises(UserError, match="--save run: holds a run"):
+        late.start(net=nn.Linear(1, 1))
+    assert {file: file.read_bytes() for file in Path("run").iterdir()} == before
+
+
+def test_a_best_network_that_was_taken_away_is_no_longer_to_be_beaten(folder):
+    def falling(epoch):
+        return scores(psnr=30.0 - epoch)
+
+    with pytest.raises(ZeroDivisionError):
+        train(*begun("--epochs", "3"), lambda step: 1 / (step - 2), falling)
+    Path("run", "best_psnr.pt").unlink()
+    run, net = resumed("--resume", "run"), network()
+    run.start(net=net)
+    assert run.best == {"psnr": -math.inf, "ssim": 0.5, "loss": 1.0}
+    assert "run/best_psnr.pt is gone; the next epoch's" in Path("run/log.txt").read_text()
+    train(run, net, scores_of=falling)
+    assert run.best["psnr"] == 28 and Path("run", "best_psnr.pt").read_text() == "2"
 
 
 def test_a_finished_run_that_goes_on_with_more_minutes_is_unfinished_until_it_ends(clock, folder):

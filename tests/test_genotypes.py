@@ -3,6 +3,7 @@ import errno
 import json
 import multiprocessing
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def test_json_round_trip(tmp_path):
     genotype = random_genotype(1)
     genotypes.write_json(genotype, tmp_path / "genotype.json")
     assert genotypes.find(str(tmp_path / "genotype.json"))[1] == genotype
+    assert genotypes.find(tmp_path / "genotype.json")[1] == genotype
     marked = tmp_path / "marked.json"  # as some editors save it
     marked.write_text((tmp_path / "genotype.json").read_text(), encoding="utf-8-sig")
     assert genotypes.read_json(marked) == genotype
@@ -141,6 +143,42 @@ def test_a_file_that_cannot_be_written_is_told_before_a_search(vocabulary, monke
         genotypes.check_new_name("found", vocabulary)
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"found = Genotype(modules=(\n", "is not Python: .* never closed.*; repair it"),
+        (b"# \xe9t\xe9\n", "cannot be read: .*codec.*; repair it"),
+        (None, "cannot be read: .*No such file.*; repair it"),
+    ],
+)
+def test_a_file_that_is_being_edited_is_told(vocabulary, data, said):
+    if data is None:
+        vocabulary.unlink()
+    else:
+        vocabulary.write_bytes(data)
+    for add in (partial(genotypes.append, genotype=random_genotype(3), comment=""), genotypes.check_new_name):
+        with pytest.raises(GenotypeError, match=rf"genotypes\.py: {said}$"):
+            add("found", path=vocabulary)
+    assert (vocabulary.read_bytes() if vocabulary.exists() else None) == data
+
+
+def test_a_file_that_an_editor_marked_as_utf_8_is_taken(vocabulary):
+    vocabulary.write_bytes(b"\xef\xbb\xbf" + vocabulary.read_bytes())
+    genotypes.append("found", random_genotype(3), "", vocabulary)
+    assert "\nfound = Genotype(" in vocabulary.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has other links and modes")
+def test_a_link_stays_one_and_the_file_keeps_its_mode(vocabulary, tmp_path):
+    link = tmp_path / "linked" / "genotypes.py"
+    link.parent.mkdir()
+    link.symlink_to(vocabulary)
+    vocabulary.chmod(0o664)
+    genotypes.append("found", random_genotype(3), "", link)
+    assert link.is_symlink() and "\nfound = Genotype(" in vocabulary.read_text(encoding="utf-8")
+    assert vocabulary.stat().st_mode & 0o777 == 0o664
+
+
 def test_searches_that_end_together_lose_nothing(vocabulary):
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=append_one, args=(vocabulary, number)) for number in range(4)]
@@ -168,6 +206,9 @@ def test_random_genotypes_are_valid_distinct_and_repeatable():
 def test_random_genotypes_are_none_that_has_a_name(monkeypatch):
     first, second = genotypes.draw_random(2, seed=0)
     monkeypatch.setattr(genotypes, "known", first, raising=False)
+    assert genotypes.draw_random(1, seed=0) == [second]
+    monkeypatch.setattr(genotypes, "known", Genotype(**genotypes.to_lists(first)), raising=False)
+    monkeypatch.setattr(genotypes, "of_old", first._replace(modules=()), raising=False)
     assert genotypes.draw_random(1, seed=0) == [second]
 
 

@@ -102,6 +102,12 @@ def finished(tmp_path_factory):
 # --- what it writes ---
 
 
+def test_what_retrains_the_genotype_has_the_data_and_the_widths(finished):
+    line = (finished.run / "log.txt").read_text().splitlines()[-1]
+    flags = "--arch found --data scenes pairs --clean_side right left --channels 2 2 2 2"
+    assert line.endswith(f"retrain it with: python train_model_batch.py {flags}")
+
+
 def test_the_run_folder_holds_what_a_search_found(finished):
     files = {file.name for file in finished.run.iterdir()}
     expected = {"log.txt", "options.json", "summary.json", *STATES, LOCK, *BEST.values()}
