@@ -512,16 +512,11 @@ class Experiment:
 
     def of_network(self):
         """Flags, a list of words, by which a network of this search is trained on the same data, as wide."""
-        if self.args.demo:
-            return ["--demo"]
-        names = ("data", "clean_side", "channels", "residual")
-        default = {name: self.parser.get_default(name) for name in names} | {"data": [DEFAULT_DATA]}
-        return [
-            word
-            for name in names
-            if (value := getattr(self.args, name)) != default[name]
-            for word in as_flag(name, value)
-        ]
+        names = ["demo", "data", "clean_side", *([] if self.args.demo else ["channels", "residual"])]
+        usual = {name: self.parser.get_default(name) for name in names}
+        usual["data"] = [DEMO_DATA if self.args.demo else DEFAULT_DATA]
+        other = {name: value for name in names if (value := getattr(self.args, name)) != usual[name]}
+        return [word for name, value in other.items() for word in as_flag(name, value)]
 
     def how_to_go_on(self):
         nodes = distributed.size() // distributed.local_size()

@@ -346,6 +346,12 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(folder):
         new("--save", "run")
 
 
+def test_a_demo_s_network_is_trained_in_a_demo():
+    assert new("--demo").of_network() == ["--demo", "--data", "somewhere"]
+    args = parser().parse_args(["--demo", "--data", options.DEMO_DATA])
+    assert Experiment("search", args, parser(), {}).of_network() == ["--demo"]
+
+
 @pytest.mark.parametrize("file", ["options.json", "log.txt", "genotype.json", "genotype_003.json"])
 def test_files_of_no_run_are_not_replaced(file, folder):
     Path("run").mkdir()
