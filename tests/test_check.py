@@ -49,6 +49,12 @@ def test_a_clean_set_passes(tmp_path, run):
     assert "WRONG" not in report
 
 
+def test_a_file_alone_has_its_name(tmp_path, run):
+    (tmp_path / "cut.png").write_bytes(b"")
+    status, report = run(tmp_path / "cut.png")
+    assert status == 1 and f"unreadable (1): {tmp_path}/cut.png (is empty" in report
+
+
 def test_pairs_in_two_folders_pass(tmp_path, run):
     for i in range(4):
         write_image(tmp_path / "input" / f"{i}.png", rain_on(photograph(i), i))
