@@ -166,7 +166,7 @@ class Experiment:
                 f"--save {args.save}: --resume {args.resume} goes on in its own folder; leave it out"
             )
         self.folder = Path(args.resume or args.save or runs.last(self.kind) or f"{self.kind}-EXP-*")
-        if any(os.path.exists(self.folder / file) for file in STATES):
+        if any(os.path.exists(self.folder / file) for file in (LOCK, *STATES)):  # not into any other folder
             distributed.from_main(self._claim)
         path, self.state, self.damaged = read_state(self.folder)
         if self.state.get("format") != RUN or self.state.get("kind") != self.kind:
