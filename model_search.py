@@ -51,8 +51,8 @@ class MixedModule(nn.Module):
 
 
 class MixedOperation(nn.Module):
-    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW; beta: K weights, one for
-    each of the K = 9 in `PRIMITIVES`.
+    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW; beta: K weights, one for each of the K = 9
+    of `PRIMITIVES`.
 
     `none` adds nothing. All others of the paper's multiply x by a gate: the gates are summed, and x, whose
     poolings they share, is multiplied once. An operation without a method `gate` is evaluated by itself.

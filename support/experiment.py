@@ -468,7 +468,7 @@ class Experiment:
             yield (self.step - self.unscored()) // self.args.steps_per_epoch + 1
         if self.step == 0:
             minutes = f"--max_minutes {self.args.max_minutes:g}"
-            self.give_up(f"{minutes}: over before the first step", more="max_minutes")
+            self.give_up(f"{minutes}: over before the first step", more=" --max_minutes MORE")
 
     def steps(self, epoch):
         """The steps that remain of an epoch, with a progress bar; saves and stops between them."""
@@ -504,11 +504,10 @@ class Experiment:
             self.save()
             raise Interrupted(f"stopped by {stopping[0]} after step {self.step}; {self.how_to_go_on()}")
 
-    def give_up(self, reason, more=None):
-        """Save, and raise UserError; more: a flag of which going on needs more."""
+    def give_up(self, reason, more=""):
+        """Save, and raise UserError; more: what going on needs on its command line."""
         self.save()
-        flag = f" --{more} MORE" if more else ""
-        raise UserError(f"{reason}; saved after step {self.step}; {self.how_to_go_on()}{flag}")
+        raise UserError(f"{reason}; saved after step {self.step}; {self.how_to_go_on()}{more}")
 
     def of_network(self):
         """Flags, a list of words, by which a network of this search is trained on the same data, as wide."""

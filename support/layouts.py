@@ -102,7 +102,7 @@ def find(path, clean_side=None):
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file or folder")
     if path.is_file():
-        return _flat(path.parent, [path], clean_side)
+        return flat(path.parent, [path], clean_side)
     if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
         raise UserError(f"{path}: neither a picture nor a folder that can be read")
     if by_density := _density_folders(path):
@@ -124,9 +124,8 @@ def find(path, clean_side=None):
     if found := _frames(path, below):
         return found
     if below and not files:
-        folders = sorted({str(file.parent.relative_to(path)) for file in below})
-        raise UserError(f"{path}: holds no images itself, but {some(folders)} do; give them one by one")
-    return _flat(path, files, clean_side)
+        raise only_below(path, below)
+    return flat(path, files, clean_side)
 
 
 def with_sides(paths, clean_sides):
@@ -152,6 +151,12 @@ def _is_did_mdn(path):
     named = Path(os.path.abspath(path)).name == TEST  # abspath, for "."
     densities = _density_folders(path) or _density_folders(path / TRAINING)
     return named or bool(densities) or os.path.isdir(path / TEST)
+
+
+def only_below(path, files):
+    """The UserError that says where the images `files` are, none of which is in the folder `path` itself."""
+    folders = sorted({str(file.parent.relative_to(path)) for file in files})
+    return UserError(f"{path}: holds no images itself, but {some(folders)} do; give them one by one")
 
 
 def some(names, most=3, joint=", "):
@@ -391,7 +396,8 @@ def _less_exact(key):
 # --- single images, and pairs side by side ------------------------------------------------------------------
 
 
-def _flat(root, files, side):
+def flat(root, files, side=None):
+    """The Found of image files below `root`: side by side, the half on `side` clean; None: single images."""
     if not files:
         raise UserError(f"{root}: no images (JPEG, PNG, BMP, TIFF or WebP) found")
     layout = f"side-by-side pairs, clean half {side}" if side else "single images"

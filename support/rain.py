@@ -42,7 +42,7 @@ from dataset import start_worker
 from support import check, command
 from support.errors import UserError
 from support.images import CannotWrite, list_images, read_image, write_bytes, write_image
-from support.layouts import DENSITIES, OTHER_SIDE, TEST, TRAINING, Half, Scene, some
+from support.layouts import DENSITIES, OTHER_SIDE, TEST, TRAINING, flat, only_below
 
 JPEG_QUALITY = 75  # DID-MDN's, by the quantisation tables of its files
 
@@ -497,42 +497,24 @@ def find_photographs(folders: Iterable[str | Path]) -> list[Path]:
     for folder in folders:
         images = list_images(folder)
         if not images:
-            below = _folders_below(folder)
-            more = f" itself, but {some(below)} do; give them one by one" if below else ""
-            raise UserError(f"{folder}: holds no image files{more}")
+            below = list_images(folder, recursive=True)
+            raise only_below(folder, below) if below else UserError(f"{folder}: holds no image files")
         found += images
     return found
 
 
-def _folders_below(folder) -> list[str]:
-    """Those with image files, relative to `folder`."""
-    inner = {file.parent.relative_to(folder) for file in list_images(folder, recursive=True)}
-    return sorted(map(str, inner - {Path()}))
-
-
 def _hints(args) -> Iterator[str]:
     """What seems to be wrong with the photographs and pairs that are given, a line each."""
-    for folder in args.clean_dirs:
-        files = list_images(folder)
-        if args.clean_side:
-            hint = check.pair_hint(_scenes(files, args.clean_side))
-        else:
-            hint = check.single_hint(_scenes(files))
-        if hint:
+    for folder in map(Path, args.clean_dirs):
+        photographs = flat(folder, list_images(folder), args.clean_side).scenes
+        if hint := check.pair_hint(photographs) if args.clean_side else check.single_hint(photographs):
             yield f"{folder}: {hint}"
-        if below := _folders_below(folder):
-            yield f"{folder}: {some(below)}: folders below it are left out; give them, too, if they are meant"
+        if below := len(list_images(folder, recursive=True)) - len(photographs):
+            yield f"{folder}: {below:,} pictures in folders below it are left out; give these, too, if meant"
     if args.rain_of and args.rain_side:
-        pairs = _scenes(list_images(args.rain_of), args.rain_side)
+        pairs = flat(Path(args.rain_of), list_images(args.rain_of), args.rain_side).scenes
         if hint := check.pair_hint(pairs, "--rain_side"):
             yield f"{args.rain_of}: {hint}"
-
-
-def _scenes(files, clean_side=None) -> list[Scene]:
-    """Of side by side files, or, without a side, of single images."""
-    clean = [Half(file, clean_side) if clean_side else None for file in files]
-    rainy = [Half(file, OTHER_SIDE.get(clean_side)) for file in files]
-    return [Scene(r.path.stem, (r,), c) for r, c in zip(rainy, clean, strict=True)]
 
 
 def get_args_parser():

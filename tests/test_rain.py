@@ -427,7 +427,7 @@ def test_what_seems_wrong_with_photographs_and_pairs_is_said(tmp_path, capsys):
         ((demo,), f"{demo}: 6 of 6 looked at seem to be side-by-side pairs, clean half right: give --clean"),
         ((demo, "--clean_side", "left"), "give --clean_side right"),
         ((demo, "--clean_side", "right", "--rain_of", demo, "--rain_side", "left"), "give --rain_side right"),
-        ((tmp_path / "demo", "--clean_side", "right"), "demo: DID-MDN-test, DID-MDN-training/Rain_"),
+        ((tmp_path / "demo", "--clean_side", "right"), "demo: 48 pictures in folders below it are left out"),
     ):
         if flags[0] != demo:
             shutil.copy(demo / "heavy_coffee.jpg", flags[0])
@@ -436,7 +436,7 @@ def test_what_seems_wrong_with_photographs_and_pairs_is_said(tmp_path, capsys):
         assert main(get_args_parser().parse_args(args)) == 0
         assert hint in capsys.readouterr().err
         shutil.rmtree(tmp_path / "out")
-    with pytest.raises(UserError, match=r"holds no image files itself, but p do; give them one by one"):
+    with pytest.raises(UserError, match=r"holds no images itself, but p do; give them one by one"):
         (tmp_path / "above").mkdir()
         demo.rename(tmp_path / "above" / "p")
         find_photographs([tmp_path / "above"])
