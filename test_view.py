@@ -62,18 +62,15 @@ def get_args_parser():
     add = parser.add_argument
     add(
         "--path",
-        type=command.not_empty,
         help=f"picture, folder or video (default: {DEFAULT_PATH}, else the demo)",
     )
     add(
         "--result_path",
-        type=command.not_empty,
         default="results",
         help="where the results go (default: %(default)s)",
     )
     add(
         "--ckt_path",
-        type=command.not_empty,
         help="checkpoint (default: the newest finished eval-EXP-* run's, else eval-EXP/derain.pt); on a "
         "laptop give eval-EXP/derain_light.pt",
     )

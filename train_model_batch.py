@@ -51,12 +51,10 @@ def get_args_parser():
     by_default = " ".join(f"--{name} {value:g}" for name, value in FINE_TUNING.items())
     train.add_argument(
         "--arch",
-        type=command.not_empty,
         help="a name in genotypes.py or a run's genotype.json (default: the newest name)",
     )
     train.add_argument(
         "--weights",
-        type=command.not_empty,
         metavar="CKPT",
         help=f"begin with a trained network: fine-tune it, by default at {by_default}; with --channels, a "
         "multiple of its own, widened",

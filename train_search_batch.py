@@ -63,9 +63,7 @@ def get_args_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     search = parser.add_argument_group("search")
-    search.add_argument(
-        "--name", type=command.not_empty, help="of the genotype in genotypes.py (default: search_<time>)"
-    )
+    search.add_argument("--name", help="of the genotype in genotypes.py (default: search_<time>)")
     search.add_argument(
         "--random",
         type=positive,
@@ -155,7 +153,8 @@ def main(args):
     may_be_its_own = ended and (run.folder / "genotype.json").exists()  # taken just before it was stopped
     if not (args.demo or may_be_its_own):
         check_name(args)
-    print(f"genotype: {'in the run folder (demo)' if args.demo else args.name}")
+    unused = "; --name is not used" if "name" in run.given else ""
+    print(f"genotype: {f'in the run folder (demo{unused})' if args.demo else args.name}")
     scenes = run.split()
 
     torch.manual_seed(args.seed)

@@ -206,6 +206,8 @@ def main(args):
     device = devices.pick_device(args.device)
     if args.compile and (why_not := no_compiler(device)):
         raise UserError(f"--compile: {why_not}")
+    if args.data:  # before an hour of other rows
+        dataset.find_training(args.data, args.clean_side)
     if args.threads:
         torch.set_num_threads(args.threads)
     search = script_options(train_search_batch, args, device)

@@ -4,11 +4,13 @@ import argparse
 import errno
 import math
 import os
+import re
 import select
 import shutil
 import signal
 import sys
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from genotypes import GenotypeError
@@ -19,16 +21,10 @@ from support.errors import Interrupted, UserError
 from support.restore import SMALLEST_TILE, is_out_of_memory
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+EMPTY = re.compile(r"--\w+=")
 MISTAKES = UserError, GenotypeError, CheckpointError
 LARGEST_PATCH = 2**14  # pixels a side: of 2^28, as many as a picture may have
 THRIFTY = ("--accumulate", "--batch_size", "--amp", "--no_graphs", "--tile")  # flags that need less memory
-
-
-def not_empty(text):
-    """As of "$CKPT", where the shell has no such variable."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; give a value, or leave it out")
-    return text
 
 
 def positive(text):
@@ -103,6 +99,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
+        for before, value in pairwise([self.prog, *args]):
+            if value == "" or EMPTY.fullmatch(value):  # as of "$CKPT", where the shell has no such variable
+                empty = value.rstrip("=") or f"the argument after {before}"
+                self.error(f"{empty} is empty; give a value, or leave it out")
         unset = []  # a flag with action="extend" makes another of it
         names = vars(super().parse_args(args))
         marked = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(names, unset))))

@@ -123,6 +123,8 @@ def main(args):
     args.device = devices.pick_device(args.device)
     for file in filter(None, (args.json, args.svg)):
         images.check_folder(Path(file).parent)
+    if args.json and args.rows and not args.source and os.path.exists(args.json):
+        raise UserError(f"--json {args.json}: has rows already; --from {args.json} keeps those, or remove it")
     rows = args.rows or ([] if args.source else [row for row in ROWS if row != "memory"])
     facts = {
         "machine": devices.device_name(args.device),

@@ -3,7 +3,7 @@
 import os
 
 from support import distributed, layouts
-from support.command import above_zero, even, natural, not_empty, positive, seed, share, workers
+from support.command import above_zero, even, natural, positive, seed, share, workers
 
 DEFAULT_DATA, DEMO_DATA = "datasets/Rain1200", "datasets/demo"
 MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
@@ -52,7 +52,6 @@ def add_arguments(parser):
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
-        type=not_empty,
         action="extend",
         nargs="+",
         metavar="DIR",
@@ -92,9 +91,7 @@ def add_arguments(parser):
         help="decode once, into a file in each data folder, or in DIR (12.6 GB for DID-MDN); same batches",
     )
     run = parser.add_argument_group("run")
-    run.add_argument(
-        "--save", type=not_empty, metavar="DIR", help="folder of the run (default: named by the time)"
-    )
+    run.add_argument("--save", metavar="DIR", help="folder of the run (default: named by the time)")
     run.add_argument(
         "--resume",
         nargs="?",

@@ -254,9 +254,11 @@ def garbage_gradient(self, x):
         (["--channels", "4", "5", "8", "8"], "--channels 4 5 8 8"),
         (["--patch_size", "8"], "--patch_size 8"),
         (["--device", "abacus"], "--device abacus"),
+        (["--rows", "weight_step", "--data", "no_such"], "no_such"),
     ],
 )
-def test_a_mistake_is_one_line(flags, message):
+def test_a_mistake_is_one_line_before_anything_is_measured(flags, message, monkeypatch):
+    monkeypatch.setattr(benchmark, "measure_row", lambda *args: 1 / 0)
     with pytest.raises(benchmark.UserError, match=message):
         benchmark.main(parse(*flags))
 

@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 from contextlib import nullcontext
@@ -64,6 +65,9 @@ def test_every_command_prints_its_help(name):
         ("view", "rain.jpg", ["rain.jpg"]),
         ("train", "--batch_size 99999999999999999999", ["--batch_size", "from 1"]),
         ("train", "--weights=", ["--weights", "is empty"]),  # of a variable that the shell does not have
+        ("train", "--resume ''", ["argument after --resume is empty"]),
+        ("train", "--cache=", ["--cache is empty"]),
+        ("train", "--data pairs ''", ["argument after pairs is empty"]),
         ("train", "--save=", ["--save", "is empty"]),
         ("train", "--arch=", ["--arch", "is empty"]),
         ("search", "--data=", ["--data", "is empty"]),
@@ -75,7 +79,7 @@ def test_every_command_prints_its_help(name):
 )
 def test_a_wrong_flag_is_one_line_and_status_2(script, flags, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        SCRIPTS[script].get_args_parser().parse_args(flags.split())
+        SCRIPTS[script].get_args_parser().parse_args(shlex.split(flags))
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1

@@ -306,6 +306,7 @@ def test_one_row_is_measured_anew_and_the_others_are_kept(points, monkeypatch, t
         ("--from word.json", "--from word.json: no file that --json wrote"),
         ("--from zero.json", "--from zero.json: no file that --json wrote"),
         ("--from row.json", "--from row.json: no file that --json wrote"),
+        ("--rows pixels --json made.json", "--json made.json: has rows already; --from made.json keeps"),
         ("--from made.json --svg made.json/a.svg", "made.json"),
     ],
 )

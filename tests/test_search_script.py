@@ -682,12 +682,13 @@ def test_a_bad_picture_is_one_line_and_status_2_at_the_command_line(tmp_path):
 
 def test_without_data_it_is_a_demo_that_leaves_the_vocabulary_alone(vocabulary, capsys):
     before = vocabulary.read_bytes()
-    search("--channels 2 2 2 2 --patch_size 16 --batch_size 2 --epochs 1 --steps_per_epoch 1 --arch_start 1")
+    tiny = "--channels 2 2 2 2 --patch_size 16 --batch_size 2 --epochs 1 --steps_per_epoch 1 --arch_start 1"
+    search(f"{tiny} --name mine")
     printed = capsys.readouterr().out.splitlines()
     assert "THIS IS A DEMO" in printed[1]
     assert "datasets/Rain1200" in printed[1]
     chosen = [line for line in printed if not line.startswith(("*", "THIS", "at hand"))]
-    assert chosen[0] == "genotype: in the run folder (demo)"
+    assert chosen[0] == "genotype: in the run folder (demo; --name is not used)"
     assert chosen[1] == "data: datasets/demo"
     assert vocabulary.read_bytes() == before
     (run,) = Path().glob("search-EXP-*")
