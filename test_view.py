@@ -14,7 +14,6 @@ are given, beside those of the untouched input.
 
 import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import cv2
@@ -191,7 +191,7 @@ def main(args):
 
 def begin(journal, fresh):
     """Open the journal, and remove the tables of an earlier run: new ones come at the end."""
-    if fresh and journal.is_there():
+    if journal.is_there() and (fresh or journal.has_others()):
         print(
             f"{journal.out}: holds results of an earlier run, too; the tables will be of this one alone",
             flush=True,
@@ -220,7 +220,11 @@ def conclude(gallery, facts, failures, stopped, status, montage_of):
         attempts = [partial(images.write_bytes, out / name, content) for name, content in tables.items()]
         attempts.append(lambda: said.append(f"look at them: {gallery.write(shown, left_out)}"))
         if montage_of is not None:
-            attempts.append(lambda: montage(gallery.examples(montage_of), out / MONTAGE))
+            there = {row["name"] for row in rows}
+            failures += [f"--montage {name}: is not restored" for name in montage_of if name not in there]
+            wanted = [name for name in montage_of if name in there]
+            if wanted or not montage_of:
+                attempts.append(lambda: montage(gallery.examples(wanted), out / MONTAGE))
     for attempt in attempts:  # one may find room where another does not
         try:
             attempt()
@@ -281,7 +285,7 @@ def find_pictures(args, path):
     try:
         found = layouts.find(path, args.clean_side)
     except UserError as error:
-        kinds = look_around(path)[0] if os.path.isdir(path) else []
+        kinds = images.look_around(path)[0]
         if {*kinds} & {*images.VIDEO_EXTENSIONS} and not images.list_images(path, recursive=True):
             raise UserError(f"{error}; give a video in it as --path") from None
         raise
@@ -299,7 +303,7 @@ def find_pictures(args, path):
         )
     if not unscored and (hint := distributed.from_main(partial(check.pair_hint, found.scenes))):
         print(f"{path}: {hint}", flush=True)
-    others, closed = look_around(path) if path.is_dir() else ([], [])
+    others, closed = images.look_around(path)
     if others:
         video = "; give a video as --path" if {*others} & {*images.VIDEO_EXTENSIONS} else ""
         print(f"left alone: files of other kinds ({', '.join(others)}){video}", flush=True)
@@ -446,17 +450,6 @@ def sizes_of(tasks):
             yield dataset.half_size(task.half, images.header_size)
 
 
-def look_around(path):
-    """The suffixes of a folder's files that are no pictures by their names, as .heic and .mp4, and a line for
-    each folder in it that cannot be read.
-    """
-    seen, closed = set(), []
-    for file in images.walk(path, lambda error: closed.append(images.cannot_read(error))):
-        if file.name[0] != "." and os.path.isfile(file):
-            seen.add(file.suffix.lower())
-    return sorted(seen - {"", *images.EXTENSIONS}), closed
-
-
 def restore_video(restore_one, path, out, choose_compiled_for):
     """Restore a video frame by frame into the folder `out`; returns the exit status.
 
@@ -504,23 +497,30 @@ def restore_pictures(restore_one, tasks, gallery, journal):
     total = sum(len(of_scene) for _, of_scene in share)
     with tqdm(total=total, unit="image", disable=None if distributed.is_main() else True) as bar:
         for place, of_scene in share:
-            scene = of_scene[0].scene
+            scene, missing = of_scene[0].scene, [task.name for task in of_scene]
             try:
                 for entry in view(restore_one, of_scene, gallery):
                     journal.add(entry, scene.files)
                     gallery.entries.clear()  # the journal has it
+                    missing.remove(entry.row["name"])
                     bar.update()
             except UserError as error:
                 if no_other_fares_better(error, gallery.out):  # what room is left is for the tables
                     return failures, f"{error}; stopped there,", 1
-                failures.append((place, str(error)))
+                failures.append((place, f"{error}{_all_of(missing)}"))
             except KeyboardInterrupt:
                 return failures, "interrupted:", 130
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                failures.append((place, f"{scene.rainy[0].path}: too large for the memory here; see --tile"))
+                too_large = f"{scene.rainy[0].path}: too large for the memory here; see --tile"
+                failures.append((place, f"{too_large}{_all_of(missing)}"))
     return failures, "", 1 if failures else 0
+
+
+def _all_of(missing):
+    """What else a scene's bad picture costs, for the line that names it."""
+    return f"; so {', '.join(missing)} are not restored" if len(missing) > 1 else ""
 
 
 def no_other_fares_better(error, out):
@@ -552,7 +552,8 @@ def view(restore_one, tasks, gallery):
         pictures, clean = [images.load(scene.rainy[0].path)], None
     else:
         rainy, clean = dataset.read_scene(scene)
-        pictures = map(images.Picture, rainy)
+        grey = [images.is_grey(half.path) for half in scene.rainy]
+        pictures = [images.Picture(rgb, grey=one) for rgb, one in zip(rainy, grey, strict=True)]
     pictures = dict(zip(scene.rainy, pictures, strict=True))
     for _, half, density, name, result, number in tasks:
         picture, file = pictures[half], gallery.out / result
@@ -582,13 +583,16 @@ def view(restore_one, tasks, gallery):
 
 def report(rows, facts, lines):
     """{file: its bytes} of `TABLES`; the last has the lines that say the means."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
+    table = []
+    writer = csv.writer(SimpleNamespace(write=table.append))  # by whose line end \r in a name is quoted
     writer.writerow(COLUMNS)
     for row in rows:
         values = [row.get(column) for column in COLUMNS]
         writer.writerow(f"{value:.4f}" if isinstance(value, float) else value for value in values)
-    texts = [table.getvalue(), json.dumps(_finite(facts), indent=1)]
+    texts = [
+        "".join(line.removesuffix("\r\n") + "\n" for line in table),
+        json.dumps(_finite(facts), indent=1),
+    ]
     if lines:
         full = [f"{row['name']}  " + "  ".join(f"{m} {row[m]:.4f}" for m in METRICS) for row in rows]
         texts.append("\n".join([*full, "", *lines, ""]))

@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 import dataset
 from model_train import SHIPPED, load
-from support import check, command, devices, layouts
+from support import check, command, devices, images, layouts
 from support.command import natural, positive
 from support.errors import UserError
 from support.fast import for_inference, keep_freed_memory
 from support.metrics import psnr
-from support.restore import NotFinite, restore
+from support.restore import NotFinite, is_out_of_memory, restore
 from support.tiling import BLOCK, worst_block
 
 UNHARMED = 38  # dB
@@ -57,25 +57,21 @@ def main(args):
             found = layouts.find(folder, side)
             scenes += found.scenes
             unusable += [f"{file}: has no partner" for file in found.unpaired]
+            unusable += images.look_around(folder)[1]
             single = [scene for scene in found.scenes if scene.clean is None]
             if hint := check.single_hint(single):
                 print(f"{folder}: {hint}")
-    scenes = scenes[:: args.every]
     changes = {path: {} for path in nets}
-    for scene in tqdm(scenes, unit="scene", disable=None):
+    for scene in tqdm(scenes[:: args.every], unit="scene", disable=None):
         try:
-            pictures = pictures_of(scene, args.half)
+            compare(scene, args.half, nets, device, changes, unusable)
         except UserError as error:
-            unusable.append(str(error))
-            continue
-        for name, image in pictures.items():
-            for path, net in nets.items():
-                try:
-                    output = restore(net, image, device)
-                except NotFinite:
-                    unusable.append(f"{path}: its output for {name} is not finite")
-                    continue
-                changes[path][name] = psnr(output, image), worst_block(output, image)
+            count = len(scene.rainy)
+            unusable.append(f"{error}{f'; so all {count} of its scene are left out' if count > 1 else ''}")
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            unusable.append(f"{scene.key}: too large for the memory here")
 
     for path, of_pictures in changes.items():
         if of_pictures:
@@ -83,6 +79,18 @@ def main(args):
             report(of_pictures, args.worst)
     command.tell_unusable(unusable)
     return 1 if unusable else 0
+
+
+def compare(scene, half, nets, device, changes, unusable):
+    """Add to {network: {picture: (PSNR, worst block)}} those of a scene; to `unusable` what is not finite."""
+    for name, image in pictures_of(scene, half).items():
+        for path, net in nets.items():
+            try:
+                output = restore(net, image, device)
+            except NotFinite:
+                unusable.append(f"{path}: its output for {name} is not finite")
+                continue
+            changes[path][name] = psnr(output, image), worst_block(output, image)
 
 
 def pictures_of(scene, half):

@@ -22,7 +22,7 @@ from dataset import PARTS, cut, same_pictures, spread, thumbnail
 from losses import SSIM_WINDOW
 from support.command import Parser
 from support.errors import UserError
-from support.images import header_size, read_image
+from support.images import header_size, look_around, read_image
 from support.layouts import (
     DENSITIES,
     OTHER_SIDE,
@@ -214,6 +214,7 @@ def check(folder, found):
     if found.unpaired:
         names = [_relative(path, folder) for path in found.unpaired]
         findings.append(Finding(f"no partner ({len(names):,}): {_list(names)}"))
+    findings += [Finding(line) for line in look_around(folder)[1]]
     by_kind = {}
     for look in looks:
         for kind, text in look.faults:

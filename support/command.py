@@ -124,6 +124,9 @@ def run(main, parser):
     """Run a script's `main`, which returns the exit status; a user's mistake is one line and status 2. 141 is
     128 + SIGPIPE: what shells report of a command whose output nobody reads any more.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         status = distributed.reporting(main, (*MISTAKES, Interrupted))(parser.parse_args())

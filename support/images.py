@@ -35,6 +35,7 @@ VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".mpeg", ".w
 _CODECS = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}
 
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # as Pillow names them
+_GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")  # modes, as Pillow names them
 # Numbers of the tags in TIFF and EXIF.
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _PLANES = 256, 257, 258, 262, 274, 277, 284
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # those that carry no segment are left out
@@ -47,6 +48,8 @@ _QUALITY = {
     ".jpeg": cv2.IMWRITE_JPEG_QUALITY,
     ".webp": cv2.IMWRITE_WEBP_QUALITY,
 }
+_NO_IMAGE = "is no JPEG, PNG, BMP, TIFF or WebP image of 8 or 16 bits, or is damaged"
+_NO_LOSS = 101  # OpenCV's quality of a lossless WebP
 
 _OF_THE_SYSTEM = ("@eaDir", "lost+found")  # folders: Synology's thumbnails, root's alone on any disk of ext4
 _OF_THE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
@@ -64,6 +67,7 @@ class Picture(NamedTuple):
     rgb: np.ndarray  # HxWx3, uint8 or uint16, upright
     alpha: np.ndarray | None = None  # HxW of the same type, or None where the file has none
     grey: bool = False  # the file has one colour channel; it is repeated three times in rgb
+    lossless: bool = False  # the file is a WebP that holds its pixels as they are
 
 
 class _Header(NamedTuple):
@@ -90,6 +94,11 @@ def load(path: str | Path) -> Picture:
     data, header = _open(path)
     if header.frames > 1:
         _say_frames(path, header.frames)
+    lossless = header.format == "WEBP" and _is_lossless_webp(data)
+    return _picture(path, data, header)._replace(lossless=lossless)
+
+
+def _picture(path: str | Path, data: bytes, header: _Header) -> Picture:
     pixels = _decode(path, data, header)
     if pixels.shape[:2] != header.size:
         raise UserError(f"{path}: is damaged: its header promises {header.size}, it holds {pixels.shape[:2]}")
@@ -120,7 +129,7 @@ def save(path: str | Path, picture: Picture, quality: int = 95) -> None:
     if picture.alpha is not None:
         colours = [image] * 3 if picture.grey else [image]
         image = np.dstack([*colours, picture.alpha])
-    write_image(path, image, quality)
+    write_image(path, image, _NO_LOSS if picture.lossless else quality)
 
 
 def in_grey(rgb: np.ndarray) -> np.ndarray:
@@ -146,9 +155,18 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 def header_size(path: str | Path) -> tuple[int, int]:
     """As `image_size`, by the file's first bytes alone, whatever becomes of the rest."""
+    return _first_bytes(path).size
+
+
+def is_grey(path: str | Path) -> bool:
+    """Whether an image file has one colour channel, by its first bytes. Raises UserError as `header_size`."""
+    return _first_bytes(path).mode in _GREY
+
+
+def _first_bytes(path: str | Path) -> _Header:
     try:
         with open(path, "rb") as file:
-            return _read_header(path, file).size
+            return _read_header(path, file)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -258,6 +276,18 @@ def walk(folder: str | Path, unreadable: Callable[[OSError], object] = _warn) ->
         yield from (Path(root, file) for file in files)
 
 
+def look_around(folder: str | Path) -> tuple[list[str], list[str]]:
+    """The suffixes of a folder's files that are no images by their names, as .heic and .mp4, and a line for
+    each folder in it that cannot be read. Of a file, nothing.
+    """
+    seen, closed = set(), []
+    inside = walk(folder, lambda error: closed.append(cannot_read(error))) if os.path.isdir(folder) else ()
+    for file in inside:
+        if file.name[0] != "." and os.path.isfile(file):
+            seen.add(file.suffix.lower())
+    return sorted(seen - {"", *EXTENSIONS}), closed
+
+
 def _natural(name: str) -> tuple:
     pieces = re.split(r"([0-9]+)", name.casefold())
     return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name
@@ -350,11 +380,23 @@ def _is_whole_png(data: bytes) -> bool:
     return False
 
 
+def _is_lossless_webp(data: bytes) -> bool:
+    """By the first chunk of pixels (RFC 9649); what moves counts as lossy."""
+    position = 12
+    while position + 8 <= len(data):
+        name, length = struct.unpack_from("<4sI", data, position)
+        if name in (b"VP8 ", b"VP8L"):
+            return name == b"VP8L"
+        position += 8 + length + length % 2
+    return False
+
+
 def _decode(path: str | Path, data: bytes, header: _Header) -> np.ndarray:
     """Upright pixels in OpenCV's order: HxW grey, HxWx3 BGR or HxWx4 BGRA."""
-    if header.format == "TIFF" and header.bits <= 8:
-        # OpenCV leaves strips that are damaged black, without a word; it multiplies such a file's colours by
-        # its alpha, drops grey's alpha, and makes up CMYK's.
+    if header.format == "BMP" or (header.format == "TIFF" and header.bits <= 8):
+        # Of a BMP OpenCV takes a spare byte for alpha, and the white of 16 bits is not white. Of a TIFF it
+        # leaves strips that are damaged black, without a word; it multiplies such a file's colours by its
+        # alpha, drops grey's alpha, and makes up CMYK's.
         return _decode_with_pillow(path, data)
     if header.odd:
         raise UserError(
@@ -419,7 +461,7 @@ def _small(path: str | Path, data: bytes) -> np.ndarray:
 
 
 def _decode_with_pillow(path: str | Path, data: bytes) -> np.ndarray:
-    with _pillow(path):
+    with _pillow(path, "is truncated or damaged"):
         image = Image.open(io.BytesIO(data))  # which turns a TIFF by itself
         mode = {"1": "L", "L": "L", "LA": "RGBA", "PA": "RGBA", "RGBA": "RGBA"}.get(image.mode, "RGB")
         pixels = np.asarray(image.convert(mode))
@@ -429,16 +471,14 @@ def _decode_with_pillow(path: str | Path, data: bytes) -> np.ndarray:
 
 
 @contextmanager
-def _pillow(path: str | Path):
+def _pillow(path: str | Path, otherwise: str = _NO_IMAGE):
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound is below large cameras' pictures; ours takes its place
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MOST_METADATA
     try:
         with _quiet:
             yield
     except Exception as error:  # Pillow's parsers raise whatever a damaged file leads them to
-        raise UserError(
-            f"{path}: is no JPEG, PNG, BMP, TIFF or WebP image of 8 or 16 bits, or is damaged"
-        ) from error
+        raise UserError(f"{path}: {otherwise}") from error
 
 
 @contextmanager

@@ -106,6 +106,10 @@ class Journal:
         """The stamps of a picture's results, by names that still hold when their folder has moved."""
         return _stamps(self.out, _files(entry))
 
+    def has_others(self):
+        """Whether pictures were done of other data, with another network or other options."""
+        return any(line["key"] != self.key for line in self._lines())
+
     def of_other_data(self):
         """{result: data} of what was done of other data than this run's; results as paths in the folder."""
         data, others = json.loads(self.key).get("data"), {}

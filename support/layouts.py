@@ -40,7 +40,7 @@ PERHAPS_RAINY = {"in", "real_world"}
 PERHAPS_CLEAN = {"hq", "clear", "real_world_gt"}
 # Of a clean file among rainy ones: norain-1, 1_GT, 1gt.
 CLEAN_NAME = re.compile(r"^norain[-_]|[-_](norain|gt)$|(?<=\d)gt$", re.IGNORECASE)
-FRAME = re.compile(r"(.*)-([RC])-(\d{3})")  # GT-Rain's: rainy park-R-017, clean park-C-000
+FRAME = re.compile(r"(.*)-([A-Z])-(\d{3})")  # GT-Rain's: rainy park-R-017, clean park-C-000
 NUMBER = re.compile(r"_[a-z]*\d+$|(?<=\d)x\d$")  # of one of several rainy images; or a picture's own
 TRAINING_NAME = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
 TEST_NAME = re.compile(r"(?<![a-z])(test(ing)?|val(id|idation)?)(?![a-z])", re.IGNORECASE)
@@ -304,11 +304,12 @@ def _told_by_name(path):
 
 
 def _frames(path, files):
-    """The pairs of a folder with GT-Rain's names alone: park-R-017.png with park-C-017.png, or with
-    park-C-000.png where the scene has no other clean one. None where names are others.
+    """The pairs of a folder with GT-Rain's names: park-R-017.png with park-C-017.png, or with park-C-000.png
+    where the scene has no other clean one. None where more than half of the names are others, or where other
+    letters tell that cameras are meant.
     """
-    frames = {file: FRAME.fullmatch(file.stem) for file in files}
-    if not all(frames.values()):
+    frames = {file: frame for file in files if (frame := FRAME.fullmatch(file.stem))}
+    if len(frames) < len(files) / 2 or any(frame[2] not in "RC" for frame in frames.values()):
         return None
     clean = {}  # of each scene, by number
     for file, frame in frames.items():
@@ -319,9 +320,10 @@ def _frames(path, files):
         if frame[2] == "R":
             of_scene = clean.get((file.parent, frame[1]), {})
             partners[file] = of_scene.get("000" if [*of_scene] == ["000"] else frame[3])
-    files = [file for of_scene in clean.values() for file in of_scene.values()]
-    found = _in_pairs("frames, pairs told by their names", path, partners, files)
-    return found if found.scenes else None
+    of_scenes = [file for of_scene in clean.values() for file in of_scene.values()]
+    found = _in_pairs("frames, pairs told by their names", path, partners, of_scenes)
+    others = [file for file in files if file not in frames]
+    return found._replace(unpaired=found.unpaired + others) if found.scenes else None
 
 
 # --- which files are pairs ----------------------------------------------------------------------------------

@@ -118,7 +118,21 @@ def test_report_gives_mean_spread_interval_and_rank_correlation():
     assert "21.000 to 27.000; 200 parameters on average" in text
     assert "searched    1 genotypes: mean 25.000 dB, a single one" in text
     assert "correlation" not in chance.report(groups, dict.fromkeys(psnr, [20.0, 20.0]), parameters)
-    assert "with parameters: -1.00" in text and "with shared weights: +1.00" in text
+    assert "with parameters: -1.00 (p = 0.33)" in text and "with shared weights: +1.00 (p = 0.33)" in text
+
+
+@pytest.mark.parametrize(
+    ("ys", "rho", "p"),
+    [
+        ([1, 2, 3, 4], 1.0, 2 / 24),  # of 24 orders two are as far from chance
+        ([1, 2, 3, 5, 4], 0.9, 10 / 120),
+        ([3, 1, 4, 1.5, 9, 2.6, 5.3, 5.8, 9.7, 9.3, 2.3, 8.4], 0.5035, 0.0952),  # by t
+    ],
+)
+def test_the_p_of_a_rank_correlation_is_the_share_of_orders_that_are_as_far_from_chance(ys, rho, p):
+    found = chance.rank_correlation(list(range(len(ys))), ys)
+    assert found == (pytest.approx(rho, abs=1e-4), pytest.approx(p, rel=0.1))
+    assert chance.rank_correlation(list(range(len(ys))), ys) == found
 
 
 def test_a_supernet_is_loaded_as_it_was_saved(tmp_path):

@@ -78,6 +78,43 @@ def test_a_bad_file_is_named_and_the_rest_is_reported(checkpoints, tmp_path, cap
     assert status == 1 and "1 pictures" in said.out and "bad.png" in said.err
 
 
+def test_a_bad_file_of_a_scene_says_what_it_costs(checkpoints, tmp_path, capsys):
+    bad = write_scenes(tmp_path, 2) / "DID-MDN-training" / "Rain_Light" / "train2018new" / "1.png"
+    bad.write_bytes(b"no picture")
+    status, said = change([tmp_path, "--ckt_path", checkpoints[1]], capsys)
+    assert status == 1 and "3 pictures" in said.out
+    assert f"{bad}: " in said.err and "; so all 3 of its scene are left out" in said.err
+
+
+def test_a_picture_too_large_for_the_memory_is_named_and_the_rest_is_reported(
+    checkpoints, tmp_path, capsys, monkeypatch
+):
+    for i in range(3):
+        write_image(tmp_path / "p" / f"{i}.png", photograph(i))
+    errors = [RuntimeError("... DefaultCPUAllocator: can't allocate memory"), MemoryError(), None]
+
+    def too_large(*args):
+        if error := errors.pop(0):
+            raise error
+        return restore(*args)
+
+    monkeypatch.setattr(changes, "restore", too_large)
+    status, said = change([tmp_path / "p", "--ckt_path", checkpoints[1]], capsys)
+    assert status == 1 and "1 pictures" in said.out
+    assert [f"p/{i}.png: too large for the memory here" in said.err for i in range(3)] == [True, True, False]
+    errors.append(RuntimeError("another"))
+    with pytest.raises(RuntimeError, match="another"):
+        change([tmp_path / "p" / "0.png", "--ckt_path", checkpoints[1]], capsys)
+
+
+def test_a_folder_that_cannot_be_read_is_named(checkpoints, tmp_path, capsys, closed):
+    for name in ("a.png", "closed/b.png"):
+        write_image(tmp_path / "p" / name, photograph(0))
+    status, said = change([tmp_path / "p", "--ckt_path", checkpoints[1]], capsys)
+    assert status == 1 and "1 pictures" in said.out
+    assert said.err.endswith(f"\n  {tmp_path}/p/closed: cannot be read: Permission denied\n")
+
+
 def test_a_network_whose_output_is_not_finite_is_named_and_the_other_is_reported(
     checkpoints, tmp_path, capsys, monkeypatch
 ):

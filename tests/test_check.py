@@ -130,6 +130,14 @@ def test_training_and_test_pairs_in_one_folder_are_noted(tmp_path, run):
     assert "not to be trained on: holds pairs in train and in test; give those to train on alone" in report
 
 
+def test_a_folder_that_cannot_be_read_is_wrong_and_named(tmp_path, run, closed):
+    for name in ("a.png", "b.png", "closed/c.png"):
+        write_image(tmp_path / name, photograph(ord(name[0])))
+    status, report = run(tmp_path)
+    assert status == 1 and f"WRONG: {tmp_path}/closed: cannot be read: Permission denied\n" in report
+    assert "2 images" in report
+
+
 def test_copies_of_a_background_are_noted(tmp_path, run):
     write_pairs(tmp_path, 4)
     write_image(tmp_path / "again.png", np.hstack([photograph(2), rain_on(photograph(2), 77)]))

@@ -222,6 +222,16 @@ def test_what_nobody_reads_any_more_is_no_error(unread, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_is_closed_is_no_error(name, monkeypatch):
+    """As by `>&-`."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as stop:
+        command.run(lambda args: print("a line", file=getattr(sys, name)), command.Parser(prog="train.py"))
+    assert not stop.value.code
+
+
 def test_another_broken_pipe_is_an_error(monkeypatch):
     def main(args):
         raise BrokenPipeError("to a process that has died")

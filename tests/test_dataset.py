@@ -263,6 +263,16 @@ def test_all_frames_of_a_scene_in_gt_rain_have_its_clean_one(tmp_path):
         assert scene.clean.path.stem == f"{name}-C-{number if name == 'Ulm' else '000'}"
 
 
+def test_a_picture_of_another_name_among_frames_has_no_partner(tmp_path):
+    for name in ("park-R-000", "park-R-001", "park-C-000", "preview"):
+        write_image(tmp_path / "park" / f"{name}.png", photograph(0))
+    found = find(tmp_path)
+    assert len(found.scenes) == 2 and [file.stem for file in found.unpaired] == ["preview"]
+    for i in range(3):
+        write_image(tmp_path / "park" / f"holiday-{i}.png", photograph(0))
+    assert find(tmp_path).layout == "single images"  # where most have other names
+
+
 @pytest.mark.parametrize(
     "layout",
     [

@@ -132,6 +132,36 @@ def test_grey_jpeg_stays_grey_and_webp_keeps_alpha(tmp_path):
     assert np.array_equal(load(tmp_path / "alpha.webp").alpha, alpha)
 
 
+def test_a_lossless_webp_stays_lossless(tmp_path):
+    for name, options in (("plain", {}), ("profile", {"icc_profile": b"VP8 or VP8Lossless" * 9})):
+        Image.fromarray(noise((12, 15, 4)) | 1).save(
+            tmp_path / "x.webp", lossless=True, exact=True, **options
+        )
+        picture = load(tmp_path / "x.webp")
+        assert picture.lossless, name
+        save(tmp_path / "out.webp", picture)
+        again = load(tmp_path / "out.webp")
+        assert np.array_equal(again.rgb, picture.rgb) and np.array_equal(again.alpha, picture.alpha)
+    Image.fromarray(smooth()).save(tmp_path / "x.webp", quality=90)
+    save(tmp_path / "out.png", Picture(smooth()))
+    assert not load(tmp_path / "x.webp").lossless
+    assert not load(tmp_path / "out.png").lossless
+
+
+@pytest.mark.parametrize(
+    ("bits", "masks", "pixel"),
+    [(32, (0xFF0000, 0xFF00, 0xFF), 0x00B4B4B4), (16, (0xF800, 0x7E0, 0x1F), 0xFFFF)],
+)
+def test_a_bmp_without_alpha_has_none_and_its_white_is_white(tmp_path, bits, masks, pixel):
+    size = 4 * 8 * bits // 8
+    header = struct.pack("<2sIHHI", b"BM", 66 + size, 0, 0, 66)
+    header += struct.pack("<IiiHHIIiiII3I", 40, 8, 4, 1, bits, 3, size, 0, 0, 0, 0, *masks)
+    (tmp_path / "x.bmp").write_bytes(header + 32 * pixel.to_bytes(bits // 8, "little"))
+    picture = load(tmp_path / "x.bmp")
+    assert picture.alpha is None
+    assert (picture.rgb == (180 if bits == 32 else 255)).all()
+
+
 def test_grey_with_alpha_comes_back_as_grey_colours_with_alpha(tmp_path):
     grey_alpha = noise((12, 15, 2))
     for name in ("x.png", "x.tif"):
@@ -469,8 +499,10 @@ def test_what_threads_read_at_once_leaves_warnings_and_opencv_as_they_were(tmp_p
 def test_the_log_level_of_opencv_is_left_as_it_was(tmp_path):
     logger = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging
     before = logger.getLogLevel()
-    (tmp_path / "x.bmp").write_bytes(encoded(smooth(), "BMP")[:2000])
-    refused(tmp_path / "x.bmp", "truncated", readers=(load,))
+    write_image(tmp_path / "x.tif", smooth(dtype=np.uint16))
+    data = (tmp_path / "x.tif").read_bytes()
+    (tmp_path / "x.tif").write_bytes(data[:100] + bytes(200) + data[300:])
+    refused(tmp_path / "x.tif", "truncated", readers=(load,))
     assert logger.getLogLevel() == before
 
 

@@ -230,6 +230,20 @@ def test_what_was_done_of_other_data_is_not_replaced(folder):
     assert view(f"{flags} b") == 0
 
 
+def test_that_tables_will_not_have_what_was_done_otherwise_is_said(folder, capsys):
+    write_pairs(Path("a"), 1)
+    write_pairs(Path("b/other"), 1)
+    words = "out: holds results of an earlier run, too; the tables will be of this one alone"
+    flags = "--clean_side left --result_path out --skip_done --path"
+    said = []
+    for more in ("a", "a", "a --tile 64", "b/other/0.png"):
+        if more.startswith("b"):
+            Path("out/0.png").unlink()  # there is nothing to lose
+        view(f"{flags} {more}")
+        said.append(words in capsys.readouterr().out)
+    assert said == [False, False, True, True]
+
+
 def test_a_journal_that_cannot_be_used_is_one_line(folder):
     write_pairs(Path("pairs"), 1)
     Path("out", ".done.0.jsonl").mkdir(parents=True)

@@ -1,7 +1,6 @@
 """Restoring and scoring from the command line: every layout, what is written, what is said of bad files."""
 
 import csv
-import errno
 import hashlib
 import json
 import math
@@ -24,7 +23,7 @@ import test_view
 from model_train import CheckpointError, DerainNetwork
 from support import check, options
 from support.errors import UserError
-from support.images import Video, read_image, write_image, write_video
+from support.images import Video, load, read_image, write_image, write_video
 from support.metrics import METRICS, mean_scores, score
 from tests.made import (
     DENSITIES,
@@ -341,6 +340,18 @@ def test_a_bad_file_is_reported_and_the_rest_goes_on(network, capsys):
     assert "63" in lines[2] and "odd" in lines[2]
 
 
+def test_a_bad_file_of_a_scene_names_the_pictures_that_it_costs(network, capsys):
+    write_scenes(Path("scenes"), 2)
+    Path("scenes/DID-MDN-training/Rain_Medium/train2018new/1.png").write_bytes(b"")
+    flags = "--path scenes/DID-MDN-training --result_path out --montage Heavy/0 Light/1"
+    assert view(flags) == 1
+    assert list(table()) == ["Heavy/0", "Medium/0", "Light/0"]
+    bad, montage = capsys.readouterr().err.splitlines()[1:]
+    assert "Rain_Medium/train2018new/1.png: is empty" in bad
+    assert bad.endswith("; so Heavy/1, Medium/1, Light/1 are not restored")
+    assert montage == "  --montage Light/1: is not restored" and Path("out/montage.png").exists()
+
+
 def test_a_picture_without_a_partner_is_reported_and_the_rest_goes_on(network, capsys):
     for i in range(3):
         write_image(Path("set", "target", f"{i}.png"), photograph(i))
@@ -461,6 +472,16 @@ def test_names_that_are_no_text_are_scored_too(network):
     assert b"caf\xe9," in Path("out", "results.csv").read_bytes()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="such names are not allowed there")
+@pytest.mark.parametrize("name", ["a\rb", "a\nb", 'a "b", c', "a\r\nb"])
+def test_any_name_is_one_row_of_the_table(network, name):
+    write_image(Path("set", f"{name}.png"), photograph(0))
+    assert view("--path set --result_path out") == 0
+    assert list(table()) == [name]
+    assert Path("out", "results.csv").read_bytes().startswith(b"name,density,height,")
+    assert not Path("out", "results.csv").read_bytes().endswith(b"\r\n")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
 def test_a_link_to_nothing_is_reported_as_any_bad_file(network, capsys):
     write_pairs(Path("pairs"), 2)
@@ -521,6 +542,24 @@ def test_a_grey_picture_is_grey_in_the_gallery_too(network, monkeypatch):
     saved, shown = read_image("out/grey.png"), read_image("out/gallery/00001-restored.jpg")
     assert np.ptp(saved, 2).max() == 0
     assert np.abs(shown.astype(int) - saved).mean() < 3 and np.ptp(shown, 2).max() <= 2
+
+
+@pytest.mark.parametrize("layout", ["input target", "side by side"])
+def test_a_grey_picture_is_grey_where_it_is_scored_too(network, monkeypatch, layout):
+    clean, rainy = photograph(0)[..., 0], photograph(1)[..., 0]
+    if layout == "input target":
+        flags = "--path set"
+        for side, image in (("input", rainy), ("target", clean)):
+            write_image(Path("set", side, "a.png"), image)
+    else:
+        flags = "--path set --clean_side right"
+        write_image("set/a.png", np.hstack([rainy, clean]))
+    monkeypatch.setattr(test_view, "restore", lambda net, rgb, **options: rgb // np.uint8([1, 2, 3]))
+    assert view(f"{flags} --result_path out") == 0
+    saved = load("out/a.png")
+    assert saved.grey
+    expected = score(saved.rgb, np.dstack([clean] * 3))
+    assert float(table()["a"]["psnr_rgb"]) == pytest.approx(expected["psnr_rgb"], abs=6e-5)
 
 
 # --- refused before anything is written ---
@@ -817,17 +856,9 @@ def test_a_folder_of_results_that_cannot_be_made_stops_no_other(network, capsys)
     assert {"a.png", "c.png"} <= set(os.listdir("out"))
 
 
-def test_a_folder_that_cannot_be_read_is_reported_and_the_status_tells(network, capsys, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_reported_and_the_status_tells(network, capsys, closed):
     for name in ("a.png", "closed/b.png", "lost+found/c.png"):
         write_image(Path("set", name), photograph(0))
-    scandir = os.scandir
-
-    def closed(path):
-        if Path(path).name in ("closed", "lost+found"):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", closed)
     assert view("--path set --result_path out") == 1
     said = "set/closed: cannot be read: Permission denied"
     assert f"1 could not be used:\n  {said}" in capsys.readouterr().err
