@@ -73,11 +73,13 @@ def exact_unrolled(net, optimizer, batch, training_batch):
 
 @pytest.mark.parametrize("batch_statistics", [False, True])
 def test_unrolled_gradient_equals_exact_differentiation(search, batch_statistics):
+    """And whatever the network's mode, which in a search is that of training."""
     net, optimizer = search
-    net.train(batch_statistics)
     batch, training_batch = make_batch(10, torch.float64), make_batch(11, torch.float64)
     architect = architect_of(net, optimizer, batch_statistics)
+    net.train(not batch_statistics)
     _, found = architect.unrolled(batch, training_batch)
+    net.train(batch_statistics)
     exact = exact_unrolled(net, optimizer, batch, training_batch)
     assert relative_error(found, exact) < 1e-3
     # The second-order part is no rounding error of the first: without it the test would fail.
@@ -175,6 +177,7 @@ def test_a_batch_whose_statistics_count_is_not_divided(search):
         )
         made.hessian_vector_product(net.weights(), whole)
         assert sizes == expected
+    assert Architect(net, adam, counted, parts=8, hessian_parts=4).hessian_parts == 8
 
 
 def test_virtual_step_is_the_optimizers(search):

@@ -260,6 +260,22 @@ def test_the_time_alone_tells_and_so_does_the_size(tmp_path):
     assert cache.get(halves) is None
 
 
+def test_a_file_that_changes_while_it_is_decoded_is_decoded_anew(tmp_path, monkeypatch):
+    folder, scenes = pairs(tmp_path)
+
+    def changed_at_once(path):
+        image = read_image(path)
+        if path.name == "2.png":
+            replace(path, np.hstack([photograph(70), photograph(71)]))
+        return image
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caching, "read_image", changed_at_once)
+        cache = open_cache(scenes, [folder])
+    assert cache.get([scenes[2].clean]) is None
+    assert np.array_equal(read_scene(scenes[2], cache)[1], photograph(70))
+
+
 def test_a_data_folder_that_is_moved_keeps_its_cache(tmp_path, decoded):
     folder, scenes = pairs(tmp_path)
     open_cache(scenes, [folder])
@@ -535,7 +551,9 @@ def test_a_disk_without_room_is_said_before_anything_is_decoded(tmp_path, decode
         open_cache(scenes, [folder, other])
     assert f"--cache: {needed:,} bytes are needed in {folder}, {needed - 1:,} are free" in str(error.value)
     assert not decoded and not unfinished(folder) and not kept_file(folder).exists()
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    left = folder / ".decoded.cache.unfinished"
+    left.write_bytes(bytes(1000))  # by a run that was killed, and to be written over
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1000))
     assert_as_files(scenes, open_cache(scenes, [folder, other]))
     replace(folder / "5.png", np.hstack([photograph(70), photograph(71)]))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))

@@ -7,7 +7,9 @@ import shutil
 import pytest
 import torch
 
+import dataset
 import genotypes
+import train_model_batch
 import train_search_batch
 from model_search import SearchNetwork
 from model_train import CheckpointError, from_supernet
@@ -106,6 +108,38 @@ def test_shared_weights_are_scored_on_the_data_that_the_runs_found(folder, monke
     (run / "last.pt").rename(run / "last.prev.pt")  # as a stop at a bad moment leaves it
     compare(command)
     assert (run / "summary.json").exists()
+
+
+def test_shared_scores_are_of_fresh_statistics_and_of_the_parts_that_the_runs_have(folder, monkeypatch):
+    write_pairs(folder / "pairs", 40)
+    parse, batches = train_model_batch.get_args_parser().parse_args, dataset.batches
+    drawn, scored = [], []
+
+    def measured(net, scenes, device):
+        scored.append((net, scenes))
+        return [(torch.ones(1), torch.ones(1), torch.ones(()))], None
+
+    monkeypatch.setattr(dataset, "batches", lambda scenes, *a: drawn.append(scenes) or batches(scenes, *a))
+    monkeypatch.setattr(chance, "measure", measured)
+    options = parse(f"{FLAGS} --split_seed 1".split())
+    chance.shared_scores(SearchNetwork((2, 2, 2, 2)), ["half_width_mixed_rain"], options)
+    parts = dataset.split(dataset.find_training(["pairs"], ["left"]), 1)
+    ((net, scenes),) = scored
+    assert drawn == [parts["weights"]] and scenes == parts["validation"][:1]
+    assert net.stem[0].body[0][1].num_batches_tracked == chance.RECALIBRATION
+
+
+def test_runs_of_more_minutes_are_not_alike_and_those_on_another_gpu_are(tmp_path):
+    runs = {("half_width_mixed_rain", seed): tmp_path / str(seed) for seed in (0, 1)}
+    for (name, seed), folder in runs.items():
+        options = {"seed": seed, "device": f"cuda:{seed}", "workers": seed, "max_minutes": 30}
+        folder.mkdir()
+        genotypes.write_json(genotypes.find(name)[1], folder / "genotype.json")
+        (folder / "options.json").write_text(json.dumps(options))
+    chance.check_alike(runs)
+    (folder / "options.json").write_text(json.dumps(options | {"max_minutes": 60}))
+    with pytest.raises(UserError, match="was trained with --max_minutes 60, .* with 30; "):
+        chance.check_alike(runs)
 
 
 def test_report_gives_mean_spread_interval_and_rank_correlation():

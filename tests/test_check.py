@@ -95,6 +95,13 @@ def test_single_images_that_look_like_pairs_are_noted(tmp_path, run):
     assert "4 look like side-by-side pairs, clean half right: give --clean_side right" in report
 
 
+def test_pictures_with_a_flat_half_are_not_taken_for_pairs(tmp_path):
+    for i in range(4):
+        flat = np.full((96, 128, 3), 90, np.uint8)
+        write_image(tmp_path / f"{i}.png", np.hstack([photograph(i, 96, 128), flat]))
+    assert check.single_hint(find(tmp_path).scenes) == ""
+
+
 def test_what_is_good_but_cannot_be_trained_on_is_noted(tmp_path, run):
     status, report = run(write_pairs(tmp_path, 2), "--clean_side", "left")
     assert status == 0 and "different backgrounds: 2; training splits them into 3 parts" in report

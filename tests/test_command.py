@@ -97,7 +97,10 @@ def test_the_papers_schedules_are_the_defaults():
     training = train_model_batch.get_args_parser().parse_args([])
     assert (training.epochs, training.steps_per_epoch, training.batch_size) == (200, 500, 32)
     assert (training.learning_rate, training.internal_start, training.patch_size) == (1e-3, 6, 64)
-    assert search.channels == training.channels == [32, 64, 128, 256]
+    assert (training.learning_rate_min, training.weight_decay) == (0, 0)
+    for both in (search, training):
+        assert both.channels == [32, 64, 128, 256]
+        assert (both.grad_clip, both.split_seed, both.seed, both.val_scenes) == (5, 0, 0, 50)
 
 
 def test_a_users_mistake_is_one_line_and_status_2_and_a_stop_130(capsys, monkeypatch):

@@ -118,6 +118,9 @@ def test_one_side_for_all_folders_leaves_did_mdn_as_published(tmp_path):
     sides = [scene.clean.side for scene in find_training([scenes, pairs], ["left"])]
     assert sides == ["right", "left"]
     assert [scene.clean.side for scene in find_training([scenes], ["left"])] == ["left"]
+    write_pairs(tmp_path / "root" / "DID-MDN-test", 1)
+    found = dataset.with_sides([tmp_path / "root", pairs], ["left"])
+    assert [side for _, side in found] == [None, "left"]
     flat = write_pairs(tmp_path / dataset.TRAINING, 1)  # of that name, but not in that layout
     assert [scene.clean.side for scene in find_training([flat, pairs], ["left"])] == ["left", "left"]
     assert [scene.clean.side for scene in find_training([scenes, pairs], ["left", "left"])] == [
@@ -403,6 +406,9 @@ def test_files_that_only_the_suffix_tells_apart_have_names_of_their_own(tmp_path
         path = tmp_path / path
         root = path / "DID-MDN-training" if path.name == "scenes" else path
         assert len({scene.name for scene in find(root, side).scenes}) == 2, path
+    for name in ("a.png", "a.bmp", "a.bmp.png"):
+        write_image(tmp_path / "suffixes" / name, photograph(0))
+    assert len({scene.name for scene in find(tmp_path / "suffixes").scenes}) == 3
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not here")
@@ -792,7 +798,7 @@ def test_one_background_in_several_scenes_of_did_mdns_layout_is_in_one_part(tmp_
 def test_crops_of_one_picture_are_in_one_part(tmp_path):
     for i in range(4):
         for k in range(3):
-            for folder in ("input_crops", "target_crops"):
+            for folder in ("Input_Crops", "Target_Crops"):
                 write_image(tmp_path / folder / f"{i}-{k}.png", photograph(3 * i + k))
     for part in split(find_training([tmp_path])).values():
         names = [scene.name for scene in part]
@@ -847,6 +853,16 @@ def test_pictures_alike_by_way_of_a_third_are_one_background():
         together = {groups[i] for i, v in enumerate(order) if v is not other}
         assert len(together) == 1
         assert [groups[i] for i, v in enumerate(order) if v is other][0] not in together
+
+
+def test_pictures_that_are_much_alike_are_two_backgrounds():
+    """Different ones of Rain800 correlate up to 0.994."""
+    rng = np.random.default_rng(0)
+    first, change = (v / np.linalg.norm(v) for v in rng.normal(size=(2, 256)))
+    second = first + 0.11 * change
+    second /= np.linalg.norm(second)
+    assert 0.993 < first @ second < 0.995
+    assert dataset.same_pictures([first, second]) == [0, 1]
 
 
 def test_pictures_far_apart_in_a_long_list_are_one_background():

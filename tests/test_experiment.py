@@ -300,6 +300,53 @@ def test_the_best_so_far_outlives_a_resume(folder):
     assert kept == {"psnr": "1", "ssim": "2", "loss": "1"}
 
 
+def test_the_summary_has_the_minutes_of_the_run(clock, folder):
+    run, net = begun("--epochs", "1")
+
+    def ninety_seconds(step):
+        clock.seconds += 90
+
+    train(run, net, ninety_seconds)
+    run.finish()
+    assert json.loads(Path("run", "summary.json").read_text())["minutes"] == 3.0
+
+
+def test_what_was_counted_outlives_a_resume(folder):
+    """Else --max_bad_steps would begin anew with each, and the summary would leave steps out."""
+    run, _ = begun()
+    run.skipped, run.in_a_row, run.bad = 4, {"loss": 3}, {"a.png": "a.png: is empty"}
+    run.save()
+    run.lock.close()
+    run = resumed("--resume", "run")
+    assert (run.skipped, run.in_a_row, run.bad) == (4, {"loss": 3}, {"a.png": "a.png: is empty"})
+
+
+def test_one_file_in_a_hundred_may_be_bad_and_no_more(folder):
+    run, _ = begun()
+    files = [dataset.Half(Path(f"{i}.png")) for i in range(100)]
+    run.scenes = {"weights": [dataset.Scene(str(half.path), (half,), half) for half in files]}
+    run.leave_out([("0.png", "0.png: is empty")])
+    with pytest.raises(UserError, match="2 of 100 files cannot be read, more than 1%"):
+        run.leave_out([("1.png", "1.png: is empty")])
+
+
+def test_a_validation_scene_that_was_left_out_is_not_scored_though_it_is_mended(folder, monkeypatch):
+    """The scores of all epochs from then on are of the same scenes."""
+    run, net = begun()
+    halves = [dataset.Half(Path(name)) for name in ("bad.png", "good.png")]
+    bad, good = (dataset.Scene(half.path.stem, (half,), half) for half in halves)
+    seen = []
+
+    def measured(net, scenes, *rest, **options):
+        seen.extend(scenes)
+        return [(torch.ones(1), torch.ones(1), torch.ones(()))], None
+
+    monkeypatch.setattr(experiment, "measure", measured)
+    run.bad = {bad.key: "bad.png: is empty"}
+    run.validate(net, [bad, good])
+    assert seen == [good]
+
+
 def test_last_is_plain_and_the_one_before_it_is_kept(folder):
     run, net = begun()
     states = {}
@@ -537,7 +584,8 @@ def test_events_are_neither_lost_nor_doubled_when_a_run_is_killed(folder, last_s
 
 
 def test_resume_without_a_folder_takes_the_newest_of_its_kind(folder):
-    for name, age in (("eval-EXP-new", 10), ("eval-EXP-old", 20), ("search-EXP-newer", 0)):
+    ages = {"eval-EXP-new": 10, "eval-EXP-old": 20, "eval-EXP-a": 30, "search-EXP-newer": 0, "eval-EXP-z": 40}
+    for name, age in ages.items():
         run = new("--save", name, kind=name.split("-")[0])
         run.start(net=nn.Linear(1, 1))
         run.save()
@@ -555,6 +603,10 @@ def test_resume_without_a_folder_takes_the_newest_of_its_kind(folder):
         ("--data elsewhere", "data"),
         ("--clean_side left", "clean_side"),
         ("--split_seed 2", "split_seed"),
+        ("--learning_rate 0.2", "learning_rate"),
+        ("--amp", "amp"),
+        ("--deterministic", "deterministic"),
+        ("--val_scenes 3", "val_scenes"),
     ],
 )
 def test_resume_with_other_options_that_matter_is_refused_by_name(folder, flags, name):
@@ -568,10 +620,19 @@ def test_resume_with_other_options_that_matter_is_refused_by_name(folder, flags,
 def test_resume_takes_equal_options_and_those_that_do_not_matter(folder):
     stopped(0, flags=("--seed", "5", "--epochs", "2", "--workers", "3"))
     flags = "--seed 5 --data somewhere --workers 1 --max_minutes 7 --save_every 3"
+    flags += " --max_bad_steps 4 --allow_bad --cache caches --accumulate 2 --no_graphs"
     run = resumed("--resume", "run", *flags.split())
     assert (run.args.seed, run.args.epochs, run.args.data) == (5, 2, ["somewhere"])
     assert (run.args.workers, run.args.max_minutes, run.args.save_every) == (1, 7, 3)
+    assert (run.args.max_bad_steps, run.args.allow_bad, run.args.cache) == (4, True, "caches")
+    assert (run.args.accumulate, run.args.no_graphs) == (2, True)
     assert run.step == 1
+
+
+def test_no_option_that_changes_a_runs_numbers_may_differ_when_it_is_resumed():
+    where = {"resume", "save", "name", "workers", "device", "compile", "no_graphs", "cache", "accumulate"}
+    how_long = {"max_minutes", "save_every", "max_bad_steps", "allow_bad"}
+    assert where | how_long == options.FREE_OPTIONS
 
 
 def test_a_run_begun_before_an_option_was_added_goes_on_with_its_default(folder):
@@ -734,6 +795,28 @@ def test_there_is_a_whole_last_pt_between_any_two_renames(folder, monkeypatch):
     run.step = 1
     run.save()
     assert steps == [0, 0, 0, 1]
+
+
+def test_what_takes_the_place_of_a_file_is_on_the_disk_before_it_does(folder, monkeypatch):
+    """Else a power failure could leave both names empty; and the log is as long as the state says."""
+    run, _ = begun()
+    run.save()
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(file):
+        done.append(("fsync", os.fstat(file).st_ino))
+        fsync(file)
+
+    def replaced(source, target):
+        done.append(("replace", os.stat(source).st_ino, Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    run.save()
+    (last,) = [inode for what, inode, *name in done if name == ["last.pt"]]
+    growing = [("fsync", path.stat().st_ino) for path in runs._growing(Path("run"))]
+    assert len(growing) == 2 and {*growing, ("fsync", last)} <= {*done[:3]}
 
 
 def test_where_there_are_no_hard_links_the_one_before_is_kept_too(folder, monkeypatch):

@@ -183,6 +183,12 @@ def test_a_grey_picture_whose_colours_drifted_apart_is_written_grey(tmp_path):
     )
 
 
+def test_a_jpeg_is_of_quality_95_unless_told_otherwise(tmp_path):
+    save(tmp_path / "a.jpg", Picture(smooth()))
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert [*image.quantization[0]][:2] == [2, 1]  # libjpeg's, of that quality
+
+
 def test_quality_makes_a_difference(tmp_path):
     for name in ("x.jpg", "x.webp"):
         write_image(tmp_path / name, smooth(), quality=30)

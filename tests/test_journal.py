@@ -131,6 +131,22 @@ def test_what_has_changed_is_done_again(network, folder, monkeypatch, capsys):
     assert again(flags) == 5
 
 
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("--clean_side right", "--clean_side left"),
+        ("--clean_side left", "--clean_side left --tile 64"),
+        ("--clean_side left", "--clean_side left --amp"),
+    ],
+)
+def test_what_was_restored_otherwise_is_done_again(folder, monkeypatch, before, now):
+    write_pairs(Path("pairs"), 1)
+    restored = count_restored(monkeypatch)
+    for flags, count in ((before, 1), (before, 1), (now, 2)):
+        assert view(f"--path pairs --result_path out --skip_done {flags}") == 0
+        assert len(restored) == count
+
+
 def test_what_was_restored_without_a_truth_is_scored_when_there_is_one(folder, monkeypatch):
     for i in range(3):
         test_view.images.write_image(Path("set", f"{i}_in.png"), photograph(i))
@@ -228,6 +244,9 @@ def test_what_was_done_of_other_data_is_not_replaced(folder):
     for i in range(2):
         Path("out", f"{i}.png").unlink()  # there is nothing to lose
     assert view(f"{flags} b") == 0
+    Path("out", "1.png").write_bytes(b"damaged")  # now b's own
+    assert view(f"{flags} b") == 0
+    assert read_image("out/1.png").shape
 
 
 def test_that_tables_will_not_have_what_was_done_otherwise_is_said(folder, capsys):

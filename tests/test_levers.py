@@ -19,7 +19,7 @@ from tests.made import photograph, session, view, write_network, write_scenes
 
 TINY = "--save run --epochs 1 --steps_per_epoch 2 --batch_size 4 --patch_size 16 --val_scenes 1 --workers 0"
 TINY += " --data data --clean_side right --channels 2 2 2 2 --device cpu --amp --accumulate 2"
-TINY += " --clean_inputs 0.3 --upright"
+TINY += " --clean_inputs 0.3 --upright --seed 3"
 SCRIPTS = {
     "search": (train_search_batch, SearchNetwork, "--arch_start 1 --demo"),
     "training": (train_model_batch, DerainNetwork, "--arch half_width_mixed_rain"),
@@ -91,9 +91,10 @@ def test_with_amp_outputs_are_float32_again_before_the_loss_and_that_is_not_auto
     assert trained.losses == 2 * trained.steps * [(torch.float32, False)]
 
 
-def test_loaders_are_told_of_dry_inputs_and_of_upright_rain(trained):
+def test_loaders_are_told_of_dry_inputs_of_upright_rain_and_of_the_seed(trained):
     assert len(trained.loaders) == trained.steps // 2  # of the weights, and of alpha and beta
-    assert {(options["clean_inputs"], options["upright"]) for options in trained.loaders} == {(0.3, True)}
+    names = ("clean_inputs", "upright", "seed")
+    assert {tuple(options[name] for name in names) for options in trained.loaders} == {(0.3, True, 3)}
 
 
 def test_that_bfloat16_is_slow_on_a_processor_is_in_the_log_of_a_run(trained):

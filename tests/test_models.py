@@ -36,7 +36,8 @@ def test_alpha_and_beta_start_small_and_random():
     net = SearchNetwork(SMALL)
     assert net.alpha.shape == (12, 2)
     assert net.beta.shape == (27, 9)
-    assert 0.5e-3 < net.beta.std() < 1.5e-3
+    for parameter in net.architecture():
+        assert 0.5e-3 < parameter.std() < 1.5e-3
 
 
 @pytest.mark.parametrize("residual", [False, True])

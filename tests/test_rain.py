@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
+from PIL import Image
 
 import support.rain
 from support.errors import UserError
@@ -135,6 +136,48 @@ def test_levels_are_ordered_in_every_scene(style):
         rain = draw_rain(rng, style)
         heavy, medium, light = (rain_layer(240, 320, level, rng, rain).mean() for level in DENSITIES)
         assert heavy > medium > light > 0
+
+
+def test_half_of_mixed_scenes_are_did_mdns_and_one_in_ten_is_veiled():
+    drawn = [draw_rain(np.random.default_rng(seed), "mixed") for seed in range(400)]
+    assert 0.42 < np.mean([rain.near == 0 for rain in drawn]) < 0.58
+    assert 0.05 < np.mean([rain.veil["Heavy"] > 0 for rain in drawn]) < 0.15
+
+
+def test_what_a_scene_draws_stays_within_its_style():
+    mid = STYLES["long"]
+    drawn = [draw_rain(np.random.default_rng(seed), "long") for seed in range(1000)]
+    widest = np.exp(2 * 2.5 * mid.spread + 2 * 0.7 * mid.spread)  # bounded by two deviations each
+    assert all(mid.density / widest <= rain.density <= mid.density * widest for rain in drawn)
+
+
+def plain_rain(near):
+    """Of a mean and contrast with which nothing is cut off, and without a veil."""
+    rain = draw_rain(np.random.default_rng(0), "long")
+    level = dict.fromkeys(DENSITIES, 0.0)
+    mean, contrast = level | {"Heavy": 0.5}, level | {"Heavy": 0.1}
+    return rain._replace(mean=mean, contrast=contrast, veil=level, angle=40.0, density=1.0, near=near)
+
+
+def test_nearer_drops_leave_mean_and_contrast_as_they_are():
+    layer = rain_layer(400, 600, "Heavy", np.random.default_rng(1), plain_rain(near=0.3))
+    assert layer.mean() == pytest.approx(0.5, abs=0.005)
+    assert layer.std() == pytest.approx(0.05, rel=0.1)
+
+
+def test_nearer_drops_are_twice_as_long_and_wide_and_a_sixth_as_many():
+    rain, rng = plain_rain(near=0.0), np.random.default_rng(1)
+    rain_layer(60, 80, "Heavy", rng, rain)  # the others, drawn first
+    lean, size = rain.angle + rng.normal(0, 1.5), {"length": 2 * rain.length, "width": 2 * rain.width}
+    nearer = rain_layer(60, 80, "Heavy", rng, rain._replace(**size, angle=lean, density=rain.density / 6))
+    found = rain_layer(60, 80, "Heavy", np.random.default_rng(1), rain._replace(near=1.0))
+    np.testing.assert_allclose(found, nearer, atol=1e-6)
+
+
+def test_across_a_streak_is_the_cubic_kernel_found_in_did_mdn():
+    kernel = support.rain._kernel(15.5, 1.55, 0)
+    across = kernel[len(kernel) // 2, len(kernel) // 2 :] / kernel.max()
+    assert across[:5] == pytest.approx([1, 0.38881, -0.09943, -0.00265, 0], abs=1e-5)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -324,6 +367,13 @@ def test_layout_is_did_mdns(photographs, tmp_path):
     training = [f"DID-MDN-training/Rain_{level}/train2018new/{n}.jpg" for level in DENSITIES for n in names]
     test = [f"DID-MDN-test/{level}_{tested}.jpg" for level in ("heavy", "medium", "light")]
     assert files(out) == sorted(training + test)
+
+
+def test_files_are_coded_with_did_mdns_quality(photographs, tmp_path):
+    write_scenes(find_photographs([photographs]), tmp_path / "out", test=1)
+    for file in (tmp_path / "out").rglob("*.jpg"):
+        with Image.open(file) as image:
+            assert [*image.quantization[0]][:2] == [8, 6], file  # libjpeg's, of quality 75
 
 
 def test_pairs_are_rain_left_and_the_same_clean_image_right(photographs, tmp_path):

@@ -26,7 +26,7 @@ from architect import Architect
 from genotypes import MODULES, PRIMITIVES, GenotypeError
 from model_search import SearchNetwork
 from model_train import from_supernet
-from support import health, validation
+from support import experiment, health, validation
 from support.draw import svg
 from support.errors import Interrupted, UserError
 from support.experiment import BEST, LOCK, STATES, Experiment
@@ -75,8 +75,12 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     write_scenes(folder / "scenes", 6)
     write_pairs(folder / "pairs", 6)
-    opened, validated = [], []
+    opened, validated, internal = [], [], []
     batches, full_images = dataset.batches, dataset.full_images
+
+    def compared(outputs, clean, scene, use_internal=True):
+        internal.append(use_internal)
+        return losses.multi_to_one(outputs, clean, scene, use_internal)
 
     def recorded(scenes, **options):
         opened.append((scenes, drawn := []))
@@ -93,9 +97,15 @@ def finished(tmp_path_factory):
         copy = use_copy(patch, folder)
         patch.setattr(dataset, "batches", recorded)
         patch.setattr(dataset, "full_images", seen)
+        patch.setattr(train_search_batch, "multi_to_one", compared)
         search(f"{MIXED} {TINY} --arch_start 2 --internal_start 2 --name found --save run")
     return SimpleNamespace(
-        folder=folder, run=folder / "run", vocabulary=copy, opened=opened, validated=validated
+        folder=folder,
+        run=folder / "run",
+        vocabulary=copy,
+        opened=opened,
+        validated=validated,
+        internal=internal,
     )
 
 
@@ -166,7 +176,8 @@ def test_tensorboard_shows_losses_scores_rates_choices_and_pictures(finished):
         assert [step for step, _ in values] == ([2, 4] if tag in in_each_epoch else [4]), tag
     assert [value for _, value in found["arch_learning_rate"]] == pytest.approx([0, 3e-4])
     rates = [value for _, value in found["learning_rate"]]
-    assert 0.002 > rates[0] > rates[1] > 1e-4
+    quarters = [(1 + math.cos(math.pi * steps / 4)) / 2 for steps in (1, 3)]
+    assert rates == pytest.approx([1e-4 + 0.0019 * quarter for quarter in quarters])
     for name in ("entropy_alpha", "entropy_beta"):
         assert all(0.99 < value <= 1 for _, value in found[name])  # undecided, so early
     genotype = genotypes.read_json(finished.run / "genotype.json")
@@ -269,6 +280,81 @@ def test_alpha_and_beta_stay_as_drawn_until_arch_start(finished):
     assert not torch.equal(second["head.to_rgb.weight"], first["head.to_rgb.weight"])
 
 
+def test_the_internal_loss_counts_from_its_epoch_on_in_both_kinds_of_step(finished):
+    assert finished.internal == 2 * [False] + 4 * [True]
+
+
+def test_the_optimizers_are_the_papers_with_the_rates_and_decays_of_the_flags():
+    net = SearchNetwork(CHANNELS)
+    flags = "--learning_rate 0.1 --momentum 0.2 --weight_decay 0.3 --arch_learning_rate 0.4"
+    args = train_search_batch.get_args_parser().parse_args(f"{flags} --arch_weight_decay 0.5".split())
+    weights, architecture = train_search_batch.make_optimizers(net, args)
+    assert (type(weights), type(architecture)) == (torch.optim.SGD, torch.optim.Adam)
+    (of_weights,), (of_architecture,) = weights.param_groups, architecture.param_groups
+    assert [of_weights[name] for name in ("lr", "momentum", "weight_decay")] == [0.1, 0.2, 0.3]
+    expected = [0.4, (0.5, 0.999), 0.5]
+    assert [of_architecture[name] for name in ("lr", "betas", "weight_decay")] == expected
+    for group, parameters in ((of_weights, net.weights()), (of_architecture, net.architecture())):
+        assert [*map(id, group["params"])] == [*map(id, parameters)]
+
+
+def test_the_penalty_is_the_weighted_sum_of_its_terms():
+    net = SearchNetwork(CHANNELS)
+
+    def penalty(flags):
+        args = train_search_batch.get_args_parser().parse_args(flags.split())
+        return train_search_batch.make_penalty(net, args)().item()
+
+    regulariser = losses.architecture_regulariser(*(p.softmax(-1) for p in net.architecture())).item()
+    complexity = penalty("--lambda_arch 0 --lambda_comp 1")
+    assert penalty("--lambda_arch 1 --lambda_comp 0") == pytest.approx(regulariser)
+    assert penalty("--lambda_arch 2 --lambda_comp 3") == pytest.approx(2 * regulariser + 3 * complexity)
+
+
+def test_architecture_steps_have_the_penalty_and_the_statistics_of_the_flags(vocabulary, monkeypatch):
+    made = []
+
+    class Spied(Architect):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(train_search_batch, "Architect", Spied)
+    write_pairs(Path("pairs"), 3)
+    flags = f"--data pairs --clean_side left {ONE_STEP} --lambda_comp 7"
+    for run, more in (("1", ""), ("2", "--arch_batch_statistics")):
+        search(f"{flags} {more} --name found --save {run}")
+    args = train_search_batch.get_args_parser().parse_args(flags.split())
+    expected = train_search_batch.make_penalty(made[0].net, args)()
+    assert made[0].penalty() == expected > 1
+    assert [architect.batch_statistics for architect in made] == [False, True]
+    assert made[0].hessian_parts == train_search_batch.HESSIAN_PARTS > 1
+
+
+def test_the_gradient_of_the_weights_alone_is_clipped_by_its_flag(vocabulary, monkeypatch):
+    given = []
+
+    def noted(parameters, largest, clip=experiment.clip):
+        given.append((len(parameters), largest))
+        return clip(parameters, largest)
+
+    monkeypatch.setattr(experiment, "clip", noted)
+    write_pairs(Path("pairs"), 3)
+    search(f"--data pairs --clean_side left {ONE_STEP} --grad_clip 0.001 --name found --save run")
+    assert given == [(len(SearchNetwork(CHANNELS).weights()), 0.001)]
+    assert scalars("run")["clipped"] == [(1, 1.0)]
+
+
+def test_scored_scenes_are_spread_over_the_validation_part(vocabulary, monkeypatch):
+    write_pairs(Path("pairs"), 40)
+    validated, full_images = [], dataset.full_images
+    monkeypatch.setattr(dataset, "spread", lambda scenes, count: scenes[-count:])
+    monkeypatch.setattr(dataset, "full_images", lambda s, *a: validated.append(s) or full_images(s, *a))
+    search(f"--data pairs --clean_side left {ONE_STEP} --name found --save run")
+    first, last = dataset.split(dataset.find_training(["pairs"], ["left"]))["validation"]
+    assert validated == [[last]]
+
+
 def test_unrolled_steps_look_ahead_on_the_batch_of_the_weights(vocabulary, monkeypatch):
     calls = []
 
@@ -292,7 +378,7 @@ def test_unrolled_steps_look_ahead_on_the_batch_of_the_weights(vocabulary, monke
 
 def test_a_search_that_never_searches_says_so_and_keeps_no_genotype(vocabulary, monkeypatch):
     write_pairs(Path("pairs"), 3)
-    assert search(f"--data pairs --clean_side left {ONE_STEP} --name idle --save run") == 1
+    assert search(f"--data pairs --clean_side left {ONE_STEP} --arch_start 2 --name idle --save run") == 1
     assert "NOTHING IS SEARCHED" in Path("run", "log.txt").read_text()
     # The second one's time is up before its first architecture step.
     flags = f"{TINY} --arch_start 2 --max_minutes 99 --name short --save 2"
@@ -421,7 +507,14 @@ def test_a_collapsed_search_ends_with_its_last_healthy_genotype(vocabulary, monk
     assert genotypes.check(summary["genotype"]) == healthy
     text = vocabulary.read_text(encoding="utf-8")
     assert text.endswith(f"found = {genotypes.literal(healthy)}\n")
-    assert "collapsed, genotype of epoch 1" in " ".join(text.split())
+    origin = " ".join(text.split())
+    assert "2 steps of 2 scenes" in origin and "collapsed, genotype of epoch 1" in origin
+    net = SearchNetwork(CHANNELS)
+    net.load_state_dict(state("run")["parts"]["net"])
+    scenes = dataset.split(dataset.find_training(["pairs"], ["left"]))["validation"]
+    measured, _ = validation.measure(from_supernet(net, healthy), scenes, torch.device("cpu"))
+    chosen = validation.means(measured)["psnr"]
+    assert summary["validation_psnr"]["chosen"] == pytest.approx(chosen, abs=1e-4)
 
 
 def test_a_search_that_was_never_healthy_leaves_no_genotype(vocabulary, monkeypatch):
@@ -576,7 +669,11 @@ def test_a_step_that_is_not_finite_leaves_no_trace(vocabulary, monkeypatch, load
         for name in ("alpha", "beta"):
             assert torch.equal(last["net"][name], before["net"][name])
     log = Path("run", "log.txt").read_text()
-    assert f"step 1 skipped: {'loss' if loader == 1 else 'arch_loss'} nan, " in log
+    (line,) = [line for line in log.splitlines() if "step 1 skipped" in line]
+    assert f"step 1 skipped: {'loss' if loader == 1 else 'arch_loss'} nan, " in line
+    parts = dataset.split(dataset.find_training(["pairs"], ["left"]))
+    own = {file for scene in parts["weights" if loader == 1 else "architecture"] for file in scene.files}
+    assert {*line.split("its files: ")[1].split()} <= own
     assert state("run")["skipped"] == 1
 
 

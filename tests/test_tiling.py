@@ -46,6 +46,13 @@ def test_each_row_is_of_its_own_tiles_and_overlap(picture, capsys):
         assert rows[136, overlap][0] == np.inf and rows[136, overlap][2] == 0  # one tile holds the picture
 
 
+def test_the_time_is_that_of_tiles_over_that_of_the_whole(picture, capsys, monkeypatch):
+    monkeypatch.setattr(
+        tiling, "timed", lambda net, image, device, tile, overlap=0: (image, 3.0 if tile else 2.0)
+    )
+    assert [row[-1] for row in table(picture, "--tiles 64", capsys).values()] == [1.5]
+
+
 def test_a_picture_of_16_bits_is_measured_in_8(picture, capsys):
     rows = table(picture, "--tiles 64", capsys)
     write_image(picture, photograph(0, 96, 136).astype(np.uint16) * 257)

@@ -27,6 +27,7 @@ from support.averaging import Averaged
 from support.errors import Interrupted, UserError
 from support.experiment import BEST, LOCK, STATES, Experiment
 from support.images import read_image, write_image
+from support.validation import means, measure
 from tests.made import (
     ROOT,
     assert_same,
@@ -108,6 +109,19 @@ def test_all_but_the_validation_scenes_are_trained_on_whatever_the_seed(data, mo
     assert opened == 2 * [parts["weights"] + parts["architecture"], parts["validation"]]
 
 
+def test_split_seed_chooses_the_parts_and_val_scenes_are_spread(data, monkeypatch):
+    write_pairs(data / "pairs", 40)
+    opened = []
+    batches, full_images = dataset.batches, dataset.full_images
+    monkeypatch.setattr(dataset, "spread", lambda scenes, count: scenes[-count:])
+    monkeypatch.setattr(dataset, "batches", lambda s, **options: opened.append(s) or batches(s, **options))
+    monkeypatch.setattr(dataset, "full_images", lambda s, *a: opened.append(s) or full_images(s, *a))
+    train(f"{PAIRS} {ONE_STEP} --split_seed 1 --val_scenes 1 --save run")
+    parts = dataset.split(dataset.find_training(["pairs"], ["left"]), 1)
+    assert len(parts["validation"]) == 2
+    assert opened == [parts["weights"] + parts["architecture"], parts["validation"][-1:]]
+
+
 def test_internal_loss_begins_with_its_epoch_and_needs_several_densities(data):
     """The first step's loss is from the same weights and batch: it differs by the internal term alone."""
 
@@ -150,6 +164,8 @@ def test_ema_keeps_and_scores_the_averaged_weights(data, monkeypatch):
         if value.is_floating_point():
             torch.testing.assert_close(value, 0.75 * first[name] + 0.25 * second[name])
     assert_same(weights("run"), second)
+    measured, _ = measure(model_train.load("run/best_psnr.pt"), scenes_of("validation"), torch.device("cpu"))
+    assert state("run")["best"] == pytest.approx(means(measured), abs=1e-4)
 
 
 def test_the_average_is_that_of_pytorch():
@@ -187,6 +203,21 @@ def test_the_weights_of_the_loss_are_those_of_the_flags(data, monkeypatch):
         {"use_internal": False, "mse_weight": 0, "psnr_weight": 0.008},
         {"use_internal": True, "mse_weight": 1, "psnr_weight": 0},
     ]
+
+
+def test_the_optimizer_is_the_papers_with_the_rate_and_decay_of_the_flags():
+    net = DerainNetwork(random_genotype(0), CHANNELS)
+    args = train_model_batch.get_args_parser().parse_args("--learning_rate 0.1 --weight_decay 0.2".split())
+    optimizer = train_model_batch.make_optimizer(net, args)
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is torch.optim.Adam
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.1, (0.9, 0.999), 0.2)
+    assert [*map(id, group["params"])] == [*map(id, net.parameters())]
+
+
+def test_after_the_warmup_the_rate_is_the_cosines(data):
+    train(f"{PAIRS} {TINY} --warmup_steps 1 --learning_rate_min 0.001 --save run")
+    assert [value for _, value in scalars("run")["learning_rate"]] == pytest.approx([0.001, 0.001])
 
 
 def test_warmup_begins_with_small_steps(data):
@@ -360,15 +391,15 @@ def test_other_widths_than_those_of_the_weights_are_refused(data):
 def test_weights_are_widened_to_a_multiple_of_their_channels(data):
     """A step at no rate: what is saved computes what it did before."""
     net = trained_network(channels=(2, 4, 6, 4)).eval()
-    flags = (
-        f"--data pairs --clean_side left --weights trained.pt {ONE_STEP} --learning_rate 0 --freeze_start 1"
-    )
+    flags = f"--data pairs --clean_side left --weights trained.pt {ONE_STEP} --learning_rate 0"
+    flags += " --freeze_start 1 --seed 5"
     train(f"{flags.replace('--channels 4 4 4 4', '--channels 4 8 12 8')} --save run")
     wide = model_train.load("run/best_psnr.pt").eval()
     assert wide.channels == (4, 8, 12, 8)
     x = torch.rand(2, 3, 16, 24)
     with torch.no_grad():
         torch.testing.assert_close(wide(x), net(x))
+    assert_same(wide.state_dict(), model_train.widen(net, (4, 8, 12, 8), seed=5).state_dict())
 
 
 def test_of_a_training_on_a_cpu_the_attention_modules_are_compiled(data, monkeypatch):
@@ -492,8 +523,13 @@ def test_clipping_limits_the_gradient_and_says_how_large_it_was(largest, share):
     assert after == pytest.approx(1e-3 if share else norm, rel=1e-3)
 
 
-def test_the_gradient_is_logged_and_the_share_of_steps_that_were_clipped(data):
+def test_the_gradient_is_logged_and_the_share_of_steps_that_were_clipped(data, monkeypatch):
+    largest, clip = [], experiment.clip
+    monkeypatch.setattr(
+        experiment, "clip", lambda weights, limit: largest.append(limit) or clip(weights, limit)
+    )
     train(f"{PAIRS} {ONE_STEP} --grad_clip 0.001 --save run")
+    assert largest == [0.001]
     found = scalars("run")
     assert found["clipped"] == [(1, 1.0)]
     assert found["gradient_norm"][0][1] > 0.001
@@ -513,8 +549,12 @@ def break_file(monkeypatch, file, draw):
     monkeypatch.setattr(dataset, "batches", wrapped)
 
 
+def scenes_of(part):
+    return dataset.split(dataset.find_training(["pairs"], ["left"]))[part]
+
+
 def files_of(part):
-    return [Path(scene.key) for scene in dataset.split(dataset.find_training(["pairs"], ["left"]))[part]]
+    return [Path(scene.key) for scene in scenes_of(part)]
 
 
 def test_a_file_that_breaks_is_named_once_left_out_and_counted(data, monkeypatch):
@@ -529,6 +569,7 @@ def test_a_file_that_breaks_is_named_once_left_out_and_counted(data, monkeypatch
         with pytest.raises(Interrupted):
             train(f"{PAIRS} {EIGHT_STEPS} --allow_bad --save parts")
     assert not read_whole(file)
+    file.write_bytes(content)  # too late
     train("--resume parts")
     assert_same(state("parts")["parts"], state("whole")["parts"])
     for run in ("whole", "parts"):

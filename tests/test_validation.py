@@ -154,3 +154,10 @@ def test_validation_agrees_with_the_scores_of_saved_pictures(folder):
     assert torch.equal(rainy, dataset.to_tensor(pictures[0][None])[0])
     assert torch.equal(clean, dataset.to_tensor(target[None])[0])
     assert np.array_equal((restored * 255).round().byte().permute(1, 2, 0).numpy(), first)
+
+
+def test_the_psnr_of_a_picture_without_any_error_is_100_db(folder):
+    write_image("pairs/0.png", np.hstack([photograph(0), photograph(0)]))
+    scenes = dataset.find("pairs", "right").scenes
+    measured, _ = measure(nn.Identity().eval(), scenes, torch.device("cpu"))
+    assert means(measured) == pytest.approx({"psnr": 100, "ssim": 1, "loss": 0}, abs=1e-5)

@@ -54,6 +54,9 @@ def test_a_variable_rate_is_its_mean_and_no_frame_is_missed(tmp_path):
 def test_odd_sizes_gain_a_row_and_a_column(tmp_path):
     write_video(tmp_path / "odd.avi", frames(3, 47, 65), 25)
     assert Video(tmp_path / "odd.avi").size == (48, 66)
+    write_video(tmp_path / "white.avi", [np.full((47, 65, 3), 255, np.uint8)], 25)
+    (frame,) = Video(tmp_path / "white.avi")
+    assert frame.min() > 250  # the last ones again, not black ones
 
 
 def test_interrupted_writing_leaves_nothing(tmp_path):
