@@ -718,7 +718,8 @@ class Experiment:
             **summary,
         }
         if distributed.is_main():
-            write_bytes(self.folder / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+            text = json.dumps(summary, indent=1) + "\n"
+            write_bytes(self.folder / SUMMARY, text.encode(), durable=True)
         self.writer.close()
         best = ", ".join(f"{name} {value:.4f}" for name, value in self.best.items())
         log.info(

@@ -189,14 +189,20 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = 95) -> None:
     write_bytes(path, _encode(path, image, quality))
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file so that `path` is whole or untouched, making folders; or CannotWrite, or UserError."""
+def write_bytes(path: str | Path, data: bytes, durable: bool = False) -> None:
+    """Write a file so that `path` is whole or untouched, making folders; or CannotWrite, or UserError.
+
+    durable: also where the power fails. That takes a wait for the disk, too long for a folder of pictures.
+    """
     path = Path(path)
     partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")  # not longer than names may get
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(data)
+            if durable:
+                with open(partial, "r+b") as file:
+                    os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

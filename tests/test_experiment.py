@@ -817,6 +817,9 @@ def test_what_takes_the_place_of_a_file_is_on_the_disk_before_it_does(folder, mo
     (last,) = [inode for what, inode, *name in done if name == ["last.pt"]]
     growing = [("fsync", path.stat().st_ino) for path in runs._growing(Path("run"))]
     assert len(growing) == 2 and {*growing, ("fsync", last)} <= {*done[:3]}
+    run.finish()
+    summary = Path("run", "summary.json").stat().st_ino
+    assert done[-2:] == [("fsync", summary), ("replace", summary, "summary.json")]
 
 
 def test_where_there_are_no_hard_links_the_one_before_is_kept_too(folder, monkeypatch):
