@@ -191,9 +191,7 @@ def find(arch=None):
             ) from None
     if not arch.endswith(".json"):
         newest = ", ".join(list(known)[-5:])
-        raise GenotypeError(
-            f"--arch {arch}: no such genotype; there are {newest}; or give a run's genotype.json"
-        )
+        raise GenotypeError(f"{arch}: no such genotype; there are {newest}; or give a run's genotype.json")
     return arch, read_json(arch)
 
 

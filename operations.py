@@ -1,8 +1,9 @@
 """The building blocks: nine attention operations, and the multi-scale modules of both networks.
 
 Feature maps are NxCxHxW; a list of them holds one map a branch, the finest scale first, each half the size of
-the one before. Convolutions have no bias. Source: Cai et al., TCSVT 2023 (MANAS), sections on the multi-scale
-attentive cell; the squeeze-and-excitation and CBAM gates follow Hu et al. 2018 and Woo et al. 2018.
+the one before. Convolutions have no bias, but for CBAM's MLP. Source: Cai et al., TCSVT 2023 (MANAS),
+sections on the multi-scale attentive cell; the squeeze-and-excitation and CBAM gates follow Hu et al. 2018
+and Woo et al. 2018.
 """
 
 from functools import cache, partial

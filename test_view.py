@@ -80,7 +80,8 @@ def get_args_parser():
     add(
         "--tile",
         type=command.tile,
-        help="side of the tiles in pixels, a multiple of 8; 0: never tile (default: above a megapixel)",
+        help="side of the tiles in pixels, a multiple of 8 from 64 on; 0: never tile (default: above a "
+        "megapixel)",
     )
     add(
         "--self_ensemble",

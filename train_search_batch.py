@@ -3,7 +3,7 @@
     python train_search_batch.py                                   # DID-MDN in datasets/Rain1200
     python train_search_batch.py --demo                            # minutes on a laptop, no download
     python train_search_batch.py --data MY_PAIRS --clean_side left --name my_search
-    python train_search_batch.py --resume search-EXP-20260101-1200
+    python train_search_batch.py --resume search-EXP-20260101-120000
     torchrun --nproc_per_node=8 train_search_batch.py              # 8 GPUs, each with an eighth of a batch
     python train_search_batch.py --random 12                       # no search: random genotypes instead
 

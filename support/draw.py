@@ -1,7 +1,7 @@
 """An architecture as a picture.
 
     python -m support.draw half_width_mixed_rain                      # half_width_mixed_rain.svg, here
-    python -m support.draw search-EXP-20260101-1200/genotype.json architecture.svg
+    python -m support.draw search-EXP-20260101-120000/genotype.json architecture.svg
 
 From left to right the cells, from top to bottom the branches; in each cell its four modules, then an
 attention module a branch, with the operation of each edge.

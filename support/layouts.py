@@ -1,5 +1,6 @@
 """What lies in a folder of pictures: scenes, each a clean background with a rainy version of each density,
-or with one: rainy pictures that share a clean one without such densities, as in Rain1400, are scenes apart.
+or with one: rainy pictures that share a clean one otherwise than in DID-MDN's layout, as in Rain1400 or as
+heavy/7.png and light/7.png, are scenes apart.
 
 The layouts that `find` knows, by the names of folders and files alone:
 

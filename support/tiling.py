@@ -46,7 +46,7 @@ def get_args_parser():
         type=side,
         nargs="+",
         default=[256, 512, 768, 1024, None],
-        help="sides, multiples of 8, or default",
+        help="sides, multiples of 8 from 64 on; 0: the whole; or default",
     )
     parser.add_argument(
         "--overlaps", type=multiple_of_8, nargs="+", default=[OVERLAP], help=f"in pixels (default: {OVERLAP})"

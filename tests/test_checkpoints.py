@@ -373,7 +373,7 @@ def test_a_wider_network_computes_the_same_with_copies_that_part(training):
     x = torch.rand(2, 3, 16, 24, dtype=torch.float64)
     torch.testing.assert_close(wide(x), net.train(training)(x), rtol=1e-9, atol=1e-9)
     wide(x).square().mean().backward()
-    gradient = wide.cells[0].multi_scale[0].blocks[0].body[0][0].weight.grad
+    gradient = wide.stem[0].shortcut[0].weight.grad
     assert not torch.allclose(gradient[0], gradient[1])
 
 
