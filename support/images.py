@@ -121,7 +121,8 @@ def save(path: str | Path, picture: Picture, quality: int = 95) -> None:
     """Write `picture` with its own channels and bits, as far as the format of that name holds them.
 
     The colours of a grey picture, which a network may have let drift apart, are joined by BT.601 luma. Grey
-    with alpha is written as RGBA, since OpenCV has no other. The rest is as in `write_image`.
+    with alpha is written as RGBA, since OpenCV has no other; a lossless WebP stays one, whatever the quality.
+    The rest is as in `write_image`.
     """
     image = picture.rgb
     if picture.grey:
@@ -467,7 +468,7 @@ def _small(path: str | Path, data: bytes) -> np.ndarray:
 
 
 def _decode_with_pillow(path: str | Path, data: bytes) -> np.ndarray:
-    with _pillow(path, "is truncated or damaged"):
+    with _pillow(path, "is truncated or damaged, or of a kind that Pillow lacks"):
         image = Image.open(io.BytesIO(data))  # which turns a TIFF by itself
         mode = {"1": "L", "L": "L", "LA": "RGBA", "PA": "RGBA", "RGBA": "RGBA"}.get(image.mode, "RGB")
         pixels = np.asarray(image.convert(mode))
@@ -483,6 +484,8 @@ def _pillow(path: str | Path, otherwise: str = _NO_IMAGE):
     try:
         with _quiet:
             yield
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's parsers raise whatever a damaged file leads them to
         raise UserError(f"{path}: {otherwise}") from error
 

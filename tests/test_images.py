@@ -502,6 +502,14 @@ def test_what_threads_read_at_once_leaves_warnings_and_opencv_as_they_were(tmp_p
     assert (logger.getLogLevel(), list(warnings.filters)) == before
 
 
+@pytest.mark.parametrize("format", ["BMP", "TIFF"])
+def test_a_picture_too_large_for_the_memory_is_not_called_damaged(tmp_path, monkeypatch, format):
+    (tmp_path / "x").write_bytes(encoded(smooth(), format))
+    monkeypatch.setattr(Image.Image, "convert", lambda self, mode: bytearray(2**62))
+    with pytest.raises(MemoryError):
+        load(tmp_path / "x")
+
+
 def test_the_log_level_of_opencv_is_left_as_it_was(tmp_path):
     logger = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging
     before = logger.getLogLevel()
