@@ -170,10 +170,11 @@ def draw_random(count, seed):
     return drawn
 
 
-def find(arch=None):
+def find(arch=None, flag="--arch"):
     """(name, Genotype) of an architecture: a name in this file, a path to a genotype.json, or the newest.
 
-    Raises GenotypeError for an unknown name, or a file that holds no genotype.
+    flag: what an error calls the argument. Raises GenotypeError for an unknown name, or a file that holds no
+    genotype.
     """
     known = named()
     arch = os.fspath(arch) if arch is not None else None
@@ -191,7 +192,9 @@ def find(arch=None):
             ) from None
     if not arch.endswith(".json"):
         newest = ", ".join(list(known)[-5:])
-        raise GenotypeError(f"{arch}: no such genotype; there are {newest}; or give a run's genotype.json")
+        raise GenotypeError(
+            f"{flag} {arch}: no such genotype; there are {newest}; or give a run's genotype.json"
+        )
     return arch, read_json(arch)
 
 

@@ -105,8 +105,9 @@ class SearchCell(nn.Module):
 
 
 class SearchNetwork(nn.Module):
-    """The supernet: Nx3xHxW in [0, 1] -> Nx3xHxW, not clamped; any H and W (a
-    single one of up to 8x8 in evaluation mode alone: BatchNorm needs two values a channel).
+    """The supernet: Nx3xHxW in [0, 1] -> Nx3xHxW, not clamped; any H and W.
+
+    In training one picture of up to 8x8 raises ValueError: BatchNorm needs two values a channel.
 
     channels: widths of the branches at scales 1, 1/2, 1/4, 1/8, four even numbers.
     residual: learn the difference to the input instead of the output (not in the paper).

@@ -73,8 +73,9 @@ class Cell(nn.Module):
 
 
 class DerainNetwork(nn.Module):
-    """The fixed network: Nx3xHxW in [0, 1] -> Nx3xHxW, not clamped; any H and W (a
-    single one of up to 8x8 in evaluation mode alone: BatchNorm needs two values a channel).
+    """The fixed network: Nx3xHxW in [0, 1] -> Nx3xHxW, not clamped; any H and W.
+
+    In training one picture of up to 8x8 raises ValueError: BatchNorm needs two values a channel.
 
     genotype: a `genotypes.Genotype`, checked here (GenotypeError).
     channels: widths of the branches at scales 1, 1/2, 1/4, 1/8, four even numbers.

@@ -45,7 +45,7 @@ THREADS = min(8, os.cpu_count() or 1)  # OpenCV and Pillow decode outside Python
 # Where the index begins, its checksum, a number that no other cache file has, and what wrote it: another
 # version of a decoder may give other pixels.
 _TAIL = struct.Struct("<QI16s16s")
-_WRITER = hashlib.md5(f"1, OpenCV {cv2.__version__}, Pillow {PIL.__version__}".encode()).digest()
+_WRITER = hashlib.md5(f"2, OpenCV {cv2.__version__}, Pillow {PIL.__version__}".encode()).digest()
 
 
 class Kept(NamedTuple):

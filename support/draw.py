@@ -291,7 +291,7 @@ def get_args_parser():
 
 
 def main(args):
-    name, genotype = genotypes.find(args.arch)
+    name, genotype = genotypes.find(args.arch, flag="arch")
     out = Path(args.out or f"{Path(name).stem}.svg")
     if out.suffix.lower() != ".svg":
         raise UserError(f"{out}: pictures of architectures are .svg files; give a name that ends so")

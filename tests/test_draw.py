@@ -103,7 +103,7 @@ def test_any_named_genotype_and_any_runs_is_drawn(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("flags", "error", "words"),
     [
-        (["no_such"], GenotypeError, "no_such: no such genotype"),
+        (["no_such"], GenotypeError, "^arch no_such: no such genotype"),
         (["half_width_mixed_rain", "mine.png"], UserError, "mine.png: .*svg"),
         (["half_width_mixed_rain", "file/mine.svg"], UserError, "file/mine.svg: cannot be written"),
     ],

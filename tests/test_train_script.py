@@ -671,7 +671,7 @@ def test_a_demo_trains_what_the_newest_demo_search_found(folder, monkeypatch, ca
 @pytest.mark.parametrize(
     ("flags", "error", "words"),
     [
-        ("--data pairs --clean_side left --arch no_such", GenotypeError, "no_such: no such genotype"),
+        ("--data pairs --clean_side left --arch no_such", GenotypeError, "--arch no_such: no such genotype"),
         ("--data pairs --clean_side left --arch missing.json", GenotypeError, "missing.json"),
         ("--data pairs --clean_side left --weights missing.pt", CheckpointError, "missing.pt: no such"),
         (
@@ -700,5 +700,5 @@ def test_a_mistake_is_one_line_and_status_2_at_the_command_line(tmp_path):
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("train_model_batch.py: error: no_such: no such genotype")
+    assert line.startswith("train_model_batch.py: error: --arch no_such: no such genotype")
     assert not list(tmp_path.iterdir())
