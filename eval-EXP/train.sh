@@ -1,5 +1,5 @@
 #!/bin/sh
-# The training of derain_light.pt (runs 1 to 12, 15, 16 and 20 to 22) and of derain.pt (13, 14 and 17 to 19, after 12; for
+# The training of derain_light.pt (runs 1 to 12, 15, 16 and 20 to 23) and of derain.pt (13, 14 and 17 to 19, after 12; for
 # a GPU: on two CPU cores they take days), from the photographs on; interrupted, it goes on where it was. In the
 # project's folder:
 #
@@ -131,6 +131,12 @@ scenes 66 bsds-66 "$made/photographs-half"
 scenes 67 bsds-67 "$bsds" "--style mixed --angle 75"
 scenes 60 bsds-60 "$bsds" "$lent"
 scenes 61 rain800-61 "$made/rain800" "--clean_side left"
+# For the twenty-third likewise.
+scenes 71 bsds-71 "$bsds"
+scenes 76 bsds-76 "$made/photographs-half"
+scenes 77 bsds-77 "$bsds" "--style mixed --angle 75"
+scenes 70 bsds-70 "$bsds" "$lent"
+scenes 71 rain800-71 "$made/rain800" "--clean_side left"
 
 # The flags of made folders, `of FOLDER ...`: the clean side is right but in Rain800's own pairs
 of() {
@@ -162,6 +168,7 @@ eighteen=$(of bsds-20 bsds-26 bsds-27 bsds-30 rain800-20 rain800 rain800-late)
 nineteen=$(of bsds-31 bsds-36 bsds-37 bsds-38 bsds-40 rain800-31 rain800 rain800-late)
 twenty=$(of bsds-41 bsds-46 bsds-47 bsds-50 rain800-41 rain800 rain800 rain800-late)
 twentytwo=$(of bsds-61 bsds-66 bsds-67 bsds-60 rain800-61 rain800 rain800 rain800-late)
+twentythree=$(of bsds-71 bsds-76 bsds-77 bsds-70 rain800-71 rain800 rain800 rain800-late)
 few="--val_scenes 12 --steps_per_epoch 200 --warmup_steps 100 --clean_inputs 0.1"
 many="--val_scenes 24 --steps_per_epoch 500 --warmup_steps 100 --ema 0.999 --learning_rate 6e-4 --learning_rate_min 2e-6"
 fine="--freeze_start 1 --internal_start 1 --batch_size 2 --patch_size 96"
@@ -218,6 +225,8 @@ train 21 $twenty $many $fine $upright --weights eval-EXP-derain-20/best_psnr.pt 
     --mse_weight 10 --psnr_weight 0.006 --epochs 10 --steps_per_epoch 474 --learning_rate 4e-4 --amp --seed 25 "$@"
 train 22 $twentytwo $many $fine $upright --weights eval-EXP-derain-21/best_psnr.pt --clean_inputs 0.6 \
     --mse_weight 10 --psnr_weight 0.006 --epochs 12 --steps_per_epoch 471 --learning_rate 5e-4 --amp --seed 26 "$@"
+train 23 $twentythree $many $fine $upright --weights eval-EXP-derain-22/best_psnr.pt --clean_inputs 0.6 \
+    --mse_weight 10 --psnr_weight 0.006 --epochs 15 --steps_per_epoch 487 --learning_rate 5e-4 --amp --seed 27 "$@"
 
-"$python" model_train.py eval-EXP-derain-22/best_psnr.pt eval-EXP-derain-22/derain_light.pt
+"$python" model_train.py eval-EXP-derain-23/best_psnr.pt eval-EXP-derain-23/derain_light.pt
 "$python" model_train.py eval-EXP-derain-19/best_psnr.pt eval-EXP-derain-19/derain.pt

@@ -164,7 +164,7 @@ def test_the_cards_command_trains_from_photographs_and_goes_on(tmp_path):
     runs = [path.parent.name for path in tmp_path.glob("*/summary.json")]
     runs.sort(key=lambda name: int(name.rpartition("-")[2]))
     assert runs == [f"eval-EXP-derain-{i}" for i in range(1, len(runs) + 1)]
-    assert model_train.load(tmp_path / "eval-EXP-derain-22" / "derain_light.pt").channels == (16, 32, 64, 128)
+    assert model_train.load(tmp_path / "eval-EXP-derain-23" / "derain_light.pt").channels == (16, 32, 64, 128)
     assert model_train.load(tmp_path / "eval-EXP-derain-19" / "derain.pt").channels == (32, 64, 128, 256)
     made = tmp_path / "datasets" / "derain"
     assert not [file for name in in_test_sets for file in made.rglob(f"{name}.*")]
