@@ -21,6 +21,7 @@ import genotypes
 import model_train
 from losses import multi_to_one
 from model_train import DerainNetwork
+from operations import begin_as_identity
 from support import command, devices, distributed, experiment, options, runs
 from support.averaging import Averaged
 from support.command import decay, natural, not_negative, patch, positive
@@ -37,6 +38,7 @@ DEMO = {
     "internal_start": 2,
     "val_scenes": 1,
     "residual": True,
+    "freeze_start": 3,
 }
 
 # With --weights: at the rate of a new network, or with BatchNorm by a few pictures, what it can do is lost.
@@ -217,7 +219,9 @@ def build(run):
     args.arch, genotype = genotypes.find(args.arch)
     print(f"genotype: {args.arch}")
     torch.manual_seed(args.seed)
-    return DerainNetwork(genotype, args.channels, args.residual)
+    net = DerainNetwork(genotype, args.channels, args.residual)
+    begin_as_identity(net)
+    return net
 
 
 def fine_tuned(run):

@@ -638,6 +638,15 @@ def test_resuming_without_the_data_folder_is_refused(data, monkeypatch):
 # --- which genotype, which data ---
 
 
+def test_a_network_with_the_residual_begins_by_returning_its_input(data):
+    x = torch.rand(1, 3, 13, 18)
+    for flag, returned in (("--residual", True), ("", False)):
+        train(f"{PAIRS} {ONE_STEP} --learning_rate 0 {flag} --save run{flag}")
+        assert torch.equal(model_train.load(f"run{flag}/best_psnr.pt")(x), x) == returned
+    train(f"{PAIRS} {TINY} --residual --save trained")
+    assert not torch.equal(model_train.load("trained/best_psnr.pt")(x), x)
+
+
 def test_the_newest_genotype_is_the_default_and_said_first(data, monkeypatch, capsys):
     monkeypatch.setattr(genotypes, "newest_there_is", random_genotype(4), raising=False)
     train(f"--data pairs --clean_side left {ONE_STEP} --save run")
