@@ -192,7 +192,7 @@ def main(args):
 
 def begin(journal, fresh):
     """Open the journal, and remove the tables of an earlier run: new ones come at the end."""
-    if journal.is_there() and (fresh or journal.has_others()):
+    if distributed.is_main() and journal.is_there() and (fresh or journal.has_others()):
         print(
             f"{journal.out}: holds results of an earlier run, too; the tables will be of this one alone",
             flush=True,
@@ -208,7 +208,7 @@ def conclude(gallery, facts, failures, stopped, status, montage_of):
     """Write the tables, the gallery and, unless montage_of is None, the montage; print what there is, what
     could not be used and what stopped the run, or ""; returns the exit status.
     """
-    left_out = failures + [stopped] if stopped else failures
+    left_out = [*failures, stopped] if stopped else [*failures]
     out, rows = gallery.out, [entry.row for entry in gallery.entries]
     means, scores = summarise(rows, facts) if rows and "psnr_rgb" in rows[0] else ({}, [])
     said = [*scores, f"{len(rows)} restored pictures in {out}"]
@@ -575,7 +575,7 @@ def view(restore_one, tasks, gallery):
         try:
             images.save(file, picture._replace(rgb=restored))
             entry = gallery.add(row, file, picture.rgb, restored, clean, number)
-        except images.CannotWrite:  # a half of a picture is none, and the tables need the room
+        except BaseException:  # a half of a picture is none: as of a full disk, Ctrl-C, too little memory
             with suppress(OSError):
                 file.unlink()
             raise

@@ -29,7 +29,7 @@ from support.errors import UserError
 from support.experiment import Experiment
 from support.graphs import Backward
 
-# The demo: in under 5 minutes on two cores, the warm-up scaled with the schedule.
+# The demo: a minute or two on two cores, the warm-ups scaled with the schedule.
 DEMO = {
     "epochs": 4,
     "steps_per_epoch": 50,
@@ -110,7 +110,7 @@ def get_args_parser():
 def main(args):
     if args.weights:
         vars(args).update({k: v for k, v in FINE_TUNING.items() if k not in args.given})
-    run = Experiment("eval", args, get_args_parser(), DEMO)
+    run = Experiment("eval", args, get_args_parser(), DEMO | FINE_TUNING if args.weights else DEMO)
     args = run.args
     net = build(run)
     scenes = run.split()

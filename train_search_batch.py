@@ -13,7 +13,6 @@ strongest choices are written to genotypes.py under --name. How to tell whether 
 and TensorBoard: support/health.py.
 """
 
-import argparse
 import re
 import shlex
 import time
@@ -38,7 +37,7 @@ from support.graphs import Backward
 from support.health import Health
 from support.validation import means, measure
 
-# The demo: the whole method in some six minutes on two cores, the warm-ups scaled with the schedule.
+# The demo: the whole method in a minute or two on two cores, the warm-ups scaled with the schedule.
 DEMO = {
     "epochs": 4,
     "steps_per_epoch": 20,
@@ -58,9 +57,7 @@ HESSIAN_PARTS = 4
 
 def get_args_parser():
     parser = command.Parser(
-        prog="train_search_batch.py",
-        description="Search a derain architecture with a supernet (stage 1).",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="train_search_batch.py", description="Search a derain architecture with a supernet (stage 1)."
     )
     search = parser.add_argument_group("search")
     search.add_argument("--name", help="of the genotype in genotypes.py (default: search_<time>)")

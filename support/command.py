@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
     line: a run that is resumed, or a demo, must tell a default that was asked for from one that was not.
     """
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args=None):
         args = list(sys.argv[1:] if args is None else args)
         for before, value in pairwise([self.prog, *args]):
             if value == "" or EMPTY.fullmatch(value):  # as of "$CKPT", where the shell has no such variable

@@ -99,10 +99,10 @@ class Page:
         style = {"text_anchor": anchor, "font_size": size, "fill": fill, **style}
         self.add("text", x=x, y=y + 0.35 * size, **style).text = text
 
-    def pill(self, x, y, name, width=84):
+    def pill(self, x, y, name):
         """An operation's label, centred."""
         label, fill, ink = shown_as(name)
-        self.box(x - width / 2, y - 11, width, 22, fill, radius=11)
+        self.box(x - 42, y - 11, 84, 22, fill, radius=11)
         self.text(x, y, label, 14, ink)
 
 
@@ -164,8 +164,9 @@ def _cell(page, x, cell, kinds, attention, ends):
     return [after + ATTENTION[0]] * branches
 
 
-def _module(page, x, kind, ys, width=MODULE - 10):
+def _module(page, x, kind, ys):
     """A multi-scale module: `parallel` a block a branch, `fusion` lines from every branch to every one."""
+    width = MODULE - 10
     if kind == "parallel":
         for y in ys:
             page.box(x, y - BLOCK / 2, width, BLOCK, *PARALLEL)

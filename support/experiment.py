@@ -346,7 +346,8 @@ class Experiment:
     def describe(self):
         """Log over how many processes it is spread, and how many scenes each part of the split has."""
         if distributed.size() > 1:
-            log.info("processes: %d, %d scenes a step each", distributed.size(), self.own_scenes())
+            own = self.args.batch_size // distributed.size()
+            log.info("processes: %d, %d scenes a step each", distributed.size(), own)
         parts = {part: len(scenes) for part, scenes in self.scenes.items()}
         if self.kind == "eval":  # it trains on both
             parts = {"training": parts["weights"] + parts["architecture"], "validation": parts["validation"]}
@@ -425,10 +426,6 @@ class Experiment:
         """
         alone = self.args.accumulate == 1 and not (self.args.sync_bn and distributed.size() > 1)
         return self.device.type == "cuda" and alone and not self.args.no_graphs
-
-    def own_scenes(self):
-        """Scenes a step of this process."""
-        return self.args.batch_size // distributed.size()
 
     # --- time ---
 
@@ -749,7 +746,7 @@ def _has_training_data(folder):
     """Whether there is more in DID-MDN's folder than its test set."""
     if not folder.is_dir() or not os.access(folder, os.R_OK):
         return folder.exists()  # what is wrong with it is said where it is opened
-    return any(name != layouts.TEST for name in os.listdir(folder))
+    return any(name != layouts.TEST and name[0] != "." for name in os.listdir(folder))
 
 
 def clip(parameters, largest):

@@ -218,7 +218,7 @@ def by_patch(args, row):
 def by_width(args, row):
     for curve, factor in product(STEPS, WIDTHS):
         make = a_step(args, curve, SCENES, widen=factor)
-        yield {"row": row, "curve": curve, "x": factor * args.channels[0]} | alone(args, make)
+        yield {"row": row, "curve": curve, "x": widened(args.channels, factor)[0]} | alone(args, make)
 
 
 def by_parts(args, row):
@@ -307,10 +307,14 @@ def measure(make, device, threads, repeats):
 
 def a_step(args, curve, scenes, patch_size=None, widen=1):
     """What makes a step of a training script, in the process that measures it."""
-    channels = [max(2, int(widen * c)) for c in args.channels]
-    sizes = Namespace(channels=channels, batch_size=scenes, patch_size=patch_size)
+    sizes = Namespace(channels=widened(args.channels, widen), batch_size=scenes, patch_size=patch_size)
     name, script = STEPS[curve]
     return partial(offered, name, benchmark.script_options(script, sizes, args.device), args.device)
+
+
+def widened(channels, factor):
+    """So many times as many channels, in even numbers."""
+    return [2 * max(1, int(factor * c) // 2) for c in channels]
 
 
 def offered(name, options, device):

@@ -179,7 +179,7 @@ def _density_folders(path):
 def _densities(path, folders, side):
     files = {density: {f.name: f for f in list_images(folder)} for density, folder in folders.items()}
     names = {name: None for by_name in files.values() for name in by_name}
-    whole = [name for name in names if all(name in by_name for by_name in files.values())]
+    whole = {name: None for name in names if all(name in by_name for by_name in files.values())}
     if not names:
         raise UserError(f"{path}: no images in {', '.join(f.name for f in _folders(path))}")
     unpaired = [by_name[n] for n in names if n not in whole for by_name in files.values() if n in by_name]
@@ -288,12 +288,13 @@ def _told_by_name(path):
     or in a folder `rainy` there. None where more than half of the images are in no pair.
     """
     files = list_images(path, recursive=True)
-    rainy, clean = {}, {}
+    rainy, clean, keys = {}, {}, set()
     for file in files:
         key = _pair_key(file, path)
         if CLEAN_NAME.search(file.stem):
-            if key not in clean.values():  # the first of a name; the others have no partner
+            if key not in keys:  # the first of a name; the others have no partner
                 clean[file] = key
+                keys.add(key)
         elif _called(file.parent) in RAINY_FOLDERS and file.parent != path:
             rainy[file] = re.sub(r"[^/]+/([^/]+)$", r"\1", key)
         else:

@@ -16,7 +16,7 @@ autocorrelation together, through the same JPEG coding; every scene draws its ow
 styles follow Rain800 and photographs of real rain, by eye.
 
 With `--rain_of` nothing is drawn: the rain of given pairs is moved to other backgrounds, see `Borrowed`. That
-reaches what no style has: a sixth of Rain800's rain darkens, blended in ways that raise contrast.
+reaches what no style has: 15 % of Rain800's rain darkens, blended in ways that raise contrast.
 """
 
 import os
@@ -42,7 +42,7 @@ from dataset import start_worker
 from support import check, command
 from support.errors import UserError
 from support.images import CannotWrite, list_images, read_image, write_bytes, write_image
-from support.layouts import DENSITIES, OTHER_SIDE, TEST, TRAINING, flat, only_below
+from support.layouts import DENSITIES, OTHER_SIDE, SIDES, TEST, TRAINING, flat, only_below
 
 JPEG_QUALITY = 75  # DID-MDN's, by the quantisation tables of its files
 
@@ -531,7 +531,7 @@ def get_args_parser():
         "--style", choices=[*STYLES, "mixed"], default="did-mdn", help="of the rain (default: %(default)s)"
     )
     rain.add_argument("--rain_of", metavar="PAIRS", help="move the rain of these side by side pairs here")
-    parser.add_argument("--rain_side", choices=["left", "right"], help="the clean half of those pairs")
+    parser.add_argument("--rain_side", choices=SIDES, help="the clean half of those pairs")
     parser.add_argument(
         "--angle",
         type=command.angle,
@@ -547,7 +547,7 @@ def get_args_parser():
         type=command.side,
         help="scale the middle square to this side, up where it is smaller (default: keep the size)",
     )
-    parser.add_argument("--clean_side", choices=["left", "right"], help="this half of side by side files")
+    parser.add_argument("--clean_side", choices=SIDES, help="this half of side by side files")
     parser.add_argument(
         "--workers",
         type=command.workers,

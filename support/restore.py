@@ -99,7 +99,8 @@ def forwards(height: int, width: int, tile: int | None = None, self_ensemble: in
     shapes = Counter(product(*([len(weights) for _, weights in along] for along in windows)))
     for (height, width), number in [*shapes.items()] if self_ensemble else []:
         shapes[height, width] += 3 * number
-        shapes[width, height] += (self_ensemble - 4) * number
+        if self_ensemble == 8:
+            shapes[width, height] += 4 * number
     return shapes
 
 

@@ -64,7 +64,7 @@ def test_pairs_in_two_folders_pass(tmp_path, run):
     assert "pairs in input/ and target/" in report
 
 
-def test_did_mdn_root_is_checked_as_training_and_test(tmp_path, run):
+def test_did_mdn_root_is_checked_as_training_and_test(tmp_path, run, monkeypatch):
     write_scenes(tmp_path, 3)
     write_pairs(tmp_path / "DID-MDN-test", 4, clean_side="right")
     status, report = run(tmp_path)
@@ -74,6 +74,8 @@ def test_did_mdn_root_is_checked_as_training_and_test(tmp_path, run):
     assert "4 pairs" in report
     assert "1,200 pairs" in report
     assert "no background of" in report
+    monkeypatch.chdir(tmp_path / "DID-MDN-test")
+    assert "1,200 pairs" in run(".")[1]
     write_pairs(tmp_path / "DID-MDN-test", 1, clean_side="right", first=101)  # the training set's 1.png
     status, report = run(tmp_path)
     assert status == 1
@@ -93,6 +95,12 @@ def test_single_images_that_look_like_pairs_are_noted(tmp_path, run):
     status, report = run(write_pairs(tmp_path, 4, clean_side="right"))
     assert status == 0
     assert "4 look like side-by-side pairs, clean half right: give --clean_side right" in report
+
+
+def test_flat_pictures_are_not_noted_as_pairs(tmp_path, run):
+    for i in range(4):
+        write_image(tmp_path / f"{i}.png", np.full((24, 64, 3), 40 * i, np.uint8))
+    assert "side-by-side" not in run(tmp_path)[1]
 
 
 def test_pictures_with_a_flat_half_are_not_taken_for_pairs(tmp_path):
@@ -314,6 +322,15 @@ def test_two_folders_the_wrong_way_round(tmp_path, run):
     status, report = run(tmp_path)
     assert status == 1
     assert "exchange the two folders' names" in report
+
+
+def test_files_of_one_folder_named_the_wrong_way_round(tmp_path, run):
+    for i in range(4):
+        write_image(tmp_path / f"rain-{i}.png", photograph(i))
+        write_image(tmp_path / f"norain-{i}.png", rain_on(photograph(i), i))
+    status, report = run(tmp_path)
+    assert status == 1
+    assert "exchange the names of rainy and clean files" in report
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -152,6 +152,17 @@ def test_demo_changes_only_the_options_that_were_not_given(folder):
     assert new(demo={"epochs": 9}).args.epochs == 3
 
 
+def test_a_test_set_alone_and_what_is_hidden_beside_it_are_no_training_data(folder, monkeypatch):
+    monkeypatch.setattr(experiment, "demo_set", lambda path: None)
+    test_set = Path(experiment.DEFAULT_DATA, "DID-MDN-test")
+    test_set.mkdir(parents=True)
+    test_set.with_name(".DS_Store").touch()
+    for demo in (True, False):
+        run = Experiment("eval", parser().parse_args(["--device", "cpu"]), parser(), {})
+        assert run.args.demo == demo
+        test_set.with_name("DID-MDN-training").mkdir(exist_ok=True)
+
+
 # --- the clock ---
 
 

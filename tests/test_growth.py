@@ -102,6 +102,11 @@ def test_what_is_measured_is_of_the_size_that_is_said(row, xs, sizes, monkeypatc
         assert not any("seconds" in point for point in points)
 
 
+def test_widths_that_are_measured_are_even():
+    assert growth.widened([18, 4, 2, 64], 0.5) == [8, 2, 2, 32]
+    assert growth.widened([18, 4, 2, 64], 2) == [36, 8, 4, 128]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", growth.STEPS)
 def test_a_larger_step_of_either_script_takes_more_memory(name):

@@ -259,7 +259,7 @@ def test_real_samples_could_have_been_drawn(level):
 
 @pytest.fixture(scope="module")
 def lent():
-    """(rainy, clean, its streaks) of rain that darkens and raises contrast, as a fifth of Rain800's does."""
+    """(rainy, clean, its streaks) of rain that darkens and raises contrast, as 15 % of Rain800's does."""
     clean = skimage.data.astronaut()
     streaks = rain_layer(*clean.shape[:2], "Heavy", np.random.default_rng(0)) - 0.25
     return darkened(clean, streaks), clean, streaks

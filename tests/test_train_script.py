@@ -337,6 +337,8 @@ def test_fine_tuning_is_gentle_and_keeps_the_checkpoint_where_nothing_is_better(
     train(f"{flags} --learning_rate 3e-4 --freeze_start 2 --save own")
     options = json.loads(Path("own", "options.json").read_text())
     assert (options["learning_rate"], options["freeze_start"], options["warmup_steps"]) == (3e-4, 2, 100)
+    train(f"{flags} --demo --save demo")  # of which the demo's own first epoch would be too late
+    assert json.loads(Path("demo", "options.json").read_text())["freeze_start"] == 1
 
 
 def test_fine_tuning_that_is_stopped_in_its_first_validation_still_has_what_it_began_with(data, monkeypatch):

@@ -407,6 +407,13 @@ def test_of_a_picture_that_finds_no_room_half_way_nothing_stays(network, monkeyp
     assert pictures() == {"0.png"} and list(table()) == ["0"]
 
 
+def test_ctrl_c_within_the_first_picture_leaves_none_that_the_same_command_would_refuse(network, monkeypatch):
+    write_pairs(Path("pairs"), 2)
+    monkeypatch.setattr(test_view.Gallery, "add", lambda *args: signal.raise_signal(signal.SIGINT))
+    assert view("--path pairs --clean_side left --result_path out") == 130
+    assert not Path("out").exists()
+
+
 def test_a_table_that_cannot_be_written_is_one_line_after_the_scores(network, capsys):
     write_pairs(Path("pairs"), 1)
     Path("pairs/1.png").touch()
@@ -782,6 +789,17 @@ def test_page_and_montage_show_the_pictures(network):
     assert read_image("out/montage.png").shape[1] > 3 * photograph(0).shape[1]
     with pytest.raises(UserError, match="nosuch"):
         view("--path pairs --clean_side left --result_path out --montage nosuch")
+
+
+def test_a_montage_of_a_bad_picture_is_no_other_picture_left_out(network, capsys):
+    write_pairs(Path("pairs"), 2)
+    Path("pairs/1.png").write_bytes(b"")
+    assert view("--path pairs --clean_side left --result_path out --montage 0 1") == 1
+    assert "--montage 1: is not restored" in capsys.readouterr().err
+    assert [
+        "pairs/1.png" in line for line in json.loads(Path("out/results.json").read_text())["left_out"]
+    ] == [True]
+    assert "1 left out" in Path("out/index.html").read_text()
 
 
 def test_a_video_is_restored_frame_by_frame(network, capsys):
