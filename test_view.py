@@ -45,7 +45,7 @@ from support.journal import Journal
 from support.metrics import METRICS, by_density, score
 from support.options import DEFAULT_DATA, DEMO_DATA
 from support.rain import demo_set
-from support.restore import ENSEMBLES, forwards, is_out_of_memory, restore
+from support.restore import AUTO, ENSEMBLES, WHOLE_PIXELS, forwards, is_out_of_memory, restore
 
 DEFAULT_PATH = f"{DEFAULT_DATA}/{layouts.TEST}"
 SHIPPED = model_train.SHIPPED
@@ -82,6 +82,14 @@ def get_args_parser():
         type=command.tile,
         help="side of the tiles in pixels, a multiple of 8 from 64 on; 0: never tile (default: above a "
         "megapixel)",
+    )
+    add(
+        "--scale",
+        type=command.scale,
+        default=1.0,
+        help="restore a copy of this scale, as 0.5, and take from the picture what that loses: for rain that "
+        f"is wider than the training's, as in large photographs; {AUTO}: of 1, 1/2, 1/4, ... the one at "
+        "which most is taken away (default: 1)",
     )
     add(
         "--self_ensemble",
@@ -131,7 +139,7 @@ def main(args):
     net = for_inference(model_train.load(checkpoint, device))
     compiled = Compiled(net)
     sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()  # now: a run may replace the file
-    options = {name: getattr(args, name) for name in ("tile", "self_ensemble", "amp")}
+    options = {name: getattr(args, name) for name in ("tile", "scale", "self_ensemble", "amp")}
     restore_one = partial(restore, compiled, device=device, **options)
     choose_compiled_for = partial(choose_compiled, args, device, compiled)
     path, out = choose_path(args), Path(args.result_path)
@@ -296,6 +304,12 @@ def find_pictures(args, path):
     print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}{truth}", flush=True)
     if unscored and (hint := distributed.from_main(partial(check.single_hint, found.scenes))):
         print(hint, flush=True)
+    if unscored and args.scale == 1 and distributed.from_main(partial(has_large, found.scenes)):
+        print(
+            "above a megapixel rain may be wider than any that the network was trained on, and stay: then "
+            f"--scale {AUTO} finds it",
+            flush=True,
+        )
     if unscored and (folders := layouts.truth_without_rain(path, found.scenes)):
         print(
             f"{', '.join(folders)}: named like ground truth, but of no rainy folder beside it; to have "
@@ -309,6 +323,16 @@ def find_pictures(args, path):
         video = "; give a video as --path" if {*others} & {*images.VIDEO_EXTENSIONS} else ""
         print(f"left alone: files of other kinds ({', '.join(others)}){video}", flush=True)
     return found, closed
+
+
+def has_large(scenes):
+    """Whether one of a few pictures has more than a megapixel, by the files' headers."""
+    for scene in dataset.spread(scenes, check.HINT_FROM):
+        with suppress(UserError):  # restoring it will say so
+            height, width = images.header_size(scene.rainy[0].path)
+            if height * width > WHOLE_PIXELS:
+                return True
+    return False
 
 
 class Task(NamedTuple):
@@ -369,6 +393,8 @@ def check_video(args, path):
         raise UserError(f"{path}: a video is restored by one process; leave torchrun out")
     for name in sorted({"clean_side", "montage", "skip_done"} & args.given):
         raise UserError(f"--{name}: is for pictures, and {path} is a video; leave it out")
+    if args.scale == AUTO:
+        raise UserError(f"--scale {AUTO}: might change from frame to frame of {path}; give a number, as 0.5")
 
 
 def check_apart(source, out, within):
@@ -438,7 +464,7 @@ def worth_compiling(args, sizes):
     """The shapes, at most `MOST_COMPILED`, for which a process compiles: (height, width), a set."""
     pixels = Counter()
     for size, pictures in Counter(sizes).items():
-        for (height, width), passes in forwards(*size, args.tile, args.self_ensemble).items():
+        for (height, width), passes in forwards(*size, args.tile, args.self_ensemble, args.scale).items():
             pixels[height, width] += pictures * passes * height * width
     least = COMPILED_FROM * distributed.size() if args.compile == "auto" else 0
     return {shape for shape, number in pixels.most_common(MOST_COMPILED) if number >= least}
@@ -624,6 +650,8 @@ def in_words(options):
     words = {}
     if options["self_ensemble"]:
         words["self-ensemble"] = f"of {options['self_ensemble']}"
+    if options["scale"] != 1:
+        words["scale"] = f"{options['scale']}"
     if options["tile"] is not None:
         words["tiles"] = f"of {options['tile']}" if options["tile"] else "never"
     if options["amp"]:

@@ -18,7 +18,7 @@ from losses import SSIM_WINDOW
 from model_train import MAX_CHANNELS, CheckpointError
 from support import distributed
 from support.errors import Interrupted, UserError
-from support.restore import SMALLEST_TILE, is_out_of_memory
+from support.restore import AUTO, SMALLEST_TILE, is_out_of_memory
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 EMPTY = re.compile(r"--\w+=")
@@ -59,6 +59,12 @@ def patch(text):
 
 def side(text):
     return _number(text, int, lambda value: value >= 16, "a whole number from 16")
+
+
+def scale(text):
+    if text == AUTO:
+        return text
+    return _number(text, float, lambda value: 0 < value <= 1, f"{AUTO} or a number above 0 and up to 1")
 
 
 def tile(text):

@@ -42,7 +42,7 @@ from dataset import start_worker
 from support import check, command
 from support.errors import UserError
 from support.images import CannotWrite, list_images, read_image, write_bytes, write_image
-from support.layouts import DENSITIES, OTHER_SIDE, SIDES, TEST, TRAINING, flat, only_below
+from support.layouts import DENSITIES, OTHER_SIDE, SIDES, TEST, TRAINING, find, flat, only_below
 
 JPEG_QUALITY = 75  # DID-MDN's, by the quantisation tables of its files
 
@@ -302,7 +302,7 @@ def write_scenes(
 
     Raises:
         UserError: `out` already holds such a set, cannot be written, or there are too few photographs or
-            pairs, or `angle` is given beside `rain_of`.
+            pairs, or `rain_of` holds others than side by side, or `angle` is given beside it.
     """
     out = Path(out)
     for part in (TRAINING, TEST):
@@ -321,7 +321,8 @@ def write_scenes(
     if rain_of is None:
         rain = partial(_drawn, style=style, angle=angle)
     else:
-        rain = partial(_moved, pairs=find_photographs([rain_of]), clean_side=rain_side)
+        pairs, _ = _side_by_side(rain_of, rain_side)
+        rain = partial(_moved, pairs=pairs, clean_side=rain_side)
     making = _Making(picked, test, out, seed, partial(_prepare, size=size, clean_side=clean_side), rain)
     loader = DataLoader(
         making,
@@ -503,6 +504,22 @@ def find_photographs(folders: Iterable[str | Path]) -> list[Path]:
     return found
 
 
+def _side_by_side(folder: str | Path, clean_side: str) -> tuple[list[Path], str]:
+    """As `find_photographs`, and what seems wrong with the side, or "". UserError where they are no pairs, or
+    pairs of files.
+    """
+    found = find(folder)
+    if any(scene.clean and not scene.clean.side for scene in found.scenes):
+        raise UserError(
+            f"--rain_of {folder}: holds {found.layout}; side by side pairs in one folder are needed"
+        )
+    pairs = find_photographs([folder])
+    hint = check.pair_hint(flat(Path(folder), pairs, clean_side).scenes, "--rain_side")
+    if hint.startswith(check.OTHER_PICTURE):
+        raise UserError(f"--rain_of {folder}: not side by side pairs: {hint}")
+    return pairs, hint
+
+
 def _hints(args) -> Iterator[str]:
     """What seems to be wrong with the photographs and pairs that are given, a line each."""
     for folder in map(Path, args.clean_dirs):
@@ -511,9 +528,9 @@ def _hints(args) -> Iterator[str]:
             yield f"{folder}: {hint}"
         if below := len(list_images(folder, recursive=True)) - len(photographs):
             yield f"{folder}: {below:,} pictures in folders below it are left out; give these, too, if meant"
-    if args.rain_of and args.rain_side:
-        pairs = flat(Path(args.rain_of), list_images(args.rain_of), args.rain_side).scenes
-        if hint := check.pair_hint(pairs, "--rain_side"):
+    if args.rain_of and args.rain_side and args.angle is None:  # else it is an error
+        _, hint = _side_by_side(args.rain_of, args.rain_side)
+        if hint:
             yield f"{args.rain_of}: {hint}"
 
 

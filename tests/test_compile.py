@@ -343,9 +343,18 @@ def test_what_compiling_lacks_is_named(missing, line, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, {"tile": 64}, {"self_ensemble": 4}, {"self_ensemble": 8}, {"tile": 64, "self_ensemble": 8}]
+    "flags",
+    [
+        {},
+        {"tile": 64},
+        {"self_ensemble": 4},
+        {"self_ensemble": 8},
+        {"tile": 64, "self_ensemble": 8},
+        {"scale": 0.3},
+        {"scale": "auto", "self_ensemble": 8},
+    ],
 )
-@pytest.mark.parametrize("size", [(24, 32), (37, 50), (64, 200), (150, 130)])
+@pytest.mark.parametrize("size", [(24, 32), (37, 50), (64, 200), (150, 130), (530, 500)])
 def test_forwards_are_those_that_restore_makes(size, flags):
     class Spy(nn.Module):
         def forward(self, x):

@@ -342,12 +342,39 @@ def test_command_with_the_rain_of_pairs(photographs, tmp_path, lent, capsys):
     assert files(again) == files(out)
 
 
+def test_rain_is_not_moved_from_pairs_that_are_not_side_by_side(photographs, tmp_path):
+    for k in range(3):
+        clean = skimage.transform.resize(skimage.data.astronaut()[k:], (64, 96), preserve_range=True).astype(
+            "u1"
+        )
+        rainy = darkened(clean, rain_layer(64, 96, "Heavy", np.random.default_rng(k)))
+        write_image(tmp_path / "named" / f"rain-{k}.png", rainy)
+        write_image(tmp_path / "named" / f"norain-{k}.png", clean)
+        write_image(tmp_path / "folders" / "input" / f"{k}.png", rainy)
+        write_image(tmp_path / "folders" / "target" / f"{k}.png", clean)
+    for pairs, told in (
+        ("named", "holds pairs told by their names; side by side pairs in one folder are needed"),
+        ("folders", "holds pairs in input/ and target/; side by side pairs in one folder are needed"),
+        ("folders/input", "not side by side pairs: rain over another picture than the clean one"),
+    ):
+        flags = ("--rain_of", tmp_path / pairs, "--rain_side", "left")
+        done = at_the_command_line(support.rain, photographs, tmp_path / "out", *flags)
+        assert (
+            done.returncode == 2 and f"--rain_of {tmp_path / pairs}: {told}" in done.stderr.splitlines()[-1]
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_mistakes_with_the_rain_of_pairs(photographs, tmp_path):
+    for k in range(3):  # of few tones
+        clean = skimage.data.astronaut()[k : 64 + k, :96] // 8
+        write_image(tmp_path / "dark" / f"{k}.png", np.hstack([clean, clean + np.uint8(9)]))
     for flags, told in (
         (["--rain_of", photographs], "--rain_side"),
         (["--rain_of", photographs, "--style", "mixed", "--rain_side", "left"], "--style"),
         (["--rain_of", tmp_path / "none", "--rain_side", "left"], str(tmp_path / "none")),
-        (["--rain_of", photographs, "--rain_side", "left"], "too few"),
+        (["--rain_of", photographs, "--rain_side", "left"], "not side by side pairs"),
+        (["--rain_of", tmp_path / "dark", "--rain_side", "left"], "of 3 pairs too few"),
         (["--rain_of", photographs, "--rain_side", "left", "--angle", 75], "--angle"),
         (["--angle", 91], "--angle"),
     ):

@@ -9,7 +9,7 @@ from torch import nn
 
 from support import restore as module
 from support.errors import UserError
-from support.restore import restore
+from support.restore import restore, scales
 
 
 class Darken(nn.Module):
@@ -214,6 +214,49 @@ def test_self_ensemble_turns_and_flips_with_the_picture(count):
     back += [np.rot90(r[:, ::-1], -k) for r, k in zip(results[len(turns) :], turns, strict=True)]
     assert len(back) == count
     assert np.abs(np.mean(back, 0) - ensemble).max() <= 1
+
+
+@pytest.mark.parametrize("scale", [1, 0.5, 0.3, 0.01, "auto"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_at_any_scale_the_identity_changes_nothing(scale, dtype):
+    image = picture(37, 50, dtype)
+    output = restore(nn.Identity().eval(), image, scale=scale)
+    assert output.dtype == dtype and np.array_equal(output, image)
+
+
+def test_what_a_smaller_copy_loses_is_taken_from_the_picture_with_its_details():
+    image = picture(64, 90) // 4 + 96  # noise of 96 to 159, which a copy of 1/4 hardly has
+    changes = [restore(Darken().eval(), image, scale=scale).astype(float) - image for scale in (1, 0.25)]
+    assert changes[0].std() > 2 * changes[1].std()
+    assert changes[0].mean() == pytest.approx(changes[1].mean(), abs=0.5)
+    dark = restore(Shift().eval(), np.full((64, 64, 3), 10, np.uint8), scale=0.5)  # 3.3 x - 1.13 is below 0
+    assert dark.max() == 0
+
+
+def test_the_scale_is_chosen_by_what_changes_most(monkeypatch):
+    monkeypatch.setattr(module, "LEAST_COPY", 32 * 32)
+    smooth = nn.AvgPool2d(3, 1, 1, count_include_pad=False).eval()  # it takes away what is a pixel wide
+    for size, chosen in ((1, 1), (2, 0.5), (4, 0.25)):
+        image = np.kron(picture(128 // size, 128 // size), np.ones((size, size, 1), np.uint8))
+        outputs = {scale: restore(smooth, image, scale=scale) for scale in (1, 0.5, 0.25, "auto")}
+        assert [scale for scale in (1, 0.5, 0.25) if np.array_equal(outputs["auto"], outputs[scale])] == [
+            chosen
+        ]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((300, 448), [1]), ((800, 1184), [1, 0.5]), ((2848, 4288), [1, 0.5, 0.25, 0.125]), ((1, 1), [1])],
+)
+def test_no_scale_is_tried_that_leaves_less_than_a_training_picture(size, expected):
+    assert scales(*size, "auto") == expected
+    assert scales(*size, 0.3) == [0.3]
+
+
+@pytest.mark.parametrize("scale", [0, -1, 1.5, float("nan")])
+def test_a_scale_that_is_none_is_refused(scale):
+    with pytest.raises(ValueError, match="scale is .* allowed"):
+        restore(Darken().eval(), picture(16, 16), scale=scale)
 
 
 def test_amp_computes_in_half_precision():

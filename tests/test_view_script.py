@@ -23,8 +23,10 @@ import test_view
 from model_train import CheckpointError, DerainNetwork
 from support import check, options
 from support.errors import UserError
+from support.fast import for_inference
 from support.images import Video, load, read_image, write_image, write_video
 from support.metrics import METRICS, mean_scores, score
+from support.restore import restore
 from tests.made import (
     DENSITIES,
     ROOT,
@@ -291,6 +293,40 @@ def test_tiles_and_self_ensemble_are_used(network):
         outputs.append(read_image("out/photo.png"))
     assert not np.array_equal(outputs[0], outputs[1])
     assert not np.array_equal(outputs[0], outputs[2])
+
+
+def test_a_scale_is_used_and_named(network, capsys):
+    write_pairs(Path("pairs"), 1)
+    assert view("--path pairs --clean_side left --result_path out --scale 0.5") == 0
+    rainy = dataset.read_scene(dataset.find("pairs", "left").scenes[0])[0][0]
+    expected = restore(for_inference(network), rainy, scale=0.5)
+    assert np.array_equal(read_image("out/0.png"), expected)
+    assert not np.array_equal(expected, restore(for_inference(network), rainy))
+    assert "scores of net.pt, scale 0.5, on the 8-bit pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", ["0", "1.5", "-1", "nan", "half"])
+def test_a_scale_that_is_none_is_a_mistake(number, capsys):
+    with pytest.raises(SystemExit) as end:
+        view(f"--path photo.png --scale={number}")
+    assert end.value.code == 2
+    assert f"'{number}' is not auto or a number above 0 and up to 1" in capsys.readouterr().err
+
+
+def test_of_large_photographs_alone_it_is_said_that_wide_rain_stays(network, capsys, monkeypatch):
+    monkeypatch.setattr(test_view, "WHOLE_PIXELS", 40 * 32)
+    write_image("some/small.png", photograph(0, 32, 40))
+    write_image("more/small.png", photograph(0, 32, 40))
+    write_image("more/large.png", photograph(1, 32, 41))
+    write_pairs(Path("pairs"), 1)
+    for flags, said in (
+        ("--path some", False),
+        ("--path more", True),
+        ("--path more --scale auto", False),
+        ("--path pairs --clean_side left", False),
+    ):
+        assert view(f"{flags} --result_path out") == 0
+        assert ("--scale auto finds it" in capsys.readouterr().out) == said, flags
 
 
 def test_equal_and_tiny_pictures_are_left_out_of_the_means_and_counted(network):
@@ -761,7 +797,7 @@ def test_results_json_says_where_the_scores_come_from(network):
     assert facts["checkpoint"] == "net.pt"
     assert facts["sha256"] == hashlib.sha256(Path("net.pt").read_bytes()).hexdigest()
     assert facts["data"] == "pairs"
-    assert facts["options"] == {"tile": None, "self_ensemble": 4, "amp": False, "compile": []}
+    assert facts["options"] == {"tile": None, "scale": 1, "self_ensemble": 4, "amp": False, "compile": []}
     assert facts["genotype"] == json.loads(json.dumps(network.genotype._asdict()))
     assert facts["versions"]["torch"] == torch.__version__
     assert {"python", "numpy", "cv2", "skimage"} < set(facts["versions"])
@@ -818,6 +854,14 @@ def test_a_video_is_restored_frame_by_frame(network, capsys):
         view("--path film.webm --result_path .")
     with pytest.raises(UserError, match="--skip_done: is for pictures, and film.webm is a video"):
         view("--path film.webm --result_path out --skip_done")
+
+
+def test_a_scale_for_a_video_is_a_number(network):
+    write_video("film.avi", [photograph(i, 32, 48) for i in range(2)], 10)
+    with pytest.raises(UserError, match="--scale auto: might change from frame to frame of film.avi; give a"):
+        view("--path film.avi --result_path out --scale auto")
+    assert not Path("out").exists()
+    assert view("--path film.avi --result_path out --scale 0.5") == 0
 
 
 def test_a_video_that_ends_early_is_reported_with_status_1(network, capsys, monkeypatch):
