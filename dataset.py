@@ -63,8 +63,15 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
         if text := two_sets(root, found.scenes):
             raise UserError(f"{root}: {text}")
         scenes += found.scenes
+    bad = []
     for scene in dict.fromkeys(scenes):
-        check_sizes(scene)
+        try:
+            check_sizes(scene)
+        except UserError as error:
+            bad.append(str(error))
+    if bad:
+        others = f" ({len(bad) - 1} more scenes are bad: python dataset.py lists all)" if len(bad) > 1 else ""
+        raise UserError(f"{bad[0]}; repair that, or take the scene away{others}")
     return scenes
 
 

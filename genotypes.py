@@ -225,7 +225,9 @@ def check_new_name(name, path=None):
     path = Path(path or FILE).resolve()
     normal = unicodedata.normalize("NFKC", name) == name  # Python would take it for another name
     if not (name.isidentifier() and normal) or keyword.iskeyword(name):
-        raise GenotypeError(f"--name {name}: not a Python identifier (letters, digits and _, no digit first)")
+        raise GenotypeError(
+            f"--name {name}: not a Python identifier (letters, digits and _, no digit first, no keyword)"
+        )
     try:
         tree = ast.parse(_read(path))
     except (SyntaxError, ValueError) as error:

@@ -196,7 +196,8 @@ def main(args):
         experiment.log.error("NOTHING IS KEPT: no epoch had a validation score that is a number")
         return 1
     best = shlex.quote((run.folder / "best_psnr.pt").as_posix())
-    experiment.log.info("score it with: python test_view.py --ckt_path %s", best)
+    own = "" if args.demo or args.data == [options.DEFAULT_DATA] else " --path TEST_SET"
+    experiment.log.info("score it with: python test_view.py --ckt_path %s%s", best, own)
     return 0
 
 

@@ -170,7 +170,8 @@ class Experiment:
             distributed.from_main(self._claim)
         path, self.state, self.damaged = read_state(self.folder)
         if self.state.get("format") != RUN or self.state.get("kind") != self.kind:
-            raise UserError(f"{path}: not the checkpoint of a {self.kind} run of this project")
+            kind = {"search": "search run", "eval": "training run"}[self.kind]
+            raise UserError(f"{path}: not the checkpoint of a {kind} of this project")
         defaults = {name: self.parser.get_default(name) for name in vars(args)}  # of flags added since
         begun = argparse.Namespace(**{**defaults, **as_now(self.state["options"])})
         refuse_other_options(self.folder, vars(args), self.given, vars(begun))
@@ -541,7 +542,7 @@ class Experiment:
         if batch.padded and not self.padded_mentioned:
             self.padded_mentioned = True
             log.warning(
-                "%s is smaller than --patch_size: such scenes are padded by mirroring", batch.padded[0]
+                "scene %s is smaller than --patch_size: such are padded by mirroring", batch.padded[0]
             )
         return batch
 
