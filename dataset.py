@@ -70,7 +70,7 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
         except UserError as error:
             bad.append(str(error))
     if bad:
-        others = f" ({len(bad) - 1} more scenes are bad: python dataset.py lists all)" if len(bad) > 1 else ""
+        others = f" ({len(bad)} are bad: python dataset.py DIR lists all)" if len(bad) > 1 else ""
         raise UserError(f"{bad[0]}; repair that, or take the scene away{others}")
     return scenes
 

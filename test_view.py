@@ -4,6 +4,7 @@
     python test_view.py --demo                                     # photographs at hand; no download
     python test_view.py --path rain800/test_syn --clean_side left  # another set of side-by-side pairs
     python test_view.py --path photo.jpg --result_path out         # a file or folder without ground truth
+    python test_view.py --path large.jpg --scale auto              # rain that is wide in pixels
     python test_view.py --path film.mp4                            # a video, frame by frame
     torchrun --nproc_per_node=8 test_view.py --path many           # shared out over 8 GPUs
     python test_view.py --path many --skip_done                    # goes on where that was stopped
@@ -49,6 +50,7 @@ from support.restore import AUTO, ENSEMBLES, WHOLE_PIXELS, forwards, is_out_of_m
 
 DEFAULT_PATH = f"{DEFAULT_DATA}/{layouts.TEST}"
 SHIPPED = model_train.SHIPPED
+WIDE_RAIN = "above a megapixel rain may be wider than any that the network was trained on, and stay"
 COMPILED_FROM = 300_000_000  # pixels
 MOST_COMPILED = 8  # sizes: what PyTorch allows
 TABLES = ("results.csv", "results.json", "result_full.txt")
@@ -89,7 +91,7 @@ def get_args_parser():
         default=1.0,
         help="restore a copy of this scale, as 0.5, and take from the picture what that loses: for rain that "
         f"is wider than the training's, as in large photographs; {AUTO}: of 1, 1/2, 1/4, ... the one at "
-        "which most is taken away (default: 1)",
+        "which most is taken away; for a video a number (default: 1)",
     )
     add(
         "--self_ensemble",
@@ -148,7 +150,7 @@ def main(args):
     images.check_folder(out)
     if path.suffix.lower() in images.VIDEO_EXTENSIONS and not path.is_dir():
         check_video(args, path)
-        return restore_video(restore_one, path, out, choose_compiled_for)
+        return restore_video(args, restore_one, path, out, choose_compiled_for)
 
     found, closed = find_pictures(args, path)
     source = path if path.is_dir() else path.parent
@@ -304,12 +306,8 @@ def find_pictures(args, path):
     print(f"data: {path}: {len(found.scenes)} {found.layout}{alone}{truth}", flush=True)
     if unscored and (hint := distributed.from_main(partial(check.single_hint, found.scenes))):
         print(hint, flush=True)
-    if unscored and args.scale == 1 and distributed.from_main(partial(has_large, found.scenes)):
-        print(
-            "above a megapixel rain may be wider than any that the network was trained on, and stay: then "
-            f"--scale {AUTO} finds it",
-            flush=True,
-        )
+    if unscored and "scale" not in args.given and distributed.from_main(partial(has_large, found.scenes)):
+        print(f"{WIDE_RAIN}: then --scale {AUTO} finds it", flush=True)
     if unscored and (folders := layouts.truth_without_rain(path, found.scenes)):
         print(
             f"{', '.join(folders)}: named like ground truth, but of no rainy folder beside it; to have "
@@ -477,7 +475,7 @@ def sizes_of(tasks):
             yield dataset.half_size(task.half, images.header_size)
 
 
-def restore_video(restore_one, path, out, choose_compiled_for):
+def restore_video(args, restore_one, path, out, choose_compiled_for):
     """Restore a video frame by frame into the folder `out`; returns the exit status.
 
     restore_one: rgb -> restored. choose_compiled_for: told the (height, width) of all that is to be restored.
@@ -488,6 +486,8 @@ def restore_video(restore_one, path, out, choose_compiled_for):
         raise UserError(f"--result_path {out}: holds the video to restore; give another folder")
     height, width = video.size
     print(f"data: {path}: a video of {video.frames} frames of {width}x{height}, {video.fps:g} a second")
+    if "scale" not in args.given and height * width > WHOLE_PIXELS:
+        print(f"{WIDE_RAIN}: then try --scale 0.5", flush=True)
     print("the sound is not carried over", end="")
     print("; the odd side gains a row or column" if height % 2 or width % 2 else "", flush=True)
     journal = Journal(out, {})
@@ -526,8 +526,7 @@ def restore_pictures(restore_one, tasks, gallery, journal):
         for place, of_scene in share:
             scene, missing = of_scene[0].scene, [task.name for task in of_scene]
             try:
-                for entry in view(restore_one, of_scene, gallery):
-                    journal.add(entry, scene.files)
+                for entry in view(restore_one, of_scene, gallery, journal):
                     gallery.entries.clear()  # the journal has it
                     missing.remove(entry.row["name"])
                     bar.update()
@@ -570,9 +569,9 @@ def together(failures, stopped, status):
     return lines, reasons[0] if reasons else "", max(distributed.gather(status))
 
 
-def view(restore_one, tasks, gallery):
-    """Restore, save and show the pictures of a scene's tasks; yields the gallery's entry of each, whose row
-    has `COLUMNS`.
+def view(restore_one, tasks, gallery, journal):
+    """Restore, save, show and note the pictures of a scene's tasks; yields the gallery's entry of each, whose
+    row has `COLUMNS`.
     """
     scene = tasks[0].scene
     if scene.clean is None:
@@ -601,6 +600,7 @@ def view(restore_one, tasks, gallery):
         try:
             images.save(file, picture._replace(rgb=restored))
             entry = gallery.add(row, file, picture.rgb, restored, clean, number)
+            journal.add(entry, scene.files)
         except BaseException:  # a half of a picture is none: as of a full disk, Ctrl-C, too little memory
             with suppress(OSError):
                 file.unlink()

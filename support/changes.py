@@ -42,6 +42,9 @@ def get_args_parser():
     parser.add_argument(
         "--worst", type=natural, default=1, metavar="N", help="pictures to name (default: %(default)s)"
     )
+    parser.add_argument(
+        "--scale", type=command.scale, default=1.0, help="as in test_view.py (default: %(default)s)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     return parser
 
@@ -64,7 +67,7 @@ def main(args):
     changes = {path: {} for path in nets}
     for scene in tqdm(scenes[:: args.every], unit="scene", disable=None):
         try:
-            compare(scene, args.half, nets, device, changes, unusable)
+            compare(scene, args, nets, device, changes, unusable)
         except UserError as error:
             count = len(scene.rainy)
             unusable.append(f"{error}{f'; so all {count} of its scene are left out' if count > 1 else ''}")
@@ -81,12 +84,12 @@ def main(args):
     return 1 if unusable else 0
 
 
-def compare(scene, half, nets, device, changes, unusable):
+def compare(scene, args, nets, device, changes, unusable):
     """Add to {network: {picture: (PSNR, worst block)}} those of a scene; to `unusable` what is not finite."""
-    for name, image in pictures_of(scene, half).items():
+    for name, image in pictures_of(scene, args.half).items():
         for path, net in nets.items():
             try:
-                output = restore(net, image, device)
+                output = restore(net, image, device, scale=args.scale)
             except NotFinite:
                 unusable.append(f"{path}: its output for {name} is not finite")
                 continue

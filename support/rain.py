@@ -508,13 +508,13 @@ def _side_by_side(folder: str | Path, clean_side: str) -> tuple[list[Path], str]
     """As `find_photographs`, and what seems wrong with the side, or "". UserError where they are no pairs, or
     pairs of files.
     """
-    found = find(folder)
+    found = find(folder, clean_side)
     if any(scene.clean and not scene.clean.side for scene in found.scenes):
         raise UserError(
             f"--rain_of {folder}: holds {found.layout}; side by side pairs in one folder are needed"
         )
     pairs = find_photographs([folder])
-    hint = check.pair_hint(flat(Path(folder), pairs, clean_side).scenes, "--rain_side")
+    hint = check.pair_hint(found.scenes, "--rain_side")
     if hint.startswith(check.OTHER_PICTURE):
         raise UserError(f"--rain_of {folder}: not side by side pairs: {hint}")
     return pairs, hint

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from itertools import product
 
 import cv2
@@ -28,6 +29,17 @@ class NotFinite(UserError):
     """A network's output that is no picture."""
 
 
+@contextmanager
+def _opencvs_memory():
+    try:
+        yield
+    except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError(str(error)) from error
+        raise
+
+
+@_opencvs_memory()
 def restore(
     net: nn.Module,
     image: np.ndarray,
@@ -58,14 +70,14 @@ def restore(
             rotations (Timofte et al., CVPR 2016), for a network trained on quarter turns too; 0: neither.
         amp: automatic mixed precision: float16 on CUDA, bfloat16 on a CPU, or of this type.
         scale: of the copy that the network restores, above 0 and up to 1; or "auto": of 1, 1/2, 1/4 and so on
-            (`scales`) the one at which it changes most, a third more work. On dry textures that, too, may be.
+            (`scales`) the one at which it changes most, a third more work; on a dry texture the worst one.
 
     Returns:
         the output, clamped to [0, 1] and rounded to the bits of `image`: same shape and type.
 
     Raises:
         UserError: a tile or overlap that is not allowed; NotFinite for a network whose output is not finite.
-        ValueError: `image` is anything else, or `net` is in training mode.
+        ValueError: `image` or `scale` is anything else, or `net` is in training mode.
         torch.cuda.OutOfMemoryError: not even tiles of `SMALLEST_TILE` fit.
     """
     if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
@@ -85,15 +97,15 @@ def restore(
         return _forward(net, patch, torch.device(device), self_ensemble, amp)
 
     height, width = image.shape[:2]
-    most, best = -1.0, None
-    for each in scales(height, width, scale):
+    tried = scales(height, width, scale)
+    most = -1.0
+    for each in tried:
         size = _scaled(height, width, each)
-        copy = image if each == 1 else cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-        restored = _in_tiles_that_fit(run, copy, tile, overlap)
-        changed = cv2.absdiff(copy, restored).mean()
+        small = image if each == 1 else cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+        output = _in_tiles_that_fit(run, small, tile, overlap)
+        changed = cv2.absdiff(small, output).mean() if len(tried) > 1 else 0.0
         if changed > most:
-            most, best = changed, (copy, restored)
-    copy, restored = best
+            most, copy, restored = changed, small, output
     return restored if copy is image else _with_change(image, copy, restored)
 
 

@@ -56,6 +56,13 @@ def test_a_picture_that_did_not_change_leaves_a_finite_mean(capsys):
     assert said.endswith("  5.0 b\n")
 
 
+def test_a_scale_is_that_of_the_restored_pictures(checkpoints, tmp_path, capsys):
+    write_image(tmp_path / "p" / "0.png", photograph(0))
+    said = change([tmp_path / "p", "--scale", 0.5, "--ckt_path", checkpoints[0]], capsys)[1].out
+    output = restore(load(checkpoints[0]), photograph(0), scale=0.5)
+    assert f"worst 16x16 block: {worst_block(output, photograph(0)):.1f} grey levels" in said
+
+
 def test_either_half_of_pairs_and_every_nth(checkpoints, tmp_path, capsys):
     write_pairs(tmp_path / "pairs", 4)
     for half in ("rainy", "clean"):
@@ -93,10 +100,10 @@ def test_a_picture_too_large_for_the_memory_is_named_and_the_rest_is_reported(
         write_image(tmp_path / "p" / f"{i}.png", photograph(i))
     errors = [RuntimeError("... DefaultCPUAllocator: can't allocate memory"), MemoryError(), None]
 
-    def too_large(*args):
+    def too_large(*args, **options):
         if error := errors.pop(0):
             raise error
-        return restore(*args)
+        return restore(*args, **options)
 
     monkeypatch.setattr(changes, "restore", too_large)
     status, said = change([tmp_path / "p", "--ckt_path", checkpoints[1]], capsys)

@@ -455,6 +455,11 @@ def view(flags):
             "compiled, which takes minutes at first: 40x16 32x24 24x32 16x40",
         ),
         ("--compile on", 3 * [(24, 32)] + [(16, 40)], "compiled, which takes minutes at first: 40x16 32x24"),
+        (
+            "--compile on --scale 0.5",
+            3 * [(16, 16)] + [(8, 24)],
+            "compiled, which takes minutes at first: 24x8 16x16",
+        ),
         ("--compile off", [], None),
     ],
 )

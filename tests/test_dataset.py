@@ -986,7 +986,7 @@ def single_images(folder):
         (pair_of_two_sizes, ["1.png", "34x24", "32x24", "one size"]),
         (two_clean_of_one_name, ["target/1.", "two clean images"]),
         (three_folders, ["set", "input", "rainy", "target"]),
-        (pair_under_11_pixels, ["1.png", "40x10", "at least 11x11"]),
+        (pair_under_11_pixels, ["1.png", "40x10", "at least 11x11; repair that, or take the scene away"]),
         (single_images, ["set", "single images", "--clean_side"]),
     ],
 )
@@ -996,6 +996,14 @@ def test_folders_that_cannot_be_trained_on_are_refused_by_name(tmp_path, make, w
         find_training([tmp_path / "set"])
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
+
+
+def test_how_many_scenes_are_bad_is_said_at_once(tmp_path):
+    pair_folders(tmp_path)
+    for i in (0, 2):
+        write_image(tmp_path / "input" / f"{i}.png", photograph(i, HEIGHT, WIDTH + 2))
+    with pytest.raises(UserError, match=r"/0\.png: .*\(2 are bad: python dataset.py DIR lists all\)$"):
+        find_training([tmp_path])
 
 
 def test_a_file_that_has_another_size_by_the_time_it_is_read_is_refused(tmp_path):

@@ -365,6 +365,16 @@ def test_rain_is_not_moved_from_pairs_that_are_not_side_by_side(photographs, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_pairs_whose_rain_is_moved_may_have_other_folders_beside_them(photographs, tmp_path, lent):
+    rainy, clean, _ = lent
+    for k in range(3):
+        write_image(tmp_path / "pairs" / f"{k}.png", np.hstack([clean[k:], rainy[k:]]))
+    for name in ("old/input/1", "old/target/1", "more/rain-0", "more/norain-0"):
+        write_image(tmp_path / "pairs" / f"{name}.png", clean[:64, :64])
+    flags = ("--rain_of", tmp_path / "pairs", "--rain_side", "left", "--scenes", 1)
+    assert run(photographs, tmp_path / "out", *flags).returncode == 0
+
+
 def test_mistakes_with_the_rain_of_pairs(photographs, tmp_path):
     for k in range(3):  # of few tones
         clean = skimage.data.astronaut()[k : 64 + k, :96] // 8

@@ -2,6 +2,7 @@
 
 import logging
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -218,7 +219,8 @@ def test_self_ensemble_turns_and_flips_with_the_picture(count):
 
 @pytest.mark.parametrize("scale", [1, 0.5, 0.3, 0.01, "auto"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_at_any_scale_the_identity_changes_nothing(scale, dtype):
+def test_at_any_scale_the_identity_changes_nothing(scale, dtype, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_COPY", 400)  # so that "auto" tries two
     image = picture(37, 50, dtype)
     output = restore(nn.Identity().eval(), image, scale=scale)
     assert output.dtype == dtype and np.array_equal(output, image)
@@ -231,6 +233,39 @@ def test_what_a_smaller_copy_loses_is_taken_from_the_picture_with_its_details():
     assert changes[0].mean() == pytest.approx(changes[1].mean(), abs=0.5)
     dark = restore(Shift().eval(), np.full((64, 64, 3), 10, np.uint8), scale=0.5)  # 3.3 x - 1.13 is below 0
     assert dark.max() == 0
+    for dtype in (np.uint8, np.uint16):  # 3.3 x - 1.13 is above 1
+        bright = np.full((64, 64, 3), 0.98 * np.iinfo(dtype).max, dtype)
+        assert restore(Shift().eval(), bright, scale=0.5).min() == np.iinfo(dtype).max
+
+
+def test_what_is_taken_is_taken_from_where_it_was():
+    image = np.full((96, 128, 3), 100, np.uint8)
+    image[32:64, 48:80] = 200  # the network darkens what is above 150
+
+    class Dim(nn.Module):
+        def forward(self, x):
+            return x.where(x < 0.6, 0.4)
+
+    change = restore(Dim().eval(), image, scale=0.5).astype(int) - image
+    assert (change[36:60, 52:76] == -98).all()
+    outside, inside = change[31, 60].mean(), change[32, 60].mean()
+    assert outside + inside == pytest.approx(-98, abs=2) and -40 < outside < -10  # it is enlarged smoothly
+    change[28:68, 44:84] = 0
+    assert np.abs(change).max() == 0
+
+
+def test_opencv_without_memory_is_as_numpy_without(monkeypatch):
+    def full(*args, **options):
+        raise error
+
+    error = cv2.error("Insufficient memory")
+    error.code = cv2.Error.StsNoMem
+    monkeypatch.setattr(module.cv2, "resize", full)
+    with pytest.raises(MemoryError, match="Insufficient memory"):
+        restore(Darken().eval(), picture(32, 32), scale=0.5)
+    error.code = cv2.Error.StsBadArg
+    with pytest.raises(cv2.error):
+        restore(Darken().eval(), picture(32, 32), scale=0.5)
 
 
 def test_the_scale_is_chosen_by_what_changes_most(monkeypatch):

@@ -330,6 +330,8 @@ def test_fine_tuning_is_gentle_and_keeps_the_checkpoint_where_nothing_is_better(
     assert state("worse")["begun_with"] == before
 
     train(f"{flags} --save run")
+    said = Path("run", "log.txt").read_text()
+    assert "score it with: python test_view.py --ckt_path run/best_psnr.pt --path TEST_SET\n" in said
     options = json.loads(Path("run", "options.json").read_text())
     assert {name: options[name] for name in train_model_batch.FINE_TUNING} == train_model_batch.FINE_TUNING
     tuned = weights("run")

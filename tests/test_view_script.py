@@ -323,6 +323,7 @@ def test_of_large_photographs_alone_it_is_said_that_wide_rain_stays(network, cap
         ("--path some", False),
         ("--path more", True),
         ("--path more --scale auto", False),
+        ("--path more --scale 1", False),
         ("--path pairs --clean_side left", False),
     ):
         assert view(f"{flags} --result_path out") == 0
@@ -445,9 +446,13 @@ def test_of_a_picture_that_finds_no_room_half_way_nothing_stays(network, monkeyp
 
 def test_ctrl_c_within_the_first_picture_leaves_none_that_the_same_command_would_refuse(network, monkeypatch):
     write_pairs(Path("pairs"), 2)
-    monkeypatch.setattr(test_view.Gallery, "add", lambda *args: signal.raise_signal(signal.SIGINT))
-    assert view("--path pairs --clean_side left --result_path out") == 130
-    assert not Path("out").exists()
+    for kind, method in ((test_view.Gallery, "add"), (test_view.Journal, "_write")):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, method, lambda *args: signal.raise_signal(signal.SIGINT))
+            assert view("--path pairs --clean_side left --result_path out") == 130
+        assert not pictures()
+        assert view("--path pairs --clean_side left --result_path out --skip_done") == 0
+        shutil.rmtree("out")
 
 
 def test_a_table_that_cannot_be_written_is_one_line_after_the_scores(network, capsys):
@@ -856,12 +861,15 @@ def test_a_video_is_restored_frame_by_frame(network, capsys):
         view("--path film.webm --result_path out --skip_done")
 
 
-def test_a_scale_for_a_video_is_a_number(network):
+def test_a_scale_for_a_video_is_a_number(network, capsys, monkeypatch):
+    monkeypatch.setattr(test_view, "WHOLE_PIXELS", 40 * 32)
     write_video("film.avi", [photograph(i, 32, 48) for i in range(2)], 10)
     with pytest.raises(UserError, match="--scale auto: might change from frame to frame of film.avi; give a"):
         view("--path film.avi --result_path out --scale auto")
     assert not Path("out").exists()
-    assert view("--path film.avi --result_path out --scale 0.5") == 0
+    for flags, said in (("--scale 0.5", False), ("", True)):
+        assert view(f"--path film.avi --result_path out {flags}") == 0
+        assert ("then try --scale 0.5" in capsys.readouterr().out) == said
 
 
 def test_a_video_that_ends_early_is_reported_with_status_1(network, capsys, monkeypatch):
