@@ -46,7 +46,15 @@ from support.journal import Journal
 from support.metrics import METRICS, by_density, score
 from support.options import DEFAULT_DATA, DEMO_DATA
 from support.rain import demo_set
-from support.restore import AUTO, ENSEMBLES, WHOLE_PIXELS, forwards, is_out_of_memory, restore
+from support.restore import (
+    AUTO,
+    ENSEMBLES,
+    MAYBE_OUT_OF_MEMORY,
+    WHOLE_PIXELS,
+    forwards,
+    is_out_of_memory,
+    restore,
+)
 
 DEFAULT_PATH = f"{DEFAULT_DATA}/{layouts.TEST}"
 SHIPPED = model_train.SHIPPED
@@ -536,7 +544,7 @@ def restore_pictures(restore_one, tasks, gallery, journal):
                 failures.append((place, f"{error}{_all_of(missing)}"))
             except KeyboardInterrupt:
                 return failures, "interrupted:", 130
-            except (MemoryError, RuntimeError) as error:
+            except MAYBE_OUT_OF_MEMORY as error:
                 if not is_out_of_memory(error):
                     raise
                 too_large = f"{scene.rainy[0].path}: too large for the memory here; see --tile"

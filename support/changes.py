@@ -20,7 +20,7 @@ from support.command import natural, positive
 from support.errors import UserError
 from support.fast import for_inference, keep_freed_memory
 from support.metrics import psnr
-from support.restore import NotFinite, is_out_of_memory, restore
+from support.restore import MAYBE_OUT_OF_MEMORY, NotFinite, is_out_of_memory, restore
 from support.tiling import BLOCK, worst_block
 
 UNHARMED = 38  # dB
@@ -71,7 +71,7 @@ def main(args):
         except UserError as error:
             count = len(scene.rainy)
             unusable.append(f"{error}{f'; so all {count} of its scene are left out' if count > 1 else ''}")
-        except (MemoryError, RuntimeError) as error:
+        except MAYBE_OUT_OF_MEMORY as error:
             if not is_out_of_memory(error):
                 raise
             unusable.append(f"{scene.key}: too large for the memory here")

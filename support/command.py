@@ -18,7 +18,7 @@ from losses import SSIM_WINDOW
 from model_train import MAX_CHANNELS, CheckpointError
 from support import distributed
 from support.errors import Interrupted, UserError
-from support.restore import AUTO, SMALLEST_TILE, is_out_of_memory
+from support.restore import AUTO, MAYBE_OUT_OF_MEMORY, SMALLEST_TILE, is_out_of_memory
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 EMPTY = re.compile(r"--\w+=")
@@ -144,7 +144,7 @@ def run(main, parser):
         sys.exit(_report(parser, f"error: {error}", 2))
     except KeyboardInterrupt:  # before a run, or in a command that has nothing to save
         sys.exit(_report(parser, "interrupted", 130))
-    except (RuntimeError, MemoryError) as error:
+    except MAYBE_OUT_OF_MEMORY as error:
         if is_out_of_memory(error):
             sys.exit(_report(parser, f"error: {_out_of_memory(error, parser.format_usage())}", 2))
         if str(error).startswith("DataLoader worker (pid"):  # PyTorch's, of one that ended by itself

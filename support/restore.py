@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
 from itertools import product
 
 import cv2
@@ -20,6 +19,7 @@ OVERLAP = 64
 SMALLEST_TILE = 64
 ENSEMBLES = (0, 4, 8)
 AUTO = "auto"  # scale
+MAYBE_OUT_OF_MEMORY = (MemoryError, RuntimeError, cv2.error)  # see `is_out_of_memory`
 LEAST_COPY = 2**16  # pixels of a copy that it tries: less than half of a picture of the training
 
 log = logging.getLogger(__name__)
@@ -29,17 +29,6 @@ class NotFinite(UserError):
     """A network's output that is no picture."""
 
 
-@contextmanager
-def _opencvs_memory():
-    try:
-        yield
-    except cv2.error as error:
-        if error.code == cv2.Error.StsNoMem:
-            raise MemoryError(str(error)) from error
-        raise
-
-
-@_opencvs_memory()
 def restore(
     net: nn.Module,
     image: np.ndarray,
@@ -146,7 +135,9 @@ def _in_tiles_that_fit(run: Callable, image: np.ndarray, tile: int | None, overl
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether numpy or PyTorch found no room; on a CPU PyTorch has no error of its own for that."""
+    """Whether numpy, OpenCV or PyTorch found no room; on a CPU PyTorch has no error of its own for that."""
+    if isinstance(error, cv2.error):
+        return error.code == cv2.Error.StsNoMem
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 

@@ -566,7 +566,10 @@ def test_a_picture_too_large_for_the_memory_is_reported_and_the_rest_goes_on(net
     """Numpy and PyTorch each say so in their own way; what else goes wrong is no matter of size."""
     write_pairs(Path("pairs"), 4)
     restore = test_view.restore
-    errors = [MemoryError(), RuntimeError("... DefaultCPUAllocator: can't allocate memory: ..."), None, None]
+    opencvs = cv2.error("Insufficient memory")
+    opencvs.code = cv2.Error.StsNoMem
+    errors = [opencvs, RuntimeError("... DefaultCPUAllocator: can't allocate memory: ..."), None, None]
+    errors += [MemoryError(), *3 * [None]]
 
     def too_large(*args, **options):
         if error := errors.pop(0):
@@ -578,6 +581,8 @@ def test_a_picture_too_large_for_the_memory_is_reported_and_the_rest_goes_on(net
     assert list(table()) == ["2", "3"]
     error = capsys.readouterr().err
     assert "pairs/0.png: too large for the memory here; see --tile" in error and "pairs/1.png: too" in error
+    assert view("--path pairs --clean_side left --result_path more") == 1
+    assert list(table("more")) == ["1", "2", "3"]
     errors.append(RuntimeError("another"))
     with pytest.raises(RuntimeError, match="another"):
         view("--path pairs --clean_side left --result_path other")
