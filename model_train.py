@@ -436,6 +436,8 @@ def export(net, path):
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     _write_nothing(temporary, path)  # torch.export raises an error of its own where it cannot write
     try:
+        if path.suffix == ".onnx":
+            import onnxscript  # noqa: F401  PyTorch needs it, and would say so after tracing, seconds later
         # Without it, sizes in the file would be bound to whether the example's needed padding.
         with _config.patch(backed_size_oblivious=True), torch.no_grad():
             program = torch.export.export(net, (torch.rand(2, 3, 41, 53),), dynamic_shapes=free)

@@ -197,7 +197,8 @@ def main(args):
         return 1
     best = shlex.quote((run.folder / "best_psnr.pt").as_posix())
     own = "" if args.demo or args.data == [options.DEFAULT_DATA] else " --path TEST_SET"
-    experiment.log.info("score it with: python test_view.py --ckt_path %s%s", best, own)
+    script = command.script("test_view.py")
+    experiment.log.info("score it with: python %s --ckt_path %s%s", script, best, own)
     return 0
 
 

@@ -266,7 +266,7 @@ def conclude(run, net, health, validation, searched):
     run.finish(genotype=genotype._asdict(), collapse=health.collapse, validation_psnr=gap)
     arch = (run.folder / "genotype.json").as_posix() if args.demo else name
     flags = shlex.join(["--arch", arch, *run.of_network()])
-    log.info("retrain it with: python train_model_batch.py %s", flags)
+    log.info("retrain it with: python %s %s", command.script("train_model_batch.py"), flags)
     return 0
 
 
@@ -372,7 +372,8 @@ def write_random(args):
         genotypes.check_new_name(name)
     genotypes.append_all(entries)
     print(f"random genotypes in {genotypes.FILE.name}: {' '.join(entries)}")
-    print(f"retrain one with: python train_model_batch.py --arch {next(iter(entries))}")
+    script = command.script("train_model_batch.py")
+    print(f"retrain one with: python {script} --arch {next(iter(entries))}")
     print(f"without --arch it takes the newest, which now is {list(entries)[-1]}")
 
 

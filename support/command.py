@@ -6,6 +6,7 @@ import math
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import sys
@@ -96,6 +97,12 @@ def _number(text, kind, allowed, expected):
     if value is None or not allowed(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return value
+
+
+def script(name):
+    """What to call a script of this project by, where the running one was called by its name or path."""
+    called = Path(sys.argv[0]).parent / name
+    return shlex.quote(called.as_posix()) if called.is_file() else name
 
 
 class Parser(argparse.ArgumentParser):

@@ -29,7 +29,7 @@ from support import distributed, layouts, runs
 from support.buffers import Buffers
 from support.cache import open_cache
 from support.check import pair_hint
-from support.command import announce_demo, stopped_by_sigterm
+from support.command import announce_demo, script, stopped_by_sigterm
 from support.devices import be_deterministic, pick_device, slow_half
 from support.errors import Interrupted, UserError
 from support.fast import compile_edges, compile_network, keep_freed_memory, no_compiler
@@ -523,7 +523,7 @@ class Experiment:
         flags = ["--resume", self.folder.as_posix()]
         for name in sorted(self.given.intersection(HERE)):
             flags += as_flag(name, getattr(self.args, name))
-        return f"go on with: {launcher} {self.parser.prog} {shlex.join(flags)}"
+        return f"go on with: {launcher} {script(self.parser.prog)} {shlex.join(flags)}"
 
     # --- what can go wrong ---
 

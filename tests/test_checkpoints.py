@@ -326,6 +326,14 @@ def test_onnx_at_any_size_equals_the_network(exported):
     assert_parity(net, lambda x: torch.from_numpy(session.run(["restored"], {"rainy": x.numpy()})[0]))
 
 
+def test_a_package_that_onnx_lacks_is_named_before_anything_is_traced(saved, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setattr(torch.export, "export", lambda *args, **options: pytest.fail("traced first"))
+    with pytest.raises(CheckpointError, match=r"net\.onnx: needs the package onnxscript; pip install -r "):
+        model_train.export(model_train.load(saved[1]), tmp_path / "net.onnx")
+    assert not list(tmp_path.glob("*.onnx"))
+
+
 def test_a_checkpoint_of_half_the_size_is_the_same_network_to_float16(saved, tmp_path):
     _, path = saved
     net, small = model_train.load(path), tmp_path / "small.pt"

@@ -103,6 +103,21 @@ def test_the_papers_schedules_are_the_defaults():
         assert (both.grad_clip, both.split_seed, both.seed, both.val_scenes) == (5, 0, 0, 50)
 
 
+@pytest.mark.parametrize(
+    ("called", "said"),
+    [
+        ("train_model_batch.py", "test_view.py"),
+        ("{}/train_model_batch.py", "{}/test_view.py"),
+        ("{}/support/chance.py", "test_view.py"),  # as by python -m
+        ("", "test_view.py"),  # as in an interpreter
+    ],
+)
+def test_the_next_command_is_called_by_the_path_that_this_one_was(called, said, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT if called.startswith("train") else tmp_path)
+    monkeypatch.setattr(sys, "argv", [called.format(ROOT)])
+    assert command.script("test_view.py") == shlex.quote(said.format(ROOT))
+
+
 def test_a_users_mistake_is_one_line_and_status_2_and_a_stop_130(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     mistakes = UserError("a: bad"), CheckpointError("b: bad"), GenotypeError("c: bad")
