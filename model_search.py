@@ -170,25 +170,20 @@ class SearchNetwork(nn.Module):
         """The architecture that alpha and beta say now: the strongest kind of each module and operation of
         each edge. An edge whose strongest operation is `none` is dropped, but a node keeps its best edge.
         """
-        alpha = self.alpha.detach().softmax(-1).cpu()
-        beta = self.beta.detach().softmax(-1).cpu()
-        kinds = [MODULES[i] for i in alpha.argmax(-1)]
-        modules = tuple(tuple(kinds[k * MODULES_PER_CELL : (k + 1) * MODULES_PER_CELL]) for k in range(CELLS))
-        attention = tuple(
-            tuple(strongest_edges(b) for b in branches)
-            for branches in beta.unflatten(0, (-1, EDGES)).split(BRANCHES)
-        )
+        alpha = self.alpha.detach().softmax(-1).cpu().unflatten(0, (CELLS, MODULES_PER_CELL))
+        beta = self.beta.detach().softmax(-1).cpu().unflatten(0, (-1, EDGES)).split(BRANCHES)
+        modules = tuple(tuple(MODULES[i] for i in cell.argmax(-1)) for cell in alpha)
+        attention = tuple(tuple(strongest_edges(branch) for branch in cell) for cell in beta)
         return Genotype(modules, attention)
 
 
 def strongest_edges(beta):
     """The operation names of one attention module's three edges from its 3x9 softmaxed beta."""
     names = [PRIMITIVES[i] for i in beta.argmax(-1)]
-    none = PRIMITIVES.index("none")
+    others = beta.clone()
+    others[:, PRIMITIVES.index("none")] = -1
     for edges in NODE_EDGES:
         if all(names[edge] == "none" for edge in edges):
-            rows = beta[list(edges)].clone()
-            rows[:, none] = -1
-            best = edges[rows.amax(-1).argmax()]
-            names[best] = PRIMITIVES[rows[edges.index(best)].argmax()]
+            best = max(edges, key=lambda edge: others[edge].max())
+            names[best] = PRIMITIVES[others[best].argmax()]
     return tuple(names)
