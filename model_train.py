@@ -13,6 +13,7 @@ import re
 import shutil
 import warnings
 import zipfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -434,8 +435,8 @@ def export(net, path):
     }
     free = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    _write_nothing(temporary, path)  # torch.export raises an error of its own where it cannot write
     try:
+        temporary.touch()  # first: torch.export raises an error of its own where it cannot write
         if path.suffix == ".onnx":
             import onnxscript  # noqa: F401  PyTorch needs it, and would say so after tracing, seconds later
         # Without it, sizes in the file would be bound to whether the example's needed padding.
@@ -457,14 +458,8 @@ def export(net, path):
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_nothing(temporary, path):
-    try:
-        temporary.touch()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
+        with suppress(OSError):  # as of a name that is too long
+            temporary.unlink()
 
 
 def get_args_parser():
