@@ -29,9 +29,10 @@ class Recorded:
         self.pool = None
 
     def __call__(self, batch):
-        key = batch.rainy.shape, batch.clean.shape, self.constants()
+        constants = self.constants()
+        key = batch.rainy.shape, batch.clean.shape, constants
         if key not in self.graphs:
-            if any(constants != key[-1] for *_, constants in self.graphs):
+            if any(recorded_with != constants for *_, recorded_with in self.graphs):
                 self.graphs.clear()  # they keep the memory of a step, and recording takes that of another
                 self.pool = None
             self.graphs[key] = self.record(batch)
@@ -88,9 +89,9 @@ class Backward:
         self.recorded = Recorded(self.gradients, changed, constants) if recorded else None
 
     def __call__(self, batch):
+        for weight in self.weights:
+            weight.grad = None  # a recorded one would keep the memory of a graph that is let go
         if self.recorded:
-            for weight in self.weights:
-                weight.grad = None  # it would keep the memory of a graph that is let go
             loss, gradients = self.recorded(batch)
             if distributed.size() > 1:
                 averages = distributed.average(gradients)
@@ -98,8 +99,6 @@ class Backward:
             for weight, gradient in zip(self.weights, gradients, strict=True):
                 weight.grad = gradient
             return loss
-        for weight in self.weights:
-            weight.grad = None
         loss = 0.0
         for share, part in distributed.in_parts(self.forward, batch.parts(self.parts)):
             part_loss = share * self.loss(self.forward, part)
