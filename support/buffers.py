@@ -26,7 +26,9 @@ class Buffers:
 
     def average_changes(self):
         """Add the ranks' mean change since `keep`, which was of equal values on all of them."""
-        for kept, buffers in self.pairs if distributed.size() > 1 else ():
+        if distributed.size() == 1:
+            return
+        for kept, buffers in self.pairs:
             if kept[0].is_floating_point():
                 changes = distributed.average(torch._foreach_sub(buffers, kept))
                 torch._foreach_copy_(buffers, torch._foreach_add(kept, changes))

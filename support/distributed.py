@@ -165,7 +165,9 @@ def broadcast(tensors):
     """Give the tensors, which need no gradient, rank 0's values: drawn from one seed, they may still differ
     between kinds of processor.
     """
-    for tensor in tensors if size() > 1 else ():
+    if size() == 1:
+        return
+    for tensor in tensors:
         values = tensor.contiguous()
         dist.broadcast(values, 0)
         tensor.copy_(values)

@@ -470,8 +470,9 @@ def demo_set(folder: str | Path) -> Path:
             if made == _DEMO_VERSION and all(part.is_dir() for part in parts):
                 return folder
             # An unfinished set may be another process's at work: each file is replaced by an equal one.
-            for part in parts if made != _DEMO_UNFINISHED else ():
-                shutil.rmtree(part, ignore_errors=True)
+            if made != _DEMO_UNFINISHED:
+                for part in parts:
+                    shutil.rmtree(part, ignore_errors=True)
         elif any(part.exists() for part in parts):
             raise UserError(f"{folder}: holds a data set other than the demo set; give another folder")
         folder.mkdir(parents=True, exist_ok=True)

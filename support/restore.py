@@ -153,11 +153,14 @@ def forwards(
         sides = zip(size, _sides(*size, tile, OVERLAP), strict=True)
         windows = [_windows(_multiple_of_8(length), side, OVERLAP) for length, side in sides]
         shapes.update(product(*([len(weights) for _, weights in along] for along in windows)))
-    for (height, width), number in [*shapes.items()] if self_ensemble else []:
-        shapes[height, width] += 3 * number
+    if not self_ensemble:
+        return shapes
+    passes = Counter()
+    for (height, width), number in shapes.items():
+        passes[height, width] += 4 * number
         if self_ensemble == 8:
-            shapes[width, height] += 4 * number
-    return shapes
+            passes[width, height] += 4 * number
+    return passes
 
 
 def _sides(height: int, width: int, tile: int | None, overlap: int) -> tuple[int, int]:

@@ -124,7 +124,9 @@ def cut_back(folder, sizes):
     """Leave of the files that grow what was `written` with the state: what came after is done again.
     None, of older states, leaves all.
     """
-    for path in _growing(folder) if sizes is not None else ():
+    if sizes is None:
+        return
+    for path in _growing(folder):
         if path.name in sizes:
             os.truncate(path, min(sizes[path.name], path.stat().st_size))
         else:
