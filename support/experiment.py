@@ -57,11 +57,7 @@ def commit():
     """The short hash of the checked-out commit, "+" where files differ from it, "unknown" outside git."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        return (
-            subprocess.run(git, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
-            .stdout.decode()
-            .strip()
-        )
+        return subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
