@@ -153,9 +153,11 @@ def split(scenes, seed=0):
     backgrounds.
     """
     keys = background_keys(scenes)
-    order = sorted(
-        set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode(errors="surrogateescape")).digest()
-    )
+
+    def digest(key):
+        return hashlib.sha256(f"{seed}:{key}".encode(errors="surrogateescape")).digest()
+
+    order = sorted(set(keys), key=digest)
     if len(order) < len(PARTS):
         raise UserError(
             f"--data: {len(order)} different backgrounds found (scenes of one name count as one); the three "
@@ -164,13 +166,8 @@ def split(scenes, seed=0):
     validation = max(1, round(PARTS["validation"] * len(order)))
     architecture = max(1, round(PARTS["architecture"] * len(order)))
     weights = len(order) - architecture - validation
-    part = dict(
-        zip(
-            order,
-            ["weights"] * weights + ["architecture"] * architecture + ["validation"] * validation,
-            strict=True,
-        )
-    )
+    names = ["weights"] * weights + ["architecture"] * architecture + ["validation"] * validation
+    part = dict(zip(order, names, strict=True))
     return {name: [s for s, key in zip(scenes, keys, strict=True) if part[key] == name] for name in PARTS}
 
 
