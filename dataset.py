@@ -330,7 +330,7 @@ class ScenePatches(Dataset):
         self.clean_inputs = clean_inputs
         self.upright = upright
         self.cache = cache
-        self.images = tuple(len(scene.rainy) for scene in scenes)
+        self.kinds = tuple(len(scene.rainy) for scene in scenes)
         # Shared with the loader's workers: what one of them could not read, all of them leave out.
         self.bad = torch.tensor([scene.key in bad for scene in scenes]).share_memory_()
 
@@ -354,7 +354,7 @@ class ScenePatches(Dataset):
         """(scene, rainy, clean, bad) of a draw; UserError where scene after scene cannot be read."""
         shuffle, place = divmod(draw, len(self))
         bad = []
-        for index in np.roll(shuffled(self.seed, shuffle, self.images), -place):
+        for index in np.roll(shuffled(self.seed, shuffle, self.kinds), -place):
             if self.bad[index]:
                 continue
             scene = self.scenes[index]
