@@ -19,7 +19,7 @@ from torch import nn
 import dataset
 import genotypes
 import model_train
-from losses import multi_to_one
+from losses import count_parameters, multi_to_one
 from model_train import DerainNetwork
 from operations import begin_as_identity
 from support import command, devices, distributed, experiment, options, runs
@@ -191,7 +191,7 @@ def main(args):
             epoch, scores, partial(model_train.save, kept), learning_rate=optimizer.param_groups[0]["lr"]
         )
 
-    run.finish(parameters=sum(p.numel() for p in net.parameters()))
+    run.finish(parameters=count_parameters(net))
     if not (run.folder / "best_psnr.pt").exists():
         experiment.log.error("NOTHING IS KEPT: no epoch had a validation score that is a number")
         return 1

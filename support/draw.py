@@ -14,6 +14,7 @@ import torch
 
 import genotypes
 from genotypes import CELLS, MODULES_PER_CELL, NODE_EDGES
+from losses import count_parameters
 from model_train import DerainNetwork
 from support import command
 from support.errors import UserError
@@ -110,10 +111,9 @@ def svg(genotype, name, channels=(32, 64, 128, 256)):
     """The picture of a genotype as the text of an SVG file, with its name and parameters at these widths."""
     with torch.device("meta"):  # to be counted, not to be run
         net = DerainNetwork(genotype, channels)
-    count = sum(p.numel() for p in net.parameters())
     page = Page(WIDTH, HEIGHT, name)
     page.text(MARGIN, 34, name, 24, anchor="start", font_weight="bold")
-    note = f"{count:,} parameters with {', '.join(map(str, channels))} channels"
+    note = f"{count_parameters(net):,} parameters with {', '.join(map(str, channels))} channels"
     page.text(MARGIN, 62, note, 15, FAINT, "start")
 
     ends = [_stem(page, MARGIN)]  # where each branch's line has come to, finest first
