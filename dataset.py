@@ -29,6 +29,7 @@ from support.images import image_size, read_image
 from support.layouts import TEST, TRAINING, Half, Scene, find, two_sets, with_sides
 
 PARTS = {"weights": 0.50, "architecture": 0.45, "validation": 0.05}
+THREADS = min(8, os.cpu_count() or 1)  # OpenCV and Pillow decode outside Python's lock
 GIVE_UP = 100  # scenes in a row that cannot be read: the disk is gone, not some files
 
 
@@ -186,7 +187,7 @@ def background_keys(scenes):
     their clean images, it is the smallest of their names.
     """
     clean = list(dict.fromkeys(scene.clean for scene in scenes))  # a folder may be given twice
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # OpenCV decodes outside Python's lock
+    with ThreadPoolExecutor(THREADS) as pool:
         thumbnails = list(pool.map(lambda half: thumbnail(read_half(half)), clean))
     first = dict(zip(clean, same_pictures(thumbnails), strict=True))
     names = {}

@@ -30,7 +30,7 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from dataset import cut, half_size, in_turn
+from dataset import THREADS, cut, half_size, in_turn
 from support.errors import UserError
 from support.images import read_image
 from support.layouts import Half
@@ -41,7 +41,6 @@ except ImportError:  # Windows
     fcntl = None
 
 NAME = "decoded.cache"
-THREADS = min(8, os.cpu_count() or 1)  # OpenCV and Pillow decode outside Python's lock
 # Where the index begins, its checksum, a number that no other cache file has, and what wrote it: another
 # version of a decoder may give other pixels.
 _TAIL = struct.Struct("<QI16s16s")

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from dataset import PARTS, cut, same_pictures, spread, thumbnail
+from dataset import PARTS, THREADS, cut, same_pictures, spread, thumbnail
 from losses import SSIM_WINDOW
 from support.command import Parser
 from support.errors import UserError
@@ -208,7 +208,7 @@ def _luma(image):
 
 def check(folder, found):
     """What is to be said of a folder in which `layouts.find` found `found` -> Checked."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         looks = pool.map(lambda scene: examine(scene, folder), found.scenes)
         looks = list(tqdm(looks, folder.name, len(found.scenes), leave=False, unit="scene", disable=None))
     findings = [Finding(text, wrong=False) for text in (*counts(folder, found), *sizes(looks))]
