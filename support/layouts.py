@@ -24,18 +24,8 @@ from support.images import list_images
 
 DENSITIES = ("Heavy", "Medium", "Light")
 TRAINING, TEST = "DID-MDN-training", "DID-MDN-test"  # DID-MDN's folders
-RAINY_FOLDERS = {"input", "inputs", "rain", "rainy", "rainy_image", "rain_image", "lq", "data", "degraded"}
-CLEAN_FOLDERS = {
-    "target",
-    "targets",
-    "norain",
-    "clean",
-    "gt",
-    "ground_truth",
-    "groundtruth",
-    "gtruth",
-    "label",
-}
+RAINY_FOLDERS = {*"input inputs rain rainy rainy_image rain_image lq data degraded".split()}
+CLEAN_FOLDERS = {*"target targets norain clean gt ground_truth groundtruth gtruth label".split()}
 # Taken for such only where files in them pair, as photographs are sorted into folders of these names, too.
 PERHAPS_RAINY = {"in", "real_world"}
 PERHAPS_CLEAN = {"hq", "clear", "real_world_gt"}
