@@ -212,7 +212,8 @@ class DilatedDepthwise(nn.Conv2d):
 
     def forward(self, x):
         exact = torch.promote_types(self.weight.dtype, torch.float32)
-        if x.device.type != "cpu" or not (torch.is_autocast_enabled("cpu") or x.dtype != exact):
+        is_exact = x.dtype == exact and not torch.is_autocast_enabled("cpu")
+        if is_exact or x.device.type != "cpu":
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             return self._conv_forward(x.to(exact), self.weight.to(exact), None).to(x.dtype)
@@ -239,10 +240,10 @@ def depthwise(channels):
     return nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
 
 
-def separable(inputs, outputs, spread=depthwise):
+def separable(inputs, outputs, depthwise=depthwise):
     """Depthwise 3x3, pointwise, BatchNorm without affine parameters: the unit of the convolutional gates."""
     norm = MapNorm(affine=False) if outputs == 1 else nn.BatchNorm2d(outputs, affine=False)
-    return nn.Sequential(spread(inputs), nn.Conv2d(inputs, outputs, 1, bias=False), norm)
+    return nn.Sequential(depthwise(inputs), nn.Conv2d(inputs, outputs, 1, bias=False), norm)
 
 
 def sep_conv_3x3(channels):
@@ -250,7 +251,7 @@ def sep_conv_3x3(channels):
 
 
 def dil_conv_3x3(channels):
-    return ConvGate(separable(channels, channels, DilatedDepthwise))
+    return ConvGate(separable(channels, channels, depthwise=DilatedDepthwise))
 
 
 def sep_conv_3x3_spatial(channels):
