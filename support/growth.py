@@ -146,9 +146,9 @@ def main(args):
     print(f"{'row':9} {'curve':11} {'against':>11} {'seconds':>9} {'MB':>7} {'scenes/s':>8}")
     for row, measuring in ROWS.items():
         of_row = []
-        for point in measuring(args, row) if row in rows else by_row[row]:
-            print(table_line(point), flush=True)
-            of_row.append(point)
+        for point in measuring(args) if row in rows else by_row[row]:
+            of_row.append({"row": row} | point)
+            print(table_line(of_row[-1]), flush=True)
         by_row[row] = of_row
         points = [*chain(*by_row.values())]
         if args.json:  # after each, since they take minutes
@@ -194,34 +194,34 @@ def _has(value, *names):
     return isinstance(value, dict) and value.keys() >= set(names)
 
 
-# --- the rows: generators of points {row, curve, x, and what was measured} ----------------------------------
+# --- the rows: generators of points {curve, x, and what was measured} ---------------------------------------
 
 
-def by_pixels(args, row):
+def by_pixels(args):
     for curve, tile, sizes in (("whole", 0, WHOLE), ("tiled", None, TILED)):
         for size in map(picture_size, sizes):
             make = partial(restoring, size, tile, args.device)
-            yield {"row": row, "curve": curve, "x": math.prod(size) / 1e6} | alone(args, make)
+            yield {"curve": curve, "x": math.prod(size) / 1e6} | alone(args, make)
 
 
-def by_batch(args, row):
+def by_batch(args):
     for curve, scenes in product(STEPS, BATCHES):
-        yield {"row": row, "curve": curve, "x": scenes} | alone(args, a_step(args, curve, scenes))
+        yield {"curve": curve, "x": scenes} | alone(args, a_step(args, curve, scenes))
 
 
-def by_patch(args, row):
+def by_patch(args):
     for curve, side in product(STEPS, PATCHES):
         make = a_step(args, curve, SCENES, patch_size=side)
-        yield {"row": row, "curve": curve, "x": side**2} | alone(args, make)
+        yield {"curve": curve, "x": side**2} | alone(args, make)
 
 
-def by_width(args, row):
+def by_width(args):
     for curve, factor in product(STEPS, WIDTHS):
         make = a_step(args, curve, SCENES, widen=factor)
-        yield {"row": row, "curve": curve, "x": widened(args.channels, factor)[0]} | alone(args, make)
+        yield {"curve": curve, "x": widened(args.channels, factor)[0]} | alone(args, make)
 
 
-def by_parts(args, row):
+def by_parts(args):
     """Memory alone, so of one step; the smallest part tells whether a larger one is within --most_gb."""
     for curve, factor in product(STEPS, WIDE):
         released = STEPS[curve][1].get_args_parser().get_default("batch_size")
@@ -235,30 +235,30 @@ def by_parts(args, row):
                 continue
             mb = alone(args, a_step(args, curve, scenes, widen=factor), repeats=0)["mb"]
             a_scene = (mb or 0) / scenes  # None where the system does not tell
-            yield {"row": row, "curve": name, "x": scenes, "mb": mb}
+            yield {"curve": name, "x": scenes, "mb": mb}
 
 
-def by_workers(args, row):
+def by_workers(args):
     sizes = Namespace(channels=args.channels, batch_size=LOADED, patch_size=None)
     options = benchmark.script_options(train_model_batch, sizes, args.device)
     for workers in WORKERS:
         loader = Namespace(data=None, clean_side=[], cache="", workers=workers)
         speed = benchmark.time_loader(loader, options, args.device, cached=True)
         for curve, ms in (("decoding", speed["plain_ms"]), ("--cache", speed["ms"])):
-            yield {"row": row, "curve": curve, "x": workers, "scenes_per_second": 1000 * LOADED / ms}
+            yield {"curve": curve, "x": workers, "scenes_per_second": 1000 * LOADED / ms}
 
 
-def by_processes(args, row):
+def by_processes(args):
     for processes in PROCESSES:
         seconds = launch(processes, train_together, args.channels, SHARED, args.repeats)
-        yield {"row": row, "curve": "training", "x": processes, "seconds": seconds}
+        yield {"curve": "training", "x": processes, "seconds": seconds}
     with tempfile.TemporaryDirectory() as made:
         count, size = FOLDER
         for number in range(count):
             images.write_image(Path(made) / "rainy" / f"{number}.png", noise(size))
         for processes in PROCESSES:
             seconds = launch(processes, view_together, made, args.repeats)
-            yield {"row": row, "curve": "test_view", "x": processes, "seconds": seconds}
+            yield {"curve": "test_view", "x": processes, "seconds": seconds}
 
 
 ROWS = {

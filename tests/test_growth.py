@@ -276,7 +276,7 @@ def test_a_file_is_drawn_again_without_measuring(points, monkeypatch, tmp_path, 
 
 def test_one_row_is_measured_anew_and_the_others_are_kept(points, monkeypatch, tmp_path):
     new = {"row": "batch", "curve": "training", "x": 1, "seconds": 7.0, "mb": 70.0}
-    monkeypatch.setitem(growth.ROWS, "batch", lambda args, row: [new])
+    monkeypatch.setitem(growth.ROWS, "batch", lambda args: [new])
     monkeypatch.setattr(devices, "device_name", lambda device: FACTS["machine"])
     monkeypatch.setattr(os, "cpu_count", lambda: FACTS["cores"])
     monkeypatch.setattr(torch, "__version__", FACTS["torch"])
@@ -287,7 +287,7 @@ def test_one_row_is_measured_anew_and_the_others_are_kept(points, monkeypatch, t
     others = [point for point in points if point["row"] != "batch"]
     assert [point for point in measured["points"] if point["row"] != "batch"] == others
     assert [point for point in measured["points"] if point["row"] == "batch"] == [new]
-    monkeypatch.setitem(growth.ROWS, "patch", lambda args, row: 1 / 0)  # as where it is interrupted
+    monkeypatch.setitem(growth.ROWS, "patch", lambda args: 1 / 0)  # as where it is interrupted
     new["seconds"] = 8.0
     with pytest.raises(ZeroDivisionError):
         growth.main(parse("--rows", "batch", "patch", "--from", str(file), "--json", str(file)))
