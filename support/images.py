@@ -621,10 +621,10 @@ class Video:
         with _quiet:
             while self.capture.grab():
                 count, last = count + 1, self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-        is_whole = _is_cut(self.path) is False  # as with sound that goes on
-        is_whole = is_whole or count > self.frames or last * count > 0.98 * length * (count - 1)
-        if count > 1 and last > 0 and abs(count - self.frames) > 1 and is_whole:
-            self.frames, self.fps = count, (count - 1) / last
+        if count > 1 and last > 0 and abs(count - self.frames) > 1:
+            end = last * count / (count - 1)  # of the last frame, as long as the others are in the mean
+            if count > self.frames or end > 0.98 * length or _is_cut(self.path) is False:  # sound may go on
+                self.frames, self.fps = count, (count - 1) / last
         self.capture.release()
         self._open()
 
