@@ -20,14 +20,14 @@ UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.(json|svg
 def newest(kind, file, demo=None):
     """The newest `file` in the working folder's runs of a kind ("search", "eval") that finished, or None.
 
-    demo: only demo runs (True), or any (None).
+    demo: only demo runs (True), only others (False), or any (None).
     """
-    found = {}
-    for summary in Path().glob(f"{kind}-EXP-*/{SUMMARY}"):
-        folder = summary.parent
-        if (folder / file).exists() and demo in (None, noted(folder, "options.json", "demo")):
-            found[summary.stat().st_mtime] = folder / file
-    return found[max(found)] if found else None
+    found = [
+        summary
+        for summary in Path().glob(f"{kind}-EXP-*/{SUMMARY}")
+        if (summary.parent / file).exists() and demo in (None, noted(summary.parent, "options.json", "demo"))
+    ]
+    return max(found, key=lambda path: path.stat().st_mtime).parent / file if found else None
 
 
 def last(kind):
