@@ -55,23 +55,27 @@ class Health:
         return {"entropies": self.entropies, "collapse": self.collapse, "healthy": self.healthy}
 
     def load_state_dict(self, state):
-        self.entropies, self.collapse, healthy = (
-            state[name] for name in ("entropies", "collapse", "healthy")
-        )
-        # A state of before 27 November 2026 has the last one alone, or None.
-        self.healthy = healthy if isinstance(healthy, list) else [healthy] * (healthy is not None)
+        self.entropies, self.collapse, self.healthy = state["entropies"], state["collapse"], state["healthy"]
+        if not isinstance(self.healthy, list):  # before 27 November 2026: the last one alone, or None
+            self.healthy = [] if self.healthy is None else [self.healthy]
 
     def examine(self, run, epoch, net, genotype):
         """Write an epoch's health to TensorBoard and, in one line, to the log; judge it."""
         alpha, beta = (parameter.detach().cpu().double().softmax(-1) for parameter in net.architecture())
-        scalars = {f"winners/{name}": count for name, count in winners(genotype).items()}
-        for letter, rows, distribution in (("alpha", ALPHA_ROWS, alpha), ("beta", BETA_ROWS, beta)):
+        chosen = winners(genotype)
+        scalars = {f"winners/{name}": count for name, count in chosen.items()}
+        for letter, distribution, rows, columns, group in (
+            ("alpha", alpha, ALPHA_ROWS, MODULES, MODULES_PER_CELL),
+            ("beta", beta, BETA_ROWS, PRIMITIVES, EDGES),
+        ):
+            picture = heat_map(distribution, rows, columns, group)
+            run.writer.add_image(letter, picture, run.step, dataformats="HWC")
             margins = margin(distribution)
             for kind, values in (("entropy", entropy(distribution)), ("margin", margins)):
                 scalars |= {f"{kind}_{letter}/{row}": v for row, v in zip(rows, values.tolist(), strict=True)}
                 scalars[f"{kind}_{letter}"] = values.mean().item()
             scalars[f"margin_{letter}_min"] = margins.min().item()
-        counted = " ".join(f"{name} {count}" for name, count in winners(genotype).items())
+        counted = " ".join(f"{name} {count}" for name, count in chosen.items())
         changed = ""
         before = run.folder / f"genotype_{epoch - 1:03d}.json"
         if before.exists():
@@ -80,12 +84,6 @@ class Health:
             changed = f", changed {modules} modules {edges} edges"
         for name, value in scalars.items():
             run.writer.add_scalar(name, value, run.step)
-        run.writer.add_image(
-            "alpha", heat_map(alpha, ALPHA_ROWS, MODULES, MODULES_PER_CELL), run.step, dataformats="HWC"
-        )
-        run.writer.add_image(
-            "beta", heat_map(beta, BETA_ROWS, PRIMITIVES, EDGES), run.step, dataformats="HWC"
-        )
         log.info(
             "health: entropy alpha %(entropy_alpha).4f beta %(entropy_beta).4f, "
             "margin alpha %(margin_alpha).4f (least %(margin_alpha_min).4f) "
