@@ -162,7 +162,7 @@ def main(args):
         weights,
         loss,
         parts=args.accumulate,
-        recorded=run.records(),
+        recorded=run.uses_graphs(),
         changed=net.buffers(),
         constants=lambda: (frozen(), run.uses_internal()),
     )

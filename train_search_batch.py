@@ -182,7 +182,7 @@ def main(args):
         batch_statistics=args.arch_batch_statistics,
         parts=args.accumulate,
         hessian_parts=HESSIAN_PARTS,
-        recorded=run.records(),
+        recorded=run.uses_graphs(),
         constants=run.uses_internal,
     )
     backward = Backward(
@@ -190,7 +190,7 @@ def main(args):
         weights,
         loss,
         parts=args.accumulate,
-        recorded=run.records(),
+        recorded=run.uses_graphs(),
         changed=net.buffers(),
         constants=run.uses_internal,
     )
@@ -265,7 +265,7 @@ def conclude(run, net, health, validation, searched):
     gap = discretisation_gap(run, net, genotype, validation)
     run.finish(genotype=genotype._asdict(), collapse=health.collapse, validation_psnr=gap)
     arch = (run.folder / "genotype.json").as_posix() if args.demo else name
-    flags = shlex.join(["--arch", arch, *run.of_network()])
+    flags = shlex.join(["--arch", arch, *run.flags_to_retrain()])
     log.info("retrain it with: python %s %s", command.script("train_model_batch.py"), flags)
     return 0
 

@@ -417,7 +417,7 @@ class Experiment:
         else:
             compile_edges(net)
 
-    def records(self):
+    def uses_graphs(self):
         """Whether its steps are CUDA graphs: each process then records its own, in which it waits for no
         other. Those of several parts are not.
         """
@@ -503,7 +503,7 @@ class Experiment:
         self.save()
         raise UserError(f"{reason}; saved after step {self.step}; {self.how_to_go_on()}{more}")
 
-    def of_network(self):
+    def flags_to_retrain(self):
         """Flags, a list of words, by which a network of this search is trained on the same data, as wide."""
         names = ["demo", "data", "clean_side", *([] if self.args.demo else ["channels", "residual"])]
         usual = {name: self.parser.get_default(name) for name in names}

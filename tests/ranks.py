@@ -38,7 +38,7 @@ def run(name, flags):
     hooked = distributed.rank() == distributed.size() - 1
     runs, names, broken = [], [], {}
     start, batches, train, adam = Experiment.start, dataset.batches, SearchNetwork.train, torch.optim.Adam
-    measure, records, replayed = train_search_batch.measure, Experiment.records, Recorded.__call__
+    measure, uses_graphs, replayed = train_search_batch.measure, Experiment.uses_graphs, Recorded.__call__
 
     def recorded(scenes, **options):
         if hooked and "bad" in words:
@@ -71,7 +71,7 @@ def run(name, flags):
     if "gap" in words:
         train_search_batch.measure = stopped_there
     if "recorded" in words and distributed.size() > 1:
-        Experiment.records = lambda run: True
+        Experiment.uses_graphs = lambda run: True
         Recorded.__call__ = lambda graphs, batch: graphs.function(batch)
     stopped = ""
     try:
@@ -80,7 +80,7 @@ def run(name, flags):
         stopped = str(error)
     finally:
         Experiment.start, dataset.batches, SearchNetwork.train, torch.optim.Adam = start, batches, train, adam
-        train_search_batch.measure, Experiment.records, Recorded.__call__ = measure, records, replayed
+        train_search_batch.measure, Experiment.uses_graphs, Recorded.__call__ = measure, uses_graphs, replayed
         for handler in logging.getLogger("manas").handlers:
             handler.close()
         for file, content in broken.items():

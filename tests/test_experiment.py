@@ -405,9 +405,9 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(folder):
 
 
 def test_a_demo_s_network_is_trained_in_a_demo():
-    assert new("--demo").of_network() == ["--demo", "--data", "somewhere"]
+    assert new("--demo").flags_to_retrain() == ["--demo", "--data", "somewhere"]
     args = parser().parse_args(["--demo", "--data", options.DEMO_DATA])
-    assert Experiment("search", args, parser(), {}).of_network() == ["--demo"]
+    assert Experiment("search", args, parser(), {}).flags_to_retrain() == ["--demo"]
 
 
 @pytest.mark.parametrize("file", ["options.json", "log.txt", "genotype.json", "genotype_003.json"])

@@ -296,7 +296,7 @@ def test_memory_that_runs_out_while_a_step_is_recorded_is_what_is_said(monkeypat
 def test_steps_are_recorded_on_cuda_in_one_part_where_no_rank_waits_for_another(monkeypatch):
     def records(device, accumulate=1, no_graphs=False, sync_bn=False):
         args = SimpleNamespace(accumulate=accumulate, no_graphs=no_graphs, sync_bn=sync_bn)
-        return Experiment.records(SimpleNamespace(device=torch.device(device), args=args))
+        return Experiment.uses_graphs(SimpleNamespace(device=torch.device(device), args=args))
 
     assert records("cuda") and records("cuda:1")
     assert not records("cpu") and not records("mps")
