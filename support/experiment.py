@@ -36,7 +36,7 @@ from support.fast import compile_edges, compile_network, keep_freed_memory, no_c
 from support.images import write_bytes
 from support.lock import lock_folder
 from support.logs import NoWriter, open_log
-from support.options import DEFAULT_DATA, DEMO_DATA, FREE_OPTIONS, HERE, MOST_BAD
+from support.options import DEFAULT_DATA, DEMO_DATA, FREE_OPTIONS, MACHINE_OPTIONS, MOST_BAD
 from support.rain import demo_set
 from support.runs import BEST, LAST, PREVIOUS, STATES, SUMMARY, as_now, read_state, refuse_other_options
 from support.validation import means, measure
@@ -171,7 +171,7 @@ class Experiment:
         defaults = {name: self.parser.get_default(name) for name in vars(args)}  # of flags added since
         begun = argparse.Namespace(**{**defaults, **as_now(self.state["options"])})
         refuse_other_options(self.folder, vars(args), self.given, vars(begun))
-        anew = FREE_OPTIONS & (self.given | HERE)
+        anew = FREE_OPTIONS & (self.given | MACHINE_OPTIONS)
         vars(begun).update({name: value for name, value in vars(args).items() if name in anew})
         self._take_over(self.state, begun.data)
         return begun
@@ -517,7 +517,7 @@ class Experiment:
         words = ["torchrun", *words, f"--nproc_per_node={distributed.local_size()}"]
         launcher = " ".join(words) if distributed.launched() else "python"
         flags = ["--resume", self.folder.as_posix()]
-        for name in sorted(self.given.intersection(HERE)):
+        for name in sorted(self.given.intersection(MACHINE_OPTIONS)):
             flags += as_flag(name, getattr(self.args, name))
         return f"go on with: {launcher} {script(self.parser.prog)} {shlex.join(flags)}"
 
