@@ -26,7 +26,7 @@ from support import command, devices, distributed, experiment, options, runs
 from support.averaging import Averaged
 from support.command import decay, natural, not_negative, patch, positive
 from support.errors import UserError
-from support.experiment import Experiment
+from support.experiment import Experiment, log
 from support.graphs import Backward
 
 # The demo: a minute or two on two cores, the warm-ups scaled with the schedule.
@@ -128,7 +128,7 @@ def main(args):
     run.compile(net)
     run.describe()
     if args.warmup_steps >= run.steps_in_all:
-        experiment.log.warning(
+        log.warning(
             "--warmup_steps %d: the run has %d steps, so its rate does not rise to --learning_rate",
             args.warmup_steps,
             run.steps_in_all,
@@ -193,12 +193,12 @@ def main(args):
 
     run.finish(parameters=count_parameters(net))
     if not (run.folder / "best_psnr.pt").exists():
-        experiment.log.error("NOTHING IS KEPT: no epoch had a validation score that is a number")
+        log.error("NOTHING IS KEPT: no epoch had a validation score that is a number")
         return 1
     best = shlex.quote((run.folder / "best_psnr.pt").as_posix())
     own = "" if args.demo or args.data == [options.DEFAULT_DATA] else " --path TEST_SET"
     script = command.script("test_view.py")
-    experiment.log.info("score it with: python %s --ckt_path %s%s", script, best, own)
+    log.info("score it with: python %s --ckt_path %s%s", script, best, own)
     return 0
 
 
