@@ -110,6 +110,14 @@ class DerainNetwork(nn.Module):
         return output[..., :height, :width]
 
 
+def begin_as_identity(net):
+    """Have a new network with the global residual return its input: the last convolution's weights are zero
+    (Zhang et al. 2019, Fixup). One without the residual is left as it is.
+    """
+    if net.residual:
+        nn.init.zeros_(net.head.to_rgb.weight)
+
+
 def from_supernet(net, genotype=None):
     """The fixed network of a genotype (default: the supernet's), with copies of the supernet's weights."""
     genotype = genotype or net.genotype()

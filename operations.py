@@ -476,14 +476,6 @@ class Head(nn.Module):
         return self.to_rgb(self.fusion(xs)[0])
 
 
-def begin_as_identity(net):
-    """Have a new network with the global residual return its input: the last convolution's weights are zero
-    (Zhang et al. 2019, Fixup). One without the residual is left as it is.
-    """
-    if net.residual:
-        nn.init.zeros_(net.head.to_rgb.weight)
-
-
 def check_channels(channels):
     """The four branch widths as a tuple; ValueError unless they are four positive even numbers."""
     channels = tuple(int(c) for c in channels)

@@ -20,8 +20,7 @@ import dataset
 import genotypes
 import model_train
 from losses import count_parameters, multi_to_one
-from model_train import DerainNetwork
-from operations import begin_as_identity
+from model_train import DerainNetwork, begin_as_identity
 from support import command, devices, distributed, experiment, options, runs
 from support.averaging import Averaged
 from support.command import decay, natural, not_negative, patch, positive
