@@ -19,9 +19,8 @@ from support import check, command, devices, images, layouts
 from support.command import natural, positive
 from support.errors import UserError
 from support.fast import for_inference, keep_freed_memory
-from support.metrics import psnr
+from support.metrics import BLOCK, psnr, worst_block
 from support.restore import MAYBE_OUT_OF_MEMORY, NotFinite, is_out_of_memory, restore
-from support.tiling import BLOCK, worst_block
 
 UNHARMED = 38  # dB
 

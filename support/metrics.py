@@ -16,6 +16,7 @@ METRICS = {
 SSIM_WINDOW = 11  # pixels a side: of the Gaussian window, so of the smallest image that has an SSIM
 SSIM_SIGMA = 1.5
 BAND = 256  # rows of SSIM at a time
+BLOCK = 16  # pixels a side, of `worst_block`
 
 
 def score(output: np.ndarray, target: np.ndarray) -> dict[str, float]:
@@ -47,6 +48,12 @@ def psnr(x: np.ndarray, y: np.ndarray) -> float:
     """PSNR in dB, peak 255, of two arrays of one shape; infinite where they are equal."""
     with np.errstate(divide="ignore"):
         return float(skimage.metrics.peak_signal_noise_ratio(y, x, data_range=255))
+
+
+def worst_block(x: np.ndarray, y: np.ndarray) -> float:
+    """The largest mean absolute difference of a block of two HxWx3 uint8 arrays, in grey levels."""
+    difference = np.abs(x.astype(np.float32) - y).mean(2)
+    return float(cv2.blur(difference, (BLOCK, BLOCK), borderType=cv2.BORDER_REFLECT_101).max())
 
 
 def luma(rgb: np.ndarray) -> np.ndarray:

@@ -12,17 +12,14 @@ the time beside the whole pictures'.
 import argparse
 import time
 
-import cv2
 import numpy as np
 
 from model_train import SHIPPED, load
 from support import command, devices, images
 from support.errors import UserError
 from support.fast import keep_freed_memory
-from support.metrics import psnr
+from support.metrics import psnr, worst_block
 from support.restore import OVERLAP, SMALLEST_TILE, restore
-
-BLOCK = 16
 
 
 def side(text):
@@ -97,12 +94,6 @@ def timed(net, image, device, **how):
     begin = time.perf_counter()
     restored = restore(net, image, device, **how)
     return restored, time.perf_counter() - begin
-
-
-def worst_block(a, b, size=BLOCK):
-    """The largest mean absolute difference, in grey levels, of a size x size block of two HxWx3."""
-    difference = np.abs(a.astype(np.float32) - b).mean(2)
-    return float(cv2.blur(difference, (size, size), borderType=cv2.BORDER_REFLECT_101).max())
 
 
 if __name__ == "__main__":

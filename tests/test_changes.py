@@ -8,8 +8,8 @@ from model_train import DerainNetwork, load, save
 from support import changes, check
 from support.errors import UserError
 from support.images import write_image
+from support.metrics import worst_block
 from support.restore import restore
-from support.tiling import worst_block
 from tests.made import photograph, rain_on, random_genotype, write_pairs, write_scenes
 
 

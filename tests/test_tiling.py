@@ -6,7 +6,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio
 
 from model_train import DerainNetwork, load, save
-from support import tiling
+from support import metrics, tiling
 from support.errors import UserError
 from support.images import write_image
 from support.restore import restore
@@ -42,7 +42,7 @@ def test_each_row_is_of_its_own_tiles_and_overlap(picture, capsys):
         psnr, worst, block, _ = rows[64, overlap]
         expected = peak_signal_noise_ratio(whole, tiled, data_range=255)
         assert psnr == worst == pytest.approx(expected, abs=0.006) and np.isfinite(expected)
-        assert block == pytest.approx(tiling.worst_block(whole, tiled), abs=0.06) and block > 0
+        assert block == pytest.approx(metrics.worst_block(whole, tiled), abs=0.06) and block > 0
         assert rows[136, overlap][0] == np.inf and rows[136, overlap][2] == 0  # one tile holds the picture
 
 
@@ -64,9 +64,9 @@ def test_the_worst_block_is_found_wherever_it_is():
     a = np.zeros((64, 80, 3), np.uint8)
     b = a.copy()
     b[40:56, 17:33] = 90
-    assert tiling.worst_block(a, b) == pytest.approx(90, abs=0.1)
+    assert metrics.worst_block(a, b) == pytest.approx(90, abs=0.1)
     b[40:56, 17:33, 1:] = 0  # in one channel of three
-    assert tiling.worst_block(a, b) == pytest.approx(30, abs=0.1)
+    assert metrics.worst_block(a, b) == pytest.approx(30, abs=0.1)
 
 
 def test_sides_are_multiples_of_8(capsys):
