@@ -205,7 +205,7 @@ def _without_crop(scene):
 
 
 def read_half(half):
-    """HxWx3 uint8 RGB."""
+    """A half decoded, HxWx3 uint8 RGB. Raises UserError as `read_image` and `cut` do."""
     return cut(read_image(half.path), half)
 
 
@@ -511,8 +511,8 @@ def full_images(scenes, bad=None, cache=None):
 
 
 def in_turn(pool, function, items, ahead):
-    """(item, Future of function(item)) of each, in turn, `ahead` further ones at work: of all, what is ready
-    would pile up in memory.
+    """(item, Future of function(item)) of each item in turn, while at most `ahead` further ones are at work:
+    were it all of them, results would pile up in memory.
     """
     waiting = deque()
     for item in items:

@@ -157,8 +157,8 @@ class SearchNetwork(nn.Module):
         return [list(edge.operations.values()) for edge in edges]
 
     def choice_inputs(self, size):
-        """What the candidates of each row of (alpha, beta) are given for one size x size picture: tensors
-        without data, a list of them, one a branch, for a row of alpha.
+        """What its candidates are given for one size x size picture, as tensors without data: (per row of
+        alpha the list of maps, one a branch; per row of beta the group of channels, 1xcxHxW).
         """
         side = size + -size % MULTIPLE
         maps = [torch.empty(1, c, side >> k, side >> k, device="meta") for k, c in enumerate(self.channels)]

@@ -635,7 +635,7 @@ def report(rows, facts, lines):
 
 
 def summarise(rows, facts):
-    """({density: means of the outputs and of the inputs}, lines that say them), and last those of all."""
+    """({density: {"output": `mean_scores`, "input": the rain's}}, "all" last; the lines of their table)."""
     means = {}
     lines = [f"{'':8} {'images':>6} " + "".join(f" {heading:>9}" for heading, _ in METRICS.values())]
     for density, (group, output, untouched) in by_density(rows).items():

@@ -388,7 +388,7 @@ def pair_hint(scenes, flag="--clean_side"):
 
 
 def single_hint(scenes):
-    """Whether most of a few single images look like pairs; "" if not."""
+    """What to say where most of a few single images look like pairs; "" where they do not."""
     wide, rain = [], []
     for scene in spread(scenes, HINT_FROM):
         try:

@@ -177,7 +177,7 @@ class Experiment:
         return begun
 
     def _take_over(self, state, data):
-        """What is kept of a run but its `parts`, which `start` knows."""
+        """Take from a state all but its `parts`, which `start` loads. data: the run's --data."""
         self.step = self.saved = state["step"]
         self.before = state["seconds"]
         self.totals = state["totals"]

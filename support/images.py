@@ -285,7 +285,7 @@ def walk(folder: str | Path, unreadable: Callable[[OSError], object] = _warn) ->
 
 def look_around(folder: str | Path) -> tuple[list[str], list[str]]:
     """The suffixes of a folder's files that are no images by their names, as .heic and .mp4, and a line for
-    each folder in it that cannot be read. Of a file, nothing.
+    each folder in it that cannot be read; two empty lists for the path of a file.
     """
     seen, closed = set(), []
     inside = walk(folder, lambda error: closed.append(cannot_read(error))) if os.path.isdir(folder) else ()

@@ -253,7 +253,7 @@ def _holds_pairs(path):
 
 
 def two_sets(path, scenes):
-    """What to say where some are in a training set's folder below `path` and others in a test's, or ""."""
+    """What to say where `scenes` lie both in a training set's folder below `path` and in a test's, or ""."""
     folders = {folder for scene in scenes for folder in scene.rainy[0].path.relative_to(path).parents}
     training, test = (
         sorted(str(folder) for folder in folders if name.search(folder.name))
