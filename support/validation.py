@@ -43,7 +43,7 @@ def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
         saved = (outputs.clamp(0, 1) * 255).round() / 255
         target = clean.expand_as(saved)
         psnr = -10 * (saved - target).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
-        loss = external(outputs, clean, torch.zeros_like(outputs[:, 0, 0, 0], dtype=torch.long))
+        loss = external(outputs, clean, outputs.new_zeros(len(outputs), dtype=torch.long))
         measured.append((psnr.cpu(), ssim(saved, target).cpu(), loss.cpu()))
         panel = panel or (dataset.to_tensor(rainy)[0], saved[0].cpu(), clean[0].cpu())
         if stop and stop():
