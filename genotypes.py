@@ -177,18 +177,18 @@ def find(arch=None, flag="--arch"):
     genotype.
     """
     known = named()
-    arch = os.fspath(arch) if arch is not None else None
     if arch is None:
         if not known:
-            raise GenotypeError(f"{__file__}: holds no genotype yet; search one, or give --arch")
+            raise GenotypeError(f"{__file__}: holds no genotype yet; search one, or give {flag}")
         arch = list(known)[-1]
+    arch = os.fspath(arch)
     if arch in known:
         try:
             return arch, check(known[arch])
         except GenotypeError as error:
             raise GenotypeError(
                 f"{__file__}: {arch}: {error}; if an operation was removed, add it again, take this genotype "
-                "out, or give another --arch"
+                f"out, or give another {flag}"
             ) from None
     if not arch.endswith(".json"):
         newest = ", ".join(list(known)[-5:])
