@@ -105,8 +105,7 @@ def _examine(scene, root):
         return Look(scene, faults)
     if scene.clean is None:
         (image,) = files.values()
-        rain, matches = _halves(image)
-        return Look(scene, faults, image.shape[:2], thumbnail(image), rain, matches)
+        return Look(scene, faults, image.shape[:2], thumbnail(image), *_halves(image))
 
     pairs = []
     for half in scene.rainy:
@@ -395,9 +394,9 @@ def single_hint(scenes):
             height, width = header_size(scene.rainy[0].path)
             if width > height:  # as two pictures side by side are, but for very narrow ones
                 wide.append(scene)
-                of_pair, matches = _halves(read_image(scene.rainy[0].path))
-                if HINT_MATCH < matches < 1 and abs(of_pair[0]) > HINT_RAIN:  # 1: one half is flat
-                    rain += of_pair
+                scores, alike = _halves(read_image(scene.rainy[0].path))
+                if HINT_MATCH < alike < 1 and abs(scores[0]) > HINT_RAIN:  # 1: one half is flat
+                    rain += scores
         except UserError:  # restoring it will say so
             continue
     if not rain or len(rain) <= len(wide) / 2:
