@@ -191,7 +191,7 @@ def find(arch=None, flag="--arch"):
                 f"out, or give another {flag}"
             ) from None
     if not arch.endswith(".json"):
-        newest = ", ".join(list(known)[-5:])
+        newest = ", ".join(list(known)[-5:]) or "none yet"
         raise GenotypeError(
             f"{flag} {arch}: no such genotype; there are {newest}; or give a run's genotype.json"
         )

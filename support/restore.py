@@ -79,7 +79,7 @@ def restore(
         raise ValueError(f"self_ensemble is {self_ensemble}; one of {ENSEMBLES} is allowed")
     if overlap % 8 or overlap < 0:
         raise UserError(f"overlap is {overlap}; 0 or a positive multiple of 8 is allowed")
-    if scale != AUTO and not 0 < scale <= 1:
+    if scale != AUTO and (isinstance(scale, str) or not 0 < scale <= 1):
         raise ValueError(f"scale is {scale}; {AUTO!r} or a number above 0 and up to 1 is allowed")
 
     def run(patch: np.ndarray) -> np.ndarray:

@@ -283,7 +283,7 @@ def test_no_scale_is_tried_that_leaves_less_than_a_training_picture(size, expect
     assert scales(*size, 0.3) == [0.3]
 
 
-@pytest.mark.parametrize("scale", [0, -1, 1.5, float("nan")])
+@pytest.mark.parametrize("scale", [0, -1, 1.5, float("nan"), "0.5"])
 def test_a_scale_that_is_none_is_refused(scale):
     with pytest.raises(ValueError, match="scale is .* allowed"):
         restore(Darken().eval(), picture(16, 16), scale=scale)
