@@ -51,6 +51,7 @@ from support.restore import (
     ENSEMBLES,
     MAYBE_OUT_OF_MEMORY,
     WHOLE_PIXELS,
+    NotFinite,
     forwards,
     is_out_of_memory,
     restore,
@@ -505,7 +506,7 @@ def restore_video(args, restore_one, path, out, choose_compiled_for):
     journal.lock()
     try:
         journal.begin(fresh=False)
-        images.write_video(target, map(restore_one, frames), video.fps)
+        images.write_video(target, map(partial(naming, path, restore_one), frames), video.fps)
         journal.add_video(target.name)
     except images.EndsEarly as error:
         with suppress(UserError):  # on a full disk
@@ -596,7 +597,7 @@ def view(restore_one, tasks, gallery, journal):
                 f"{half.path}: its result would take the name of the gallery's {result}; rename it"
             )
         start = time.perf_counter()
-        restored = restore_one(picture.rgb)
+        restored = naming(half.path, restore_one, picture.rgb)
         seconds = time.perf_counter() - start
         if picture.grey:
             restored = images.in_grey(restored)
@@ -614,6 +615,14 @@ def view(restore_one, tasks, gallery, journal):
                 file.unlink()
             raise
         yield entry
+
+
+def naming(path, restore_one, rgb):
+    """The picture restored; what the network makes no picture of is told with the file that it is from."""
+    try:
+        return restore_one(rgb)
+    except NotFinite as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def report(rows, facts, lines):

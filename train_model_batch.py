@@ -211,7 +211,7 @@ def build(run):
     if args.resume is not None:  # its weights come with the state, whatever became of --weights and --arch
         name, genotype = genotypes.find(str(run.folder / "genotype.json"))
         print(f"genotype: {name}")
-        return DerainNetwork(genotype, args.channels, args.residual)
+        return run.network(partial(DerainNetwork, genotype))
     if args.weights:
         return fine_tuned(run)
     if args.arch is None and args.demo:
@@ -220,7 +220,7 @@ def build(run):
     args.arch, genotype = genotypes.find(args.arch)
     print(f"genotype: {args.arch}")
     torch.manual_seed(args.seed)
-    net = DerainNetwork(genotype, args.channels, args.residual)
+    net = run.network(partial(DerainNetwork, genotype))
     begin_as_identity(net)
     return net
 

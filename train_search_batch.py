@@ -155,7 +155,7 @@ def main(args):
     scenes = run.split()
 
     torch.manual_seed(args.seed)
-    net = SearchNetwork(args.channels, args.residual)
+    net = run.network(SearchNetwork)
     if args.sync_bn:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(run.device, memory_format=torch.channels_last)

@@ -28,7 +28,7 @@ def pick_device(name=None):
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # where streams and graphs are made that name no device
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
+        why = str(error).splitlines()[0].partition(". ")[0]  # of a kind not built in, a long list follows
         if why.startswith("Expected one of"):  # twenty kinds
             why = "PyTorch has no such device; cpu, cuda, cuda:1 and mps are some"
         raise UserError(f"--device {name}: not available here ({why})") from None

@@ -24,7 +24,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import dataset
-from model_train import RUN, CheckpointError, hard_link, write_whole
+from model_train import RUN, CheckpointError, filled, hard_link, write_whole
 from support import distributed, layouts, runs
 from support.buffers import Buffers
 from support.cache import open_cache
@@ -92,7 +92,7 @@ class Experiment:
         self.hints = []  # what seems to be wrong with them
         self.cache = None  # of their pictures, with --cache
         self.saved = 0  # the step that last.pt is of
-        self.state = None
+        self.state = self.state_file = None  # to go on from
         self.lock = None
         self.damaged = None  # why the newest state cannot be gone on from
         self.stopping = None
@@ -164,10 +164,7 @@ class Experiment:
         self.folder = Path(args.resume or args.save or runs.last(self.kind) or f"{self.kind}-EXP-*")
         if any(os.path.exists(self.folder / file) for file in (LOCK, *STATES)):  # not into any other folder
             distributed.from_main(self._claim)
-        path, self.state, self.damaged = read_state(self.folder)
-        if self.state.get("format") != RUN or self.state.get("kind") != self.kind:
-            kind = {"search": "search run", "eval": "training run"}[self.kind]
-            raise UserError(f"{path}: not the checkpoint of a {kind} of this project")
+        self.state_file, self.state, self.damaged = read_state(self.folder, self.kind)
         defaults = {name: self.parser.get_default(name) for name in vars(args)}  # of flags added since
         begun = argparse.Namespace(**{**defaults, **as_now(self.state["options"])})
         refuse_other_options(self.folder, vars(args), self.given, vars(begun))
@@ -195,6 +192,20 @@ class Experiment:
 
     def _claim(self):
         self.lock = self.lock or lock_folder(self.folder, LOCK, "--save")
+
+    def network(self, make):
+        """make(channels, residual) of the options; of a run that goes on, once the weights in its state are
+        found to fit that: before anything is allocated.
+        """
+        options = {name: getattr(self.args, name) for name in ("channels", "residual")}
+        if self.state is None:
+            return make(**options)
+        weights = self.state["parts"].get("net")
+        try:
+            return filled(make, options | {"weights": weights}, self.state_file)
+        except CheckpointError as error:
+            what_to_do = "where an operation was added to the search space, begin a new run"
+            raise CheckpointError(f"{error}; {what_to_do}") from None
 
     def _check_division(self):
         processes, parts, scenes = distributed.size(), self.args.accumulate, self.args.batch_size

@@ -242,7 +242,8 @@ def _forward(
     with torch.autocast(device.type, amp if isinstance(amp, torch.dtype) else None, enabled=bool(amp)):
         y = _mean_of(self_ensemble, net, x) if self_ensemble else net(x).float()
     if not torch.isfinite(y).all():
-        raise NotFinite("the network's output is not finite; run it without --amp, or check its checkpoint")
+        what_to_do = f"{'run it without --amp, or ' if amp else ''}check its checkpoint"
+        raise NotFinite(f"the network's output is not finite; {what_to_do}")
     return y.clamp(0, 1)[0].permute(1, 2, 0).cpu().numpy()
 
 

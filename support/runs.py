@@ -6,12 +6,15 @@ import os
 import re
 from pathlib import Path
 
-from model_train import CheckpointError, read
+from genotypes import brief
+from model_train import RUN, CheckpointError, read
 from support.errors import UserError
 from support.options import FREE_OPTIONS
 
 LAST, PREVIOUS = STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
+# What a state must have; those of older runs lack some of the rest.
+NEEDED = {"options": dict, "step": int, "seconds": (int, float), "totals": dict, "parts": dict}
 SUMMARY = "summary.json"  # of a run that has finished
 # Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
 UNFINISHED = re.compile(r"\.(.+\.(pt|json)\.\d+(\.link)?|[0-9a-f]{32}\.(json|svg))")
@@ -71,20 +74,31 @@ def refuse_others_files(folder):
                 raise UserError(f"--save {folder}: {file} would be replaced; choose another folder")
 
 
-def read_state(folder):
-    """(path, state, None) of a run's last.pt; if that is damaged or gone, (path, state, why) of last.prev.pt.
-    CheckpointError where both are.
+def read_state(folder, kind):
+    """(path, state, None) of the last.pt of a run of a kind ("search", "eval"); if that is damaged or gone,
+    (path, state, why) of last.prev.pt. CheckpointError where both are, UserError for another kind's.
     """
     last, previous = (folder / file for file in STATES)
     try:
-        return last, read(last), None
+        return last, _read_state(last, kind), None
     except CheckpointError as error:
         if not os.path.exists(previous):
             raise
         try:
-            return previous, read(previous), str(error)
+            return previous, _read_state(previous, kind), str(error)
         except CheckpointError as older:
             raise CheckpointError(f"{error}; {older}") from None
+
+
+def _read_state(path, kind):
+    state = read(path)
+    if state.get("format") != RUN or state.get("kind") != kind:
+        kind = {"search": "search run", "eval": "training run"}[kind]
+        raise UserError(f"{path}: not the checkpoint of a {kind} of this project")
+    for name, type_ in NEEDED.items():
+        if not isinstance(state.get(name), type_):
+            raise CheckpointError(f"{path}: no whole state of a run: its {name} is {brief(state.get(name))}")
+    return state
 
 
 def _text(value):

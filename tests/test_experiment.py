@@ -101,6 +101,13 @@ def test_a_device_that_is_not_there_is_named(name):
         devices.pick_device(name)
 
 
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="a machine with MPS")
+def test_of_a_device_that_was_not_built_in_the_line_is_short():
+    with pytest.raises(UserError, match=r"--device mps: not available here \(Could not run ") as error:
+        devices.pick_device("mps")
+    assert len(str(error.value)) < 200
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -774,7 +781,9 @@ def test_with_the_newest_state_damaged_the_run_goes_on_from_the_one_before_it(fo
     assert "going on from run/last.prev.pt" in line
     assert Path("run", "last.prev.pt").read_bytes() == before
     kept = []
-    train(run, net, before_step=lambda step: kept.append(experiment.read_state(Path("run"))[1]["step"]))
+    train(
+        run, net, before_step=lambda step: kept.append(experiment.read_state(Path("run"), "eval")[1]["step"])
+    )
     assert kept == [1, 2, 3, 4, 5]  # there was a whole state at every instant
     assert net.weight.item() == 6
     assert [step for step, _ in scalars("run")["loss"]] == [2, 4, 6]

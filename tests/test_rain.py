@@ -490,6 +490,14 @@ def test_size_scenes_and_clean_side(photographs, tmp_path):
         assert pair.shape == (32, 128, 3) and abs(pair[:, 66:].mean() - value) < 2
 
 
+def test_scenes_do_not_come_among_the_photographs(photographs):
+    folder = Path(photographs)
+    again = f"{folder.parent}/../{folder.parent.name}/{folder.name}"
+    with pytest.raises(UserError, match="is the folder of the photographs"):
+        main(get_args_parser().parse_args([str(folder), again]))
+    assert not (folder / "DID-MDN-training").exists()
+
+
 def test_a_set_is_not_overwritten(photographs, tmp_path):
     (tmp_path / "out" / "DID-MDN-training").mkdir(parents=True)
     with pytest.raises(UserError, match="already holds DID-MDN-training"):

@@ -590,6 +590,35 @@ def read_whole(file):
         return False
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.pop("options"), "no whole state of a run: its options is None"),
+        (lambda state: state.update(step="x"), "no whole state of a run: its step is 'x'"),
+        (lambda state: state["parts"].pop("net"), "holds no weights"),
+        (
+            lambda state: state["options"].update(channels=[10**5] * 4),
+            "channels .* are not four even numbers",
+        ),
+        (lambda state: state["options"].update(channels=[1200] * 4), "do not fit the network .*, not .600, "),
+        (
+            lambda state: next(iter(state["parts"]["net"].values())).fill_(torch.nan),
+            "has values that are not finite",
+        ),
+    ],
+)
+def test_a_state_that_is_none_is_one_line_before_anything_is_made_of_it(data, change, said):
+    train(f"{PAIRS} {ONE_STEP} --save run")
+    for file in ("summary.json", "last.prev.pt"):
+        Path("run", file).unlink()
+    changed = state("run")
+    change(changed)
+    torch.save(changed, "run/last.pt")
+    with pytest.raises((UserError, CheckpointError), match=rf"run/last\.pt: .*{said}") as error:
+        train("--resume run")
+    assert "\n" not in str(error.value)
+
+
 def test_too_many_broken_files_stop_the_run_with_its_state_saved(data, monkeypatch):
     """Where they are repaired it goes on as if nothing had been, new files in the folder, which would change
     the split, included.

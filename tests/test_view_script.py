@@ -377,6 +377,20 @@ def test_a_bad_file_is_reported_and_the_rest_goes_on(network, capsys):
     assert "63" in lines[2] and "odd" in lines[2]
 
 
+def test_a_picture_or_video_of_which_the_network_makes_none_is_named(network, capsys):
+    for weight in network.parameters():
+        if weight.ndim == 1:  # of BatchNorm
+            torch.nn.init.constant_(weight, 1e30)
+    model_train.save(network, "net.pt")
+    write_image("photos/a.png", photograph(0, 24, 32))
+    assert view("--path photos --result_path out") == 1
+    said = "photos/a.png: the network's output is not finite; check its checkpoint"
+    assert said in capsys.readouterr().err
+    write_video("film.avi", [photograph(0, 32, 48)], 10)
+    with pytest.raises(UserError, match="film.avi: the network's output is not finite; run it without --amp"):
+        view("--path film.avi --result_path out --amp")
+
+
 def test_a_bad_file_of_a_scene_names_the_pictures_that_it_costs(network, capsys):
     write_scenes(Path("scenes"), 2)
     Path("scenes/DID-MDN-training/Rain_Medium/train2018new/1.png").write_bytes(b"")
