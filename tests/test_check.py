@@ -450,3 +450,12 @@ def test_real_pairs_lie_above_the_thresholds_and_other_pictures_below():
         assert match(image, clean[i]) > check.MATCH
         assert rain_score(image, clean[i]) > check.SWAPPED
         assert match(image, clean[i - 1]) < check.MATCH
+
+
+def test_a_narrow_pair_is_too_small_as_a_low_one_is(tmp_path, capsys):
+    for i in range(3):
+        for name in ("input", "target"):
+            write_image(tmp_path / name / f"{i}.png", photograph(i, 40, 10 if i == 1 else 40))
+    assert check.main(check.get_args_parser().parse_args([str(tmp_path)])) == 1
+    said = capsys.readouterr().out
+    assert "under 11 pixels a side, too small to train on (1): target/1.png (10x40)" in said

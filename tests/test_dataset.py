@@ -1157,3 +1157,17 @@ def test_a_path_and_a_side_alone_stand_for_lists_of_one(tmp_path):
     assert find_training(folder, "left") == find_training(str(folder), "left") == expected
     with pytest.raises(UserError, match="--clean_side: 'LEFT' is neither left nor right"):
         find_training(folder, ["LEFT"])
+
+
+def test_the_test_set_is_known_from_within_and_not_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_pairs(tmp_path / "DID-MDN-test", 3, clean_side="right"))
+    with pytest.raises(UserError, match="is DID-MDN's test set, not to be trained on"):
+        find_training(["."])
+
+
+def test_a_pair_under_11_pixels_wide_is_refused_as_a_low_one_is(tmp_path):
+    for i in range(3):
+        for name in ("input", "target"):
+            write_image(tmp_path / name / f"{i}.png", photograph(i, 40, 10 if i == 1 else 40))
+    with pytest.raises(UserError, match="1.png: 10x40 pixels; training images need at least 11x11"):
+        find_training([tmp_path])

@@ -224,6 +224,8 @@ def test_max_minutes_counts_across_resumes(clock, folder):
     run = resumed("--resume", "run")
     assert run.seconds() == 28
     assert run.progress() == pytest.approx(28 / 60)
+    clock.seconds += 20
+    assert run.seconds() == 48 and run.progress() == pytest.approx(48 / 60)
     longer = resumed("--resume", "run", "--max_minutes", "2")
     assert longer.progress() == pytest.approx(28 / 120)
 
@@ -999,3 +1001,28 @@ def test_sync_bn_is_for_cuda_and_a_resumed_run_cannot_leave_it_out(resume, words
     args = SimpleNamespace(sync_bn=True, resume=resume, accumulate=1, batch_size=1)
     with pytest.raises(UserError, match=f"--sync_bn: works on CUDA alone, not on cpu; {words}"):
         Experiment._check_division(SimpleNamespace(args=args, device=torch.device("cpu")))
+
+
+def test_a_best_loss_that_was_taken_away_is_beaten_by_any(folder):
+    train(*begun("--epochs", "1"))
+    Path("run", "best_loss.pt").unlink()
+    run = resumed("--resume", "run")
+    run.start(net=network())
+    assert run.best == {"psnr": 20, "ssim": 0.5, "loss": math.inf}
+
+
+def test_a_clean_file_of_many_scenes_is_one_bad_file(folder):
+    run, _ = begun()
+    clean = dataset.Half(Path("clean.png"))
+    scenes = [dataset.Scene(str(i), (dataset.Half(Path(f"{i}.png")),), clean) for i in range(100)]
+    run.scenes = {"weights": scenes}
+    run.leave_out([(scene.key, "clean.png: is empty") for scene in scenes[:3]])
+    assert len(run.bad) == 3
+
+
+def test_where_it_ran_is_not_remembered(folder):
+    run, _ = begun("--workers", "77", "--no_graphs")
+    run.save()
+    run.lock.close()
+    now = resumed("--resume", "run").args
+    assert now.workers != 77 and not now.no_graphs

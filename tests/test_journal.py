@@ -1,6 +1,7 @@
 """A folder restored by several processes, or in several goes, gives what one process in one go gives."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 import model_train
 import test_view
 from support.errors import UserError
-from support.images import read_image
+from support.images import read_image, write_video
 from support.journal import Journal
 from tests.made import ROOT, interrupted, photograph, torchrun, view, write_network, write_pairs, write_scenes
 
@@ -282,3 +283,31 @@ def test_pictures_without_truth_go_on_too(network, folder, monkeypatch):
     assert len(restored) == 1
     assert sorted(file.name for file in Path("out").glob("*.jpg")) == ["0.jpg", "1.jpg", "2.jpg"]
     assert Path("out", "index.html").read_text(encoding="utf-8").count("<li ") == 3
+
+
+def test_a_video_beside_pictures_leaves_them_done(folder, monkeypatch):
+    write_pairs(Path("pairs"), 1)
+    write_video("film.avi", [photograph(0, 32, 48)], 10)
+    flags = "--path pairs --clean_side left --result_path out --skip_done"
+    assert view(flags) == view("--path film.avi --result_path out") == 0
+    restored = count_restored(monkeypatch)
+    assert view(flags) == 0 and not restored
+
+
+def test_a_result_folder_that_turns_read_only_stops_the_run(folder, capsys, monkeypatch):
+    write_pairs(Path("pairs"), 4)
+    restored = count_restored(monkeypatch)
+
+    def refused_from_the_second_on(write):
+        def wrapped(*args, **options):
+            if len(restored) > 1:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return write(*args, **options)
+
+        return wrapped
+
+    for name in ("write_bytes", "touch"):
+        monkeypatch.setattr(Path, name, refused_from_the_second_on(getattr(Path, name)))
+    assert view("--path pairs --clean_side left --result_path out") == 1
+    assert len(restored) == 2
+    assert "stopped there, 1 of 4 pictures are done" in capsys.readouterr().err

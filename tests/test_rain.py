@@ -630,3 +630,42 @@ def test_demo_set_leaves_other_data_alone(tmp_path):
     with pytest.raises(UserError, match="other than the demo set"):
         demo_set(tmp_path)
     assert files(tmp_path) == ["DID-MDN-test/1.jpg"]
+
+
+def test_a_test_set_is_not_added_to(photographs, tmp_path):
+    (tmp_path / "out" / "DID-MDN-test").mkdir(parents=True)
+    with pytest.raises(UserError, match="already holds DID-MDN-test"):
+        write_scenes(find_photographs([photographs]), tmp_path / "out")
+
+
+def test_widths_are_cut_to_multiples_of_16(tmp_path):
+    """Else rain and truth would share the blocks of a JPEG."""
+    write_image(tmp_path / "wide" / "w.png", np.zeros((64, 104, 3), np.uint8))
+    write_scenes([tmp_path / "wide" / "w.png"], tmp_path / "out")
+    assert {read_image(pair).shape for pair in (tmp_path / "out").rglob("*.jpg")} == {(64, 192, 3)}
+
+
+def test_a_narrow_photograph_is_named_as_a_low_one_is(photographs, tmp_path):
+    write_image(photographs / "narrow.png", np.zeros((40, 8, 3), np.uint8))
+    (line,) = write_scenes(find_photographs([photographs]), tmp_path / "out")
+    assert "narrow.png: is 8x40 pixels" in line
+
+
+def test_a_veil_adds_its_mist():
+    rain = draw_rain(np.random.default_rng(0), "veiled")
+    misty, dry = (
+        rain_layer(60, 80, "Heavy", np.random.default_rng(1), rain._replace(veil=dict.fromkeys(rain.veil, v)))
+        for v in (0.3, 0.0)
+    )
+    assert (misty >= dry).all() and misty.mean() > dry.mean() + 0.15
+
+
+def test_training_scenes_are_counted_beside_the_test_part(photographs, tmp_path):
+    assert write_scenes(find_photographs([photographs]), tmp_path / "out", scenes=1, test=1) == []
+    assert [len(files(tmp_path / "out" / part)) for part in ("DID-MDN-training", "DID-MDN-test")] == [3, 3]
+
+
+def test_of_an_odd_width_the_middle_column_is_in_neither_half():
+    image = np.arange(5)[None, :, None] * np.ones((1, 1, 3), np.uint8)
+    halves = [support.rain._half(image, side)[0, :, 0].tolist() for side in ("left", "right")]
+    assert halves == [[0, 1], [3, 4]]

@@ -138,7 +138,7 @@ def test_a_small_picture_goes_through_whole_and_a_large_one_in_tiles(monkeypatch
         ((300, 40), None, {(168, 40)}),
         ((400, 40), None, {(216, 40)}),
         ((203, 301), None, {(120, 96)}),  # 2 x 4, not 4 x 2 of (72, 168) nor 3 x 3
-        ((101, 100), 0, {(101, 100)}),
+        ((203, 301), 0, {(203, 301)}),
         ((40, 40), 64, {(40, 40)}),
     ):
         net = TooBig(pixels=10**9).eval()
@@ -334,3 +334,15 @@ def test_tiles_off_the_grid_are_refused_with_what_is_allowed(flags):
     (name, value), *_ = flags.items()
     with pytest.raises(UserError, match=rf"{name} is {value}; .*multiple of 8.* allowed"):
         restore(Darken().eval(), picture(16, 16), **flags)
+
+
+def test_a_smaller_copy_is_the_mean_of_its_pixels():
+    class Seen(nn.Module):
+        def forward(self, x):
+            self.x = x
+            return x
+
+    net, image = Seen().eval(), picture(64, 96)
+    restore(net, image, scale=0.25)
+    expected = image.reshape(16, 4, 24, 4, 3).mean((1, 3))
+    assert np.abs(255 * net.x[0].permute(1, 2, 0).numpy() - expected).max() < 1

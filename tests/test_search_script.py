@@ -834,3 +834,11 @@ def test_complexity_flag_chooses_what_is_counted(complexity):
     assert penalty.item() == pytest.approx(losses.complexity(distributions, sizes).item())
     other = train_search_batch.make_penalty(net, parse(alone))()
     assert (penalty.item() == pytest.approx(other.item(), rel=1e-6)) == (complexity == "params")
+
+
+def test_another_seed_draws_other_weights(vocabulary):
+    write_pairs(Path("pairs"), 3)
+    search(f"--data pairs --clean_side left {ONE_STEP} --seed 1 --name found --save run")
+    torch.manual_seed(1)
+    drawn = SearchNetwork(CHANNELS).state_dict()
+    assert torch.equal(state("run")["parts"]["net"]["alpha"], drawn["alpha"])

@@ -619,6 +619,15 @@ def test_a_state_that_is_none_is_one_line_before_anything_is_made_of_it(data, ch
     assert "\n" not in str(error.value)
 
 
+def test_resuming_without_the_second_data_folder_is_refused(data, monkeypatch):
+    interrupt(monkeypatch, dataset, draw=1)
+    with pytest.raises(Interrupted):
+        train(f"{MIXED} {TINY} --save run")
+    (data / "pairs").rename(data / "elsewhere")
+    with pytest.raises(UserError, match="pairs: no such file or folder"):
+        train("--resume run")
+
+
 def test_too_many_broken_files_stop_the_run_with_its_state_saved(data, monkeypatch):
     """Where they are repaired it goes on as if nothing had been, new files in the folder, which would change
     the split, included.

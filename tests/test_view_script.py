@@ -967,3 +967,40 @@ def promising(init, frames):
         self.frames = frames
 
     return wrapped
+
+
+def test_a_video_is_not_overwritten_through_a_link(network):
+    write_image("a.png", photograph(1))
+    assert view("--path a.png --result_path real") == 0  # now a folder of results
+    write_video("real/film.avi", [photograph(0, 32, 48)], 10)
+    before = Path("real/film.avi").read_bytes()
+    Path("todo").mkdir()
+    Path("todo/film.avi").symlink_to("../real/film.avi")
+    with pytest.raises(UserError, match="holds the video to restore"):
+        view("--path todo/film.avi --result_path real")
+    assert Path("real/film.avi").read_bytes() == before
+
+
+def test_a_ground_truth_is_not_overwritten_through_a_link(network):
+    write_image("a.png", photograph(1))
+    assert view("--path a.png --result_path real") == 0
+    write_image("real/0.png", photograph(0))
+    write_image("set/input/0.png", rain_on(photograph(0), 0))
+    Path("set/target").mkdir()
+    Path("set/target/0.png").symlink_to("../../real/0.png")
+    with pytest.raises(UserError, match="--result_path real: real/0.png is set/target/0.png"):
+        view("--path set --result_path real")
+    assert np.array_equal(read_image("real/0.png"), photograph(0))
+
+
+def test_of_several_processes_the_worst_outcome_counts(monkeypatch):
+    others = [[(0, "a")], ["interrupted:"]]
+    monkeypatch.setattr(test_view.distributed, "join", lambda found: found + others.pop(0))
+    monkeypatch.setattr(test_view.distributed, "gather", lambda status: [status, 130])
+    assert test_view.together([(1, "b")], "", 0) == (["a", "b"], "interrupted:", 130)
+
+
+def test_a_table_alone_that_cannot_be_written_makes_the_status_1(network):
+    write_pairs(Path("pairs"), 1)
+    Path("out/results.csv/taken").mkdir(parents=True)
+    assert view("--path pairs --clean_side left --result_path out") == 1
