@@ -237,7 +237,8 @@ def check(folder, found):
 def counts(folder, found):
     """How many files there are, by density, and how many DID-MDN has where it is DID-MDN's layout."""
     files = [*(half.path for scene in found.scenes for half in scene.rainy), *found.unpaired]
-    by_density = Counter(d for path in files for d in DENSITIES if f"Rain_{d}" in path.parts)
+    folders = [Path(os.path.relpath(path, folder)).parts for path in files]
+    by_density = Counter(d for parts in folders for d in DENSITIES if f"Rain_{d}" in parts)
     if not by_density:
         single = any(scene.clean is None for scene in found.scenes)
         yield f"{len(found.scenes):,} {'images' if single else 'pairs'}"

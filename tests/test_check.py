@@ -82,6 +82,12 @@ def test_did_mdn_root_is_checked_as_training_and_test(tmp_path, run, monkeypatch
     assert "0 = 1" in report
 
 
+def test_photographs_below_a_folder_named_like_a_density_are_not_did_mdn(tmp_path, run):
+    write_image(tmp_path / "Rain_Heavy" / "a.png", photograph(0))
+    report = run(tmp_path / "Rain_Heavy")[1]
+    assert "1 images" in report and "DID-MDN" not in report
+
+
 def test_sizes_are_summed_up(tmp_path, run):
     write_pairs(tmp_path, 5)
     write_image(tmp_path / "wide.png", np.hstack([photograph(9, 24, 50), rain_on(photograph(9, 24, 50), 9)]))
@@ -452,10 +458,10 @@ def test_real_pairs_lie_above_the_thresholds_and_other_pictures_below():
         assert match(image, clean[i - 1]) < check.MATCH
 
 
-def test_a_narrow_pair_is_too_small_as_a_low_one_is(tmp_path, capsys):
+def test_a_narrow_pair_is_too_small_as_a_low_one_is(tmp_path, run):
     for i in range(3):
         for name in ("input", "target"):
             write_image(tmp_path / name / f"{i}.png", photograph(i, 40, 10 if i == 1 else 40))
-    assert check.main(check.get_args_parser().parse_args([str(tmp_path)])) == 1
-    said = capsys.readouterr().out
-    assert "under 11 pixels a side, too small to train on (1): target/1.png (10x40)" in said
+    status, report = run(tmp_path)
+    assert status == 1
+    assert "under 11 pixels a side, too small to train on (1): target/1.png (10x40)" in report
