@@ -247,6 +247,29 @@ def test_penalty_reaches_the_gradient(search):
     assert relative_error([b - p for b, p in zip(both, plain, strict=True)], alone) < 1e-6
 
 
+def test_the_penalty_reaches_the_unrolled_gradient_once_however_many_the_parts():
+    torch.manual_seed(0)
+    net = SearchNetwork((4, 4, 6, 6)).double().eval()
+    optimizer = torch.optim.SGD(net.weights(), 0.05, momentum=0.8)
+    batches = [make_batch(seed, torch.float64) for seed in (10, 11)]
+
+    def penalty():
+        return 10 * architecture_regulariser(*(p.softmax(-1) for p in net.architecture()))
+
+    def unrolled(penalty, parts=1):
+        adam = torch.optim.Adam(net.architecture())
+        made = Architect(net, adam, loss, penalty, optimizer, parts=parts)
+        return made.unrolled(*batches)
+
+    alone = torch.autograd.grad(penalty(), net.architecture())
+    plain = unrolled(None)
+    for parts in (1, 2):
+        value, both = unrolled(penalty, parts)
+        assert value.item() == pytest.approx((plain[0] + penalty()).item())
+        differences = [b - p for b, p in zip(both, plain[1], strict=True)]
+        assert relative_error(differences, alone) < 1e-6
+
+
 def test_steps_lower_the_validation_loss(search):
     net, optimizer = search
     net.eval()

@@ -1,8 +1,11 @@
 """The benchmark: its forms are one function, its rows are well formed, a difference is not let pass."""
 
+import argparse
 import json
 import math
 import platform
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +104,51 @@ def test_a_run_prints_one_well_formed_row_for_each_asked_for(capsys, monkeypatch
     assert rows["loader"]["plain_ms"] is None and rows["loader"]["scenes_per_second"] > 0
 
 
+def test_times_are_those_of_the_form_whose_column_they_are_in(monkeypatch):
+    assert benchmark.medians([(30, 10), (90, 20), (40, 60)]) == {"plain_ms": 40, "ms": 20, "ratio": 2}
+    monkeypatch.setattr(benchmark, "milliseconds", lambda step, device: step)
+    cpu = torch.device("cpu")
+    assert benchmark.time_in_turns(8.0, 2.0, cpu, 3) == {"plain_ms": 8, "ms": 2, "ratio": 4}
+    monkeypatch.setattr(benchmark, "peak_memory", lambda step, device: step)
+    monkeypatch.setattr(benchmark, "compare", lambda *_: (8.0, 2.0, {}))
+    options = argparse.Namespace(batch_size=5)
+    found = benchmark.measure("training_step", options, cpu, 1)
+    assert (found["plain_mb"], found["mb"], found["images_per_second"]) == (8, 2, 1000 * 15 / 2)
+    assert benchmark.measure("inference_256", options, cpu, 1)["images_per_second"] == 500
+
+
+def test_a_loaders_figures_are_its_batches_by_the_second(monkeypatch):
+    """Three batches of 4 scenes of 3 images, of 2 s each, after the first ones."""
+    clock = count(step=2)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(benchmark, "LOADER_SECONDS", 5)
+    drawn = []
+    batches = (drawn.append(1) or SimpleNamespace(rainy=range(12)) for _ in count())
+    found = benchmark.loader_speed(batches, workers=2, batch_size=4)
+    assert found == {"ms": 2000, "images_per_second": 6, "scenes_per_second": 2}
+    assert len(drawn) == 5 + 3
+
+
+def test_the_cache_is_compared_with_decoding_and_a_wrong_one_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "PHOTOGRAPHS", ["rocket.jpg"])
+
+    def speed(batches, workers, batch_size):
+        ms = 1.0 if batches.gi_frame.f_locals["cache"] else 10.0
+        return {"ms": ms, "images_per_second": 12 / ms, "scenes_per_second": 4 / ms}
+
+    monkeypatch.setattr(benchmark, "loader_speed", speed)
+    args = benchmark.get_args_parser().parse_args(
+        "--rows loader_cached --json --device cpu --workers 0".split()
+    )
+    benchmark.main(args)
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["plain_ms"], row["ms"], row["ratio"], row["error"]) == (10, 1, 10, 0)
+    monkeypatch.setattr(benchmark, "relative_error", lambda *_: 1e-7)
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(args)
+    assert stop.value.code.endswith(": loader_cached")
+
+
 def test_the_table_says_what_unrolling_costs_and_what_a_run_waits_for(capsys):
     rows = {
         "arch_step": {"plain_ms": 20.0, "ms": 10.0, "mb": 100.0},
@@ -190,6 +238,25 @@ def test_a_process_of_its_own_records_its_graphs_on_the_gpu_that_is_asked_for(mo
     with pytest.raises(TypeError, match="'str' object is not callable"):  # the step is what was chosen before
         benchmark.serve(None, "training_step", None, torch.device("cuda:1"), False, False, 1)
     assert chosen == ["cuda:1"]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_process_that_keeps_memory_runs_the_offered_form(monkeypatch, plain):
+    started, answers = [], iter([60.0, 30.0, 9.0, 3.0])
+
+    class Other(Nothing):
+        def Process(self, target, args, daemon):
+            started.append(args[4:6])
+            return self
+
+        def recv(self):
+            return next(answers)
+
+    monkeypatch.setattr(benchmark, "compare", lambda *_: ({},))
+    monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda kind: Other())
+    found = benchmark.measure_scripts("training_step", None, None, 1, plain)
+    assert started == [(False, plain), (True, False)]
+    assert found == {"plain_ms": 9, "ms": 3, "ratio": 3, "plain_mb": 60, "mb": 30}
 
 
 class Nothing:

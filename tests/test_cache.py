@@ -1,6 +1,7 @@
 """--cache: the same batches without decoding; what is stale, damaged or half written is never used."""
 
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import pickle
@@ -15,7 +16,9 @@ import warnings
 from itertools import islice
 from pathlib import Path
 
+import cv2
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -210,6 +213,13 @@ def test_the_cache_may_differ_when_a_run_is_resumed():
         assert [parse(f.split()).cache for f in ("", "--cache", "--cache X")] == [None, "", "X"]
 
 
+def test_where_there_are_no_file_locks_the_cache_is_refused_in_a_line(tmp_path, monkeypatch):
+    folder, scenes = pairs(tmp_path)
+    monkeypatch.setattr(caching, "fcntl", None)
+    with pytest.raises(UserError, match="--cache: needs a system with file locks"):
+        open_cache(scenes, [folder])
+
+
 # --- what has changed ---
 
 
@@ -345,6 +355,17 @@ def test_a_bad_file_does_not_have_the_cache_made_anew_each_time_until_it_is_mend
     assert_as_files(scenes, open_cache(scenes, [folder]))
 
 
+def test_a_file_that_is_gone_does_not_have_the_cache_made_anew_each_time(tmp_path):
+    """As of a resumed run, which keeps the scenes that it was begun with."""
+    folder, scenes = pairs(tmp_path)
+    (folder / "2.png").unlink()
+    open_cache(scenes, [folder])
+    file = kept_file(folder).stat().st_ino, kept_file(folder).stat().st_mtime_ns
+    cache = open_cache(scenes, [folder])
+    assert (kept_file(folder).stat().st_ino, kept_file(folder).stat().st_mtime_ns) == file
+    assert cache.get([scenes[2].clean]) is None and cache.get([scenes[3].clean]) is not None
+
+
 # --- a cache file that is damaged, half written, or another's ---
 
 
@@ -365,6 +386,7 @@ DAMAGES = {
     "a pixel": lambda file: flip(file, 5000),
     "the index": lambda file: flip(file, -200),
     "the tail": lambda file: flip(file, -44),
+    "a beginning far away": lambda file: flip(file, -38),
     "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
 }
 
@@ -395,6 +417,15 @@ def test_what_another_version_of_a_decoder_wrote_is_made_anew(tmp_path, decoded,
     decoded.clear()
     open_cache(scenes, [folder])
     assert len(decoded) == 6
+
+
+@pytest.mark.parametrize("decoder", [cv2, PIL])
+def test_the_decoders_versions_are_in_the_cache(monkeypatch, decoder):
+    monkeypatch.setattr(decoder, "__version__", "0.1")
+    spec = importlib.util.spec_from_file_location("another", caching.__file__)
+    another = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(another)
+    assert another._WRITER != caching._WRITER
 
 
 def test_a_file_that_took_the_place_of_the_cache_is_not_taken_for_it(tmp_path, decoded):

@@ -90,6 +90,41 @@ def test_runs_that_are_not_alike_are_not_compared(folder, monkeypatch, capsys):
         compare(command)
 
 
+def test_genotypes_are_trained_seed_by_seed(folder, monkeypatch):
+    """So that a comparison cut short is a fair one."""
+    for seed, name in enumerate(("found", "random_0")):
+        monkeypatch.setattr(genotypes, name, random_genotype(seed), raising=False)
+    asked = []
+
+    def retrained(name, seed, folder, flags):
+        asked.append((name, seed))
+        return {"best": {"psnr": 20.0}, "parameters": 9}
+
+    monkeypatch.setattr(chance, "retrain", retrained)
+    command = "--searched found --random random_0 --seeds 0 1 --runs runs -- --data pairs"
+    compare(command)
+    assert asked == [(name, seed) for seed in (0, 1) for name in ("random_0", "found")]
+
+
+def test_a_genotype_without_a_score_for_one_seed_is_left_out_with_all_its_seeds(folder, monkeypatch, capsys):
+    for seed, name in enumerate(("found", "random_0")):
+        monkeypatch.setattr(genotypes, name, random_genotype(seed), raising=False)
+    asked = []
+
+    def retrained(name, seed, folder, flags):
+        asked.append((name, seed))
+        lost = (name, seed) == ("random_0", 1)
+        return {"best": {"psnr": None if lost else 20.0 + seed}, "parameters": 9}
+
+    monkeypatch.setattr(chance, "retrain", retrained)
+    command = "--searched found --random random_0 --seeds 0 1 2 --runs runs -- --data pairs"
+    assert compare(command) == 1
+    said = capsys.readouterr()
+    assert "random_0-s1: no epoch had a score" in said.err
+    assert "random_0" not in said.out and "20.000 21.000 22.000" in said.out
+    assert ("random_0", 2) not in asked and ("found", 2) in asked
+
+
 def test_shared_weights_are_scored_on_the_data_that_the_runs_found(folder, monkeypatch, capsys):
     """--data left out, it is DID-MDN's place. And a run of which only last.prev.pt is left goes on."""
     write_scenes(folder / "datasets" / "Rain1200", 24)
@@ -202,3 +237,12 @@ def test_a_genotype_is_searched_or_random_and_not_both(monkeypatch):
         monkeypatch.setattr(genotypes, name, random_genotype(seed), raising=False)
     with pytest.raises(UserError, match="--searched found_0: is among --random, too"):
         compare("--searched found_* --random *_0 --runs runs -- --data nowhere")
+
+
+@pytest.mark.parametrize("flag", ["arch", "save", "resume"])
+def test_a_flag_that_is_each_runs_own_is_refused(monkeypatch, flag):
+    for seed, name in enumerate(("found", "random_0")):
+        monkeypatch.setattr(genotypes, name, random_genotype(seed), raising=False)
+    monkeypatch.setattr(chance, "retrain", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match=f"--{flag}: differs from run to run, so leave it out after --"):
+        compare(f"--searched found --random random_0 --runs runs -- --data nowhere --{flag} found")

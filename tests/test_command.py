@@ -19,7 +19,7 @@ import train_model_batch
 import train_search_batch
 from genotypes import GenotypeError
 from model_train import CheckpointError
-from support import command, logs
+from support import command, distributed, logs, options
 from support.errors import Interrupted, UserError
 
 SCRIPTS = {"search": train_search_batch, "train": train_model_batch, "view": test_view}
@@ -302,3 +302,10 @@ def test_a_loader_process_that_is_killed_is_one_line(capsys, monkeypatch):
         r"fewer --workers need less; what was saved goes on with --resume",
         line,
     )
+
+
+def test_the_processes_of_a_machine_share_its_cores_for_their_loaders(monkeypatch):
+    monkeypatch.setattr(options.os, "cpu_count", lambda: 32)
+    for processes, workers in ((1, 8), (4, 4), (64, 1)):
+        monkeypatch.setattr(distributed, "local_size", lambda processes=processes: processes)
+        assert train_search_batch.get_args_parser().get_default("workers") == workers

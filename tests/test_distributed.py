@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import dataset
 import genotypes
 from model_search import SearchNetwork
 from model_train import DerainNetwork
-from support import distributed
+from support import buffers, devices, distributed
+from support.errors import UserError
 from tests import ranks
 from tests.made import ROOT, assert_same, random_genotype, session, torchrun, write_pairs, write_scenes
 
@@ -271,3 +273,34 @@ def test_one_process_is_left_as_it_is():
     assert distributed.parallel(net, net.parameters()) is net
     assert distributed.average([net.weight])[0] is net.weight
     assert distributed.size() == 1 and distributed.is_main() and not distributed.launched()
+
+
+def test_each_process_of_torchrun_has_the_gpu_of_its_number_on_its_machine(monkeypatch):
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
+    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    chosen, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None: zeros(*size))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert devices.pick_device() == devices.pick_device("cuda") == torch.device("cuda:1")
+    assert chosen == 2 * [torch.device("cuda:1")]
+    assert devices.pick_device("cpu") == torch.device("cpu")
+    for name in ("cuda:1", "mps"):
+        with pytest.raises(UserError, match=f"--device {name}: torchrun's processes run on cuda"):
+            devices.pick_device(name)
+
+
+def test_statistics_move_by_the_mean_of_what_the_ranks_saw(monkeypatch):
+    """In the runs above BatchNorm's statistics do not change, or are compared between the ranks alone."""
+    norm = nn.BatchNorm2d(2)
+    kept = buffers.Buffers(norm)
+    kept.keep()
+    norm(torch.randn(3, 2, 4, 4) + 5)
+    changes = [norm.running_mean.clone(), norm.running_var - 1]
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "average", lambda tensors: [tensor / 2 for tensor in tensors])  # 0 there
+    kept.average_changes()
+    torch.testing.assert_close(norm.running_mean, changes[0] / 2)
+    torch.testing.assert_close(norm.running_var, 1 + changes[1] / 2)
+    assert norm.num_batches_tracked == 1

@@ -428,6 +428,14 @@ def test_files_of_no_run_are_not_replaced(file, folder):
     assert [(path.name, path.read_text()) for path in Path("run").iterdir()] == [(file, "mine")]
 
 
+@pytest.mark.parametrize("folder_name, file", [("run", "genotype.svg"), ("run [1]", "log.txt")])
+def test_files_of_no_run_are_not_replaced_whatever_the_folder_is_called(folder_name, file, folder):
+    Path(folder_name).mkdir()
+    Path(folder_name, file).write_text("mine")
+    with pytest.raises(UserError, match=re.escape(f"{folder_name}/{file} would be replaced")):
+        new("--save", folder_name)
+
+
 def test_the_folder_of_a_run_that_was_killed_before_its_first_state_can_be_taken(folder):
     begun()
     assert Path("run", "options.json").exists() and not Path("run", "last.pt").exists()

@@ -250,6 +250,24 @@ def test_when_what_a_step_depends_on_changes_old_graphs_are_let_go_before_one_is
     assert seen[2:] == [None, (0, None)]
 
 
+def test_as_many_images_of_another_number_of_scenes_are_recorded_anew(monkeypatch):
+    """As mixed data has them: four images of two scenes, then of one."""
+    recorded = []
+
+    def record(self, batch):
+        own = batch._replace(rainy=batch.rainy.clone(), clean=batch.clean.clone(), scene=batch.scene.clone())
+        recorded.append(len(batch.clean))
+        return SimpleNamespace(replay=lambda: None), own, own.clean
+
+    monkeypatch.setattr(Recorded, "record", record)
+    replayed = Recorded(None)
+    for scene in ([0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]):
+        scenes = max(scene) + 1
+        batch = Batch(torch.rand(4, 3, 16, 16), torch.rand(scenes, 3, 16, 16), torch.tensor(scene), [], [])
+        assert torch.equal(replayed(batch), batch.clean)
+    assert recorded == [2, 1]
+
+
 @cuda
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_with_graphs_logs_the_losses_of_one_without(name, folder, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import benchmark, devices, growth
+from support import benchmark, devices, distributed, growth
 from support.errors import UserError
 from tests.made import ROOT, at_the_command_line
 
@@ -107,6 +107,15 @@ def test_widths_that_are_measured_are_even():
     assert growth.widened([18, 4, 2, 64], 2) == [36, 8, 4, 128]
 
 
+def test_a_points_first_step_is_not_in_its_seconds(monkeypatch):
+    times = iter([90.0, 3.0, 1.0, 2.0])
+    monkeypatch.setattr(growth, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(growth.benchmark, "milliseconds", lambda step, device: 1000 * next(times))
+    monkeypatch.setattr(growth, "PATIENCE", 1000)
+    threads = torch.get_num_threads()
+    assert growth.measure(lambda: None, torch.device("cpu"), threads, repeats=3)["seconds"] == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", growth.STEPS)
 def test_a_larger_step_of_either_script_takes_more_memory(name):
@@ -164,6 +173,22 @@ def test_memory_is_not_measured_where_it_would_take_more_than_is_allowed(monkeyp
 def test_two_processes_share_a_step():
     seconds = growth.launch(2, growth.train_together, [4, 4, 4, 4], 2, 1)
     assert math.isfinite(seconds) and seconds > 0
+
+
+def test_processes_share_the_scenes_of_a_step_and_the_first_is_not_counted(monkeypatch):
+    asked, times = [], iter([0.0, 50.0, 60.0, 63.0, 70.0, 71.0, 80.0, 82.0])
+    for name in ("start", "barrier", "end"):
+        monkeypatch.setattr(distributed, name, lambda: None)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "average", lambda tensors: tensors)
+    monkeypatch.setattr(growth, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(growth.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(
+        benchmark, "training_step", lambda net, batch, *_: asked.append(len(batch.clean)) or (lambda: None)
+    )
+    assert growth.train_together([2, 2, 2, 2], 4, 3) == 2
+    assert asked == [2]
 
 
 @pytest.mark.slow

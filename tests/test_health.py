@@ -1,12 +1,14 @@
 """How a search's health is measured, and when it counts as collapsed."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from genotypes import EDGES, MODULES, PRIMITIVES, Genotype
+from model_search import SearchNetwork
 from support import health
 from support.health import ALPHA_ROWS, BETA_ROWS, WINDOW, Health
 from tests.made import random_genotype
@@ -91,6 +93,25 @@ def test_a_search_that_has_decided_may_stand_still():
     assert judged([0.3] * WINDOW, margin=0.5).collapse is None
 
 
+def test_a_search_is_judged_by_the_means_over_betas_rows(tmp_path, monkeypatch):
+    """Alpha here is decided, and one row of beta is not."""
+    net = SearchNetwork((2, 2, 2, 2))
+    with torch.no_grad():
+        net.alpha.zero_()[:, 0] = 9
+        net.beta.zero_()[1:, 0] = 3
+    judged = []
+    monkeypatch.setattr(Health, "judge", lambda found, *given: judged.append(given))
+    writer = SimpleNamespace(add_image=lambda *_, **__: None, add_scalar=lambda *_: None)
+    run = SimpleNamespace(folder=tmp_path, step=1, writer=writer)
+    Health(3).examine(run, 2, net, HEALTHY)
+    assert judged == []
+    Health(3).examine(run, 3, net, HEALTHY)
+    beta = net.beta.detach().double().softmax(-1)
+    expected = health.entropy(beta).mean().item(), health.margin(beta).mean().item()
+    assert judged == [(3, HEALTHY, *map(pytest.approx, expected))]
+    assert expected[1] > 0.1 and health.margin(beta).min() < 0.1
+
+
 def test_a_collapse_is_named_once_and_again_when_it_changes(caplog):
     weak = [13, 14, 14, 20, 13, 13]
     with caplog.at_level(logging.INFO, "manas"):
@@ -111,6 +132,14 @@ def test_a_resumed_search_judges_as_if_it_had_not_stopped():
         for i, value in enumerate(values[stop:], start=stop):
             found.judge(3 + i, HEALTHY, value, 0.01)
         assert found.state_dict() == judged(values).state_dict()
+
+
+@pytest.mark.parametrize("kept, healthy", [(None, []), (3, [3]), ([3, 4], [3, 4])])
+def test_a_state_that_kept_the_last_healthy_epoch_alone_is_gone_on_from(kept, healthy):
+    found = Health(3)
+    found.load_state_dict({"entropies": [], "collapse": None, "healthy": kept})
+    found.judge(5, HEALTHY, 0.9, 0.01)
+    assert found.healthy == [*healthy, 5]
 
 
 # --- heat maps ---

@@ -1,5 +1,6 @@
 """A run killed at any moment and resumed is bit-equal to one that was not, for both stages."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import torch
 import genotypes
 import train_model_batch
 import train_search_batch
+from support import lock
 from support.errors import UserError
 from support.experiment import BEST, LOCK, STATES, Experiment
 from support.lock import lock_folder
@@ -252,3 +254,21 @@ def test_a_folder_in_which_another_process_runs_is_refused(processes, stage, fol
     other.kill()  # which needs no cleaning up after it
     other.join()
     lock_folder(folder / "run", LOCK, "--save").close()
+
+
+@pytest.mark.skipif(lock.os.name != "posix", reason="another lock")
+def test_where_files_cannot_be_locked_a_run_goes_on_without(tmp_path, monkeypatch):
+    """As on some network file systems."""
+
+    def refusing(number):
+        def lockf(*_):
+            raise OSError(number, "no")
+
+        monkeypatch.setattr(lock.fcntl, "lockf", lockf)
+
+    for number in (errno.ENOLCK, errno.ENOTSUP):
+        refusing(number)
+        lock.lock_folder(tmp_path, "run.lock", "--save").close()
+    refusing(errno.EIO)
+    with pytest.raises(OSError, match="no"):
+        lock.lock_folder(tmp_path, "run.lock", "--save")

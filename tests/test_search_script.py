@@ -543,6 +543,22 @@ def test_a_search_not_told_to_stop_goes_on_and_says_so_once(vocabulary, monkeypa
     assert "found = Genotype(" in vocabulary.read_text(encoding="utf-8")
 
 
+def test_a_search_that_was_not_told_to_stop_when_it_collapsed_goes_on_with_more_minutes(
+    vocabulary,  # noqa: F811
+    monkeypatch,
+):
+    monkeypatch.setattr(health, "WINDOW", 1)
+    write_pairs(Path("pairs"), 6)
+    flags = COLLAPSING.replace("--stop_on_collapse", "").replace("--epochs 4", "--epochs 2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "progress", lambda run: float(run.step))  # its minutes are over
+        assert search(f"{flags} --arch_start 1 --arch_learning_rate 0 --max_minutes 99") == 0
+    assert json.loads(Path("run", "summary.json").read_text())["collapse"]
+    assert state("run")["step"] == 1
+    assert search("--resume run --name longer") == 0
+    assert state("run")["step"] == 2
+
+
 # --- repeated ---
 
 
