@@ -78,6 +78,16 @@ def test_either_half_of_pairs_and_every_nth(checkpoints, tmp_path, capsys):
         changes.pictures_of(scene._replace(clean=None), "clean")
 
 
+def test_the_half_that_is_asked_for_is_measured(checkpoints, tmp_path, capsys):
+    for i in range(2):
+        write_image(tmp_path / "set" / "input" / f"{i}.png", rain_on(photograph(i), i))
+        write_image(tmp_path / "set" / "target" / f"{i}.png", photograph(i))
+    for half, name in (("rainy", "input"), ("clean", "target")):
+        flags = [tmp_path / "set", "--half", half, "--worst", 2, "--ckt_path", checkpoints[1]]
+        named = [line.split()[1] for line in change(flags, capsys)[1].out.splitlines() if ".png" in line]
+        assert named == [f"{tmp_path}/set/{name}/{i}.png" for i in range(2)]
+
+
 def test_a_bad_file_is_named_and_the_rest_is_reported(checkpoints, tmp_path, capsys):
     write_image(tmp_path / "p" / "good.png", photograph(0))
     (tmp_path / "p" / "bad.png").write_bytes(b"no picture")

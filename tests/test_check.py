@@ -103,6 +103,31 @@ def test_single_images_that_look_like_pairs_are_noted(tmp_path, run):
     assert "4 look like side-by-side pairs, clean half right: give --clean_side right" in report
 
 
+def test_half_of_the_pictures_that_look_like_pairs_are_not_enough_to_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "rain_score", lambda rainy, clean: float(rainy.mean() - clean.mean()))
+    for i in range(4):
+        left = photograph(i, 96, 128)
+        right = rain_on(left, i) if i < 2 else photograph(10 + i, 96, 128)
+        write_image(tmp_path / f"{i}.png", np.hstack([left, right]))
+    found = find(tmp_path)
+    assert check.single_hint(found.scenes) == ""
+    assert not [f.text for f in check.check(tmp_path, found).findings if "side-by-side" in f.text]
+    (tmp_path / "3.png").unlink()
+    found = find(tmp_path)
+    assert "2 of 3 looked at seem to be side-by-side pairs" in check.single_hint(found.scenes)
+    assert [f.text for f in check.check(tmp_path, found).findings if "side-by-side" in f.text]
+
+
+def test_a_hint_is_given_where_most_pairs_are_bad_and_not_of_one(tmp_path):
+    write_pairs(tmp_path, 4)
+    said = []
+    for i in range(3):
+        write_image(tmp_path / f"{i}.png", np.hstack([photograph(i), rain_on(photograph(i + 10), 1)]))
+        said.append(check.pair_hint(find(tmp_path, "left").scenes))
+    assert said[:2] == ["", ""]
+    assert said[2] == f"{check.OTHER_PICTURE}, 3 of 4 images looked at; python dataset.py looks at all"
+
+
 def test_flat_pictures_are_not_noted_as_pairs(tmp_path, run):
     for i in range(4):
         write_image(tmp_path / f"{i}.png", np.full((24, 64, 3), 40 * i, np.uint8))
@@ -113,6 +138,17 @@ def test_pictures_with_a_flat_half_are_not_taken_for_pairs(tmp_path):
     for i in range(4):
         flat = np.full((96, 128, 3), 90, np.uint8)
         write_image(tmp_path / f"{i}.png", np.hstack([photograph(i, 96, 128), flat]))
+    assert check.single_hint(find(tmp_path).scenes) == ""
+
+
+def test_halves_that_are_alike_without_rain_on_either_are_not_taken_for_pairs(tmp_path):
+    """As of two shots in one."""
+    for i in range(4):
+        left = photograph(i, 96, 128) // 2 + 60
+        grain = np.random.default_rng(i).integers(-1, 2, left.shape)
+        write_image(tmp_path / f"{i}.png", np.hstack([left, (left + grain).astype(np.uint8)]))
+    looks = [check.examine(scene, tmp_path) for scene in find(tmp_path).scenes]
+    assert all(check.HINT_MATCH < look.match < 1 for look in looks)
     assert check.single_hint(find(tmp_path).scenes) == ""
 
 
@@ -133,6 +169,20 @@ def test_pictures_without_rain_are_noted_and_wrong_where_they_are_most(tmp_path,
         found, said = run(tmp_path, "--clean_side", "left")
         assert f"no rain, equal to the clean one ({count}): 0.png" in said
         assert found == status
+
+
+def test_a_picture_too_large_for_the_memory_is_named_and_the_rest_is_checked(tmp_path, capsys, monkeypatch):
+    def read(path, read=check.read_image):
+        if path.name == "2.png":
+            raise MemoryError
+        return read(path)
+
+    monkeypatch.setattr(check, "read_image", read)
+    write_pairs(tmp_path, 6)
+    args = check.get_args_parser().parse_args([str(tmp_path), "--clean_side", "left"])
+    assert check.main(args) == 1
+    report = capsys.readouterr().out
+    assert "too large for the memory here (1): 2.png\n" in report and "1 thing is wrong" in report
 
 
 def test_a_folder_that_cannot_be_asked_for_is_one_line(tmp_path, run):

@@ -372,6 +372,17 @@ def test_a_checkpoint_is_not_exported_over_itself(saved):
     assert path.read_bytes() == content
 
 
+def test_a_checkpoint_is_not_exported_over_itself_under_another_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model_train.save(DerainNetwork(random_genotype(0), (2, 2, 2, 2)), "net.pt")
+    content = Path("net.pt").read_bytes()
+    Path("link.pt").symlink_to("net.pt")
+    for checkpoint, out in ((str(tmp_path / "net.pt"), "net.pt"), ("link.pt", "net.pt")):
+        with pytest.raises(CheckpointError, match="is the checkpoint itself"):
+            model_train.main(model_train.get_args_parser().parse_args([checkpoint, out]))
+        assert Path("net.pt").read_bytes() == content
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_wider_network_computes_the_same_with_copies_that_part(training):
     torch.manual_seed(0)

@@ -105,6 +105,12 @@ def test_did_mdn_test_folder_needs_no_side(tmp_path):
     assert np.array_equal(read_scene(scene)[1], photograph(0))
 
 
+def test_a_side_that_is_given_counts_for_did_mdns_test_folder_too(tmp_path):
+    write_pairs(tmp_path / "DID-MDN-test", 1, clean_side="left")
+    (scene,) = find(tmp_path / "DID-MDN-test", "left").scenes
+    assert np.array_equal(read_scene(scene)[1], photograph(0))
+
+
 def test_did_mdn_test_folder_is_known_from_within(tmp_path, monkeypatch):
     folder = write_pairs(tmp_path / "DID-MDN-test", 1, clean_side="right")
     monkeypatch.chdir(folder)
@@ -167,6 +173,17 @@ def test_paired_folders_are_matched_by_name(tmp_path, rainy_folder, clean_folder
     (rainy,), clean = read_scene(scene)
     assert rainy[0, 0, 2] == BLUE["Heavy"]
     assert clean[0, 0, 2] == BLUE["clean"]
+
+
+@pytest.mark.parametrize(
+    ("rainy", "clean"),
+    [("inputs", "targets"), ("rain_image", "label"), ("degraded", "groundtruth"), ("input", "gtruth")],
+)
+def test_folders_of_these_names_too_make_pairs(tmp_path, rainy, clean):
+    for folder in (rainy, clean):
+        write_image(tmp_path / folder / "1.png", photograph(0))
+    (scene,) = find(tmp_path).scenes
+    assert scene.clean.path == tmp_path / clean / "1.png"
 
 
 def test_several_rainy_images_of_one_clean_are_pairs_of_one_background(tmp_path):
@@ -294,6 +311,23 @@ def test_test_pairs_are_not_trained_on(tmp_path, layout):
     with pytest.raises(
         UserError, match=r"holds pairs in .*train.* and in .*(test|val).*; give those to train"
     ):
+        find_training([tmp_path])
+
+
+@pytest.mark.parametrize("other", ["latest", "trainer"])
+def test_a_folder_whose_name_only_holds_such_a_word_is_no_part(tmp_path, other):
+    for folder in ("train" if other == "latest" else "test", other):
+        for name in ("rain-1", "norain-1"):
+            write_image(tmp_path / folder / f"{name}.png", photograph(0))
+    assert len(find_training([tmp_path])) == 2
+
+
+@pytest.mark.parametrize(("training", "test"), [("Train", "test"), ("train", "Test")])
+def test_test_pairs_are_told_in_capitals_too(tmp_path, training, test):
+    for folder in (training, test):
+        for name in ("rain-1", "norain-1"):
+            write_image(tmp_path / folder / f"{name}.png", photograph(0))
+    with pytest.raises(UserError, match=f"holds pairs in {training} and in {test}; give those to train"):
         find_training([tmp_path])
 
 

@@ -14,7 +14,7 @@ from support import gallery
 from support.errors import UserError
 from support.gallery import Example, Gallery, gain, montage
 from support.images import image_size, read_image, write_image
-from support.metrics import score
+from support.metrics import METRICS, score
 from tests.made import photograph, rain_on
 
 ODD_NAMES = ("a b", "<b>&amp;", "\"x\" 'y'", "Überflutung 雨", "100% #1?", "c:d", "{{cards}}", r"\1 \g<0>")
@@ -122,6 +122,47 @@ def test_the_summary_has_means_by_density_and_counts_what_got_worse(tmp_path):
     assert by_name["Heavy"][4] == f"{np.mean([row['input_psnr_rgb'] for row in rows[:3]]):.2f}"
 
 
+def with_numbers(folder, names):
+    """A gallery of one picture under several names, each of whose numbers is another."""
+    filled, clean = Gallery(folder), photograph(0)
+    for i, name in enumerate(names):
+        write_image(folder / f"{name}.png", clean)
+        numbers = {f"{of}{metric}": 0.0 for of in ("input_", "") for metric in METRICS}
+        numbers = {key: 10.01 * (i + 1) + 1.01 * k**2 for k, key in enumerate(numbers)}
+        filled.add({"name": name, "density": "", **numbers}, folder / f"{name}.png", clean, clean, clean)
+    return filled
+
+
+def test_numbers_on_the_page_stand_under_their_own_pictures(tmp_path):
+    filled = with_numbers(tmp_path, "ab")
+    page = Page(filled.write({}))
+    captions = re.findall(r'data-kind="(\w+)".*?<figcaption>(.*?)</figcaption>', page.source)
+    heads = re.findall(r"<h3>(.*?)</h3>", page.source)
+    for i, (entry, card) in enumerate(zip(filled.entries, page.cards(), strict=True)):
+        row, shown = entry.row, dict(captions[3 * i : 3 * i + 3])
+        for kind, of in (("rain", "input_"), ("restored", "")):
+            expected = [f"{row[of + metric]:.{digits}f}" for metric, (_, digits) in METRICS.items()]
+            assert re.findall(r"\d+\.\d+", shown[kind]) == expected
+        assert shown["truth"] == "ground truth"
+        gains = [gain(row, channels) for channels in ("rgb", "y")]
+        assert re.findall(r"\+(\d+\.\d\d) dB", heads[i]) == [f"{value:.2f}" for value in gains]
+        assert [float(card[f"data-gain-{channels}"]) for channels in ("rgb", "y")] == gains
+        assert [float(card[f"data-psnr-{c}"]) for c in ("rgb", "y")] == [row["psnr_rgb"], row["psnr_y"]]
+
+
+def test_the_summary_has_the_gain_on_rgb_and_on_y_and_counts_what_is_in_no_mean(tmp_path):
+    filled, clean = with_numbers(tmp_path, "ab"), photograph(0, 8, 8)
+    means = [np.mean([gain(e.row, channels) for e in filled.entries]) for channels in ("rgb", "y")]
+    row = scored("tiny", rain_on(clean, 0), clean, clean)
+    write_image(tmp_path / "tiny.png", clean)
+    filled.add(row, tmp_path / "tiny.png", rain_on(clean, 0), clean, clean)
+    source = filled.write({}).read_text(encoding="utf-8")
+    table = re.search("<table>.*</table>", source).group()
+    assert re.findall(r">\+(\d+\.\d\d) dB<", table) == [f"{mean:.2f}" for mean in means]
+    # The PSNR of the equal pictures, in RGB and Y, and the SSIM of output and input.
+    assert "6 values are not in them" in source
+
+
 @pytest.mark.parametrize("truth", [True, False])
 def test_of_very_many_pictures_the_page_shows_the_worst_and_sums_up_all(tmp_path, monkeypatch, truth):
     monkeypatch.setattr(gallery, "MOST", 2)
@@ -183,6 +224,11 @@ def test_examples_are_the_best_the_median_and_the_worst_or_those_named(tmp_path)
     assert [e.title for e in fill(tmp_path / "plain", "abcd", truth=False).examples()] == ["a", "b", "c"]
 
 
+def test_of_fewer_than_three_pictures_none_is_an_example_twice(tmp_path):
+    for names, titles in (("ab", ["a", "b"]), ("abc", ["best: a", "median: b", "worst: c"])):
+        assert [e.title for e in fill(tmp_path / names, names).examples()] == titles
+
+
 def test_a_montage_has_labels_on_white_above_and_beside_the_pictures(tmp_path):
     clean = np.full((60, 80, 3), 90, np.uint8)
     rainy = clean + np.array([60, 0, 9], np.uint8)  # no grey of a letter
@@ -202,6 +248,31 @@ def test_a_montage_has_labels_on_white_above_and_beside_the_pictures(tmp_path):
         dark = np.argwhere(label.min(-1) < 128)
         assert dark.min() > 0, "none cut off"
         assert (dark.max(0) < np.array(label.shape[:2]) - 1).all()
+
+
+def test_a_montage_s_columns_and_numbers_are_those_of_their_labels(tmp_path, monkeypatch):
+    clean, said = np.full((60, 80, 3), 90, np.uint8), {}
+    rainy, restored = clean + np.array([60, 0, 9], np.uint8), clean + np.array([0, 30, 0], np.uint8)
+    text = gallery.ImageDraw.ImageDraw.text
+
+    def noted(self, at, words, *args, **options):
+        said.setdefault(at[0], []).append(words)
+        return text(self, at, words, *args, **options)
+
+    monkeypatch.setattr(gallery.ImageDraw.ImageDraw, "text", noted)
+    row = scored("x", rainy, restored, clean)
+    montage([Example("x", rainy, restored, clean, row)], tmp_path / "m.png", width=240)
+    image = read_image(tmp_path / "m.png")
+    of_label = {words[0]: (x, words[1]) for x, words in said.items() if len(words) == 2}
+    for label, picture, of in (
+        ("rain", rainy, "input_"),
+        ("restored", restored, ""),
+        ("ground truth", clean, None),
+    ):
+        x, number = of_label[label]
+        assert (image[image.shape[0] // 2, int(x)] == picture[0, 0]).all()
+        numbers = f"{row[f'{of}psnr_rgb']:.2f} dB / {row[f'{of}ssim_rgb']:.4f}" if of is not None else None
+        assert number == (numbers or "PSNR / SSIM on RGB")
 
 
 def test_a_montage_without_truth_has_two_columns_and_pictures_keep_their_proportions(tmp_path):

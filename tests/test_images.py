@@ -148,6 +148,11 @@ def test_a_lossless_webp_stays_lossless(tmp_path):
     assert not load(tmp_path / "out.png").lossless
 
 
+def test_a_lossless_webp_with_a_profile_of_odd_length_stays_lossless(tmp_path):
+    Image.fromarray(smooth()).save(tmp_path / "x.webp", lossless=True, icc_profile=b"x" * 163)
+    assert load(tmp_path / "x.webp").lossless
+
+
 @pytest.mark.parametrize(
     ("bits", "masks", "pixel"),
     [(32, (0xFF0000, 0xFF00, 0xFF), 0x00B4B4B4), (16, (0xF800, 0x7E0, 0x1F), 0xFFFF)],
@@ -171,6 +176,23 @@ def test_grey_with_alpha_comes_back_as_grey_colours_with_alpha(tmp_path):
         assert np.array_equal(picture.rgb, np.dstack([grey_alpha[..., 0]] * 3))
         save(tmp_path / f"out{name}", picture)
         assert np.array_equal(load(tmp_path / f"out{name}").rgb, picture.rgb)
+
+
+def test_what_is_grey_by_its_first_bytes_is_grey_when_read(tmp_path):
+    """Scored pictures go by the former."""
+    grey = smooth()[..., 0]
+    for array in (
+        grey > 99,
+        grey,
+        np.dstack([grey, grey]),
+        smooth()[..., 0].astype(np.uint16) * 257,
+        smooth(),
+    ):
+        for name in ("x.png", "x.tif"):
+            Image.fromarray(array).save(tmp_path / name)
+            assert images.is_grey(tmp_path / name) == load(tmp_path / name).grey == (array.shape[-1] != 3), (
+                array.dtype
+            )
 
 
 def test_a_grey_picture_whose_colours_drifted_apart_is_written_grey(tmp_path):
@@ -203,6 +225,13 @@ def test_what_a_format_cannot_hold_is_given_up_and_said(tmp_path, caplog):
         write_image(tmp_path / "x.jpg", image)
     assert "8 bits" in caplog.text and "alpha" in caplog.text and "x.jpg" in caplog.text
     assert apart(read_image(tmp_path / "x.jpg"), smooth()) <= 12
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".webp"])
+def test_16_bits_are_rounded_where_a_format_holds_8(tmp_path, suffix):
+    """OpenCV makes all of them white."""
+    write_image(tmp_path / f"x{suffix}", smooth(dtype=np.uint16))
+    assert apart(images.read_image(tmp_path / f"x{suffix}"), smooth()) <= 12
 
 
 def test_alpha_of_an_8_bit_tiff_leaves_its_colours_alone(tmp_path):
@@ -295,6 +324,14 @@ def test_illegible_exif_does_not_spoil_the_picture(tmp_path):
         tmp_path / "x.jpg", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff no EXIF at all"
     )
     assert apart(read_image(tmp_path / "x.jpg"), smooth()) <= 12
+
+
+@pytest.mark.parametrize("orientation", [0, 9])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_an_orientation_that_there_is_none_of_turns_nothing(tmp_path, format, orientation):
+    (tmp_path / "x").write_bytes(encoded(smooth(), format, orientation))
+    assert apart(load(tmp_path / "x").rgb, smooth()) <= 12
+    assert images.image_size(tmp_path / "x") == (48, 64)
 
 
 def test_the_content_tells_the_format_and_not_the_name(tmp_path):
@@ -435,6 +472,13 @@ def test_a_png_with_a_flipped_bit_is_refused(tmp_path):
     refused(tmp_path / "x.png", "damaged")
 
 
+def test_a_wrong_checksum_of_what_is_not_pixels_is_no_damage(tmp_path):
+    data = encoded(smooth(), "PNG")
+    note = struct.pack(">I", 3) + b"tEXta\0b" + struct.pack(">I", zlib.crc32(b"tEXta\0b") ^ 1)
+    (tmp_path / "x.png").write_bytes(data[:-12] + note + data[-12:])
+    assert np.array_equal(load(tmp_path / "x.png").rgb, smooth())
+
+
 def test_absurd_sizes_are_refused_from_the_header(tmp_path):
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
     chunks = b""
@@ -469,6 +513,12 @@ def test_16_bit_tiffs_that_opencv_misreads_are_refused(tmp_path, tag, value):
     write_tiff(path, samples, **{tag: value})
     with pytest.raises(UserError, match=r"x\.tif: a 16-bit TIFF with white as zero, or a plane"):
         load(path)
+
+
+def test_a_grey_16_bit_tiff_in_planes_has_but_one_and_is_read(tmp_path):
+    grey = smooth(dtype=np.uint16)[..., 0]
+    write_tiff(tmp_path / "x.tif", grey, planarconfig=2)
+    assert np.array_equal(load(tmp_path / "x.tif").rgb[..., 0], grey)
 
 
 def write_tiff(path, samples, photometric=None, planarconfig=1):

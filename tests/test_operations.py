@@ -33,6 +33,13 @@ def test_what_the_gates_of_an_edge_pool_is_computed_once(monkeypatch):
     assert sorted(of_x) == [("maximum", (1,)), ("maximum", (2, 3)), ("mean", (1,)), ("mean", (2, 3))]
 
 
+@pytest.mark.parametrize("dimensions", [(1,), (2, 3)])
+def test_a_mean_in_bfloat16_is_that_in_float32(dimensions):
+    x = torch.rand(2, 8, 5, 7).bfloat16()
+    expected = x.float().mean(dimensions, keepdim=True)
+    torch.testing.assert_close(operations.mean(x, dimensions).float(), expected, rtol=0.01, atol=0)
+
+
 def test_an_operation_that_is_no_gate_has_its_share_of_a_mixed_edge(monkeypatch):
     class Plain(nn.Module):
         def __init__(self, channels):

@@ -46,6 +46,23 @@ def test_each_row_is_of_its_own_tiles_and_overlap(picture, capsys):
         assert rows[136, overlap][0] == np.inf and rows[136, overlap][2] == 0  # one tile holds the picture
 
 
+def test_default_tiles_are_those_of_restore(tmp_path, capsys, monkeypatch):
+    torch.manual_seed(0)
+    save(DerainNetwork(random_genotype(0), (2, 2, 2, 2)), tmp_path / "net.pt")
+    write_image(tmp_path / "x.png", photograph(0))
+    asked = []
+
+    def timed(net, image, device, **how):
+        asked.append(how["tile"])
+        return image, 1.0
+
+    monkeypatch.setattr(tiling, "timed", timed)
+    flags = [str(tmp_path / "x.png"), "--device", "cpu", "--ckt_path", str(tmp_path / "net.pt")]
+    tiling.main(tiling.get_args_parser().parse_args([*flags, "--tiles", "0", "default"]))
+    assert asked == [0, 0, None]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["0", "default"]
+
+
 def test_the_time_is_that_of_tiles_over_that_of_the_whole(picture, capsys, monkeypatch):
     monkeypatch.setattr(
         tiling, "timed", lambda net, image, device, tile, overlap=0: (image, 3.0 if tile else 2.0)

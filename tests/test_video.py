@@ -82,6 +82,17 @@ def test_a_video_that_ends_early_is_said_and_its_beginning_kept(tmp_path):
     assert 1 <= kept.get(cv2.CAP_PROP_FRAME_COUNT) < 40
 
 
+def test_a_container_may_promise_a_frame_more_than_it_holds(tmp_path):
+    write_video(tmp_path / "v.avi", frames(7, 48, 64), 25)
+    video = Video(tmp_path / "v.avi")
+    video.frames = 8
+    assert len(list(video)) == 7
+    video = Video(tmp_path / "v.avi")
+    video.frames = 9
+    with pytest.raises(EndsEarly, match="after 7 of 9 frames"):
+        list(video)
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mov", ".mkv"])
 def test_a_video_that_the_disk_cut_short_does_not_pass_as_whole(tmp_path, suffix):
     """OpenCV's writer says nothing of a write that failed."""
@@ -112,6 +123,24 @@ def test_a_trimmed_video_is_whole(tmp_path, caplog):
     path.write_bytes(data[:-10])
     with pytest.raises(EndsEarly, match="after 20 of 30 frames"):
         list(whole)
+
+
+def test_a_trimmed_video_whose_length_takes_64_bits_is_whole(tmp_path):
+    """As one of over 4 GB."""
+    path = tmp_path / "trimmed.mp4"
+    write_video(path, frames(30, 48, 64), 10)
+    data = bytearray(path.read_bytes())
+    edits, track = data.index(b"elst"), data.index(b"mdhd")
+    data[edits + 16 : edits + 20] = data[track + 16 : track + 20]
+    at = data.index(b"\0\0\0\x08free")  # which is there to make room for such a length
+    size, name = struct.unpack(">I4s", data[at + 8 : at + 16])
+    data[at : at + 16] = struct.pack(">I4sQ", 1, name, size + 8)
+    path.write_bytes(data)
+    assert len(list(Video(path))) == 20
+    video = Video(path)
+    path.write_bytes(data[:-10])
+    with pytest.raises(EndsEarly, match="after 20 of 30 frames"):
+        list(video)
 
 
 def test_a_video_whose_sound_goes_on_is_whole(tmp_path):
