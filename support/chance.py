@@ -63,8 +63,8 @@ def main(args):
             if name in groups:
                 raise UserError(f"--searched {name}: is among --random, too; narrow one of them")
             groups[name] = group
-    given = train_model_batch.get_args_parser().parse_args(args.flags).given
-    if ours := sorted(given & {"arch", "seed", "save", "resume"}):
+    flags = train_model_batch.get_args_parser().parse_args(args.flags)
+    if ours := sorted(flags.given & {"arch", "seed", "save", "resume"}):
         raise UserError(f"--{ours[0]}: differs from run to run, so leave it out after --")
     supernet = load_supernet(args.supernet) if args.supernet else None  # before hours of training
     seeds = dict.fromkeys(args.seeds)  # seed by seed, so that a comparison cut short is a fair one
@@ -87,6 +87,7 @@ def main(args):
     shared = {}
     if supernet and groups:
         of_runs = options_of(next(iter(runs.values())))  # with the data that was found, or a demo's
+        of_runs |= {name: getattr(flags, name) for name in options.MACHINE_OPTIONS}
         shared = shared_scores(supernet, list(groups), argparse.Namespace(**of_runs))
     if groups:
         print(report(groups, psnr, parameters, shared))
@@ -138,15 +139,19 @@ def check_alike(runs):
 
 
 def options_of(folder):
-    """The options of the run in a folder."""
-    return as_now(read_json(folder / "options.json"))
+    """The options of the run in a folder; of flags added since, their defaults."""
+    defaults = vars(train_model_batch.get_args_parser().parse_args([]))
+    return defaults | as_now(read_json(folder / "options.json"))
 
 
 def read_json(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"holds {genotypes.brief(found)}")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); take its folder away to train it anew") from None
+    return found
 
 
 # --- scores with shared weights -----------------------------------------------------------------------------

@@ -90,6 +90,31 @@ def test_runs_that_are_not_alike_are_not_compared(folder, monkeypatch, capsys):
         compare(command)
 
 
+def test_runs_of_older_code_and_another_machine_are_read_as_they_would_be_begun_here(
+    folder, monkeypatch, capsys
+):
+    write_pairs(folder / "pairs", 6)
+    for seed, name in enumerate(("found", "random_0")):
+        monkeypatch.setattr(genotypes, name, random_genotype(seed), raising=False)
+    command = f"--searched found --random random_0 --runs runs -- {FLAGS}"
+    assert compare(command) == 0
+    files = list(folder.glob("runs/*/options.json"))
+    for file in files:
+        own = json.loads(file.read_text()) | {"device": "cuda:99"}
+        del own["psnr_weight"]  # a flag that was added since
+        file.write_text(json.dumps(own))
+    train_search_batch.save_supernet(SearchNetwork((2, 2, 2, 2)), "supernet.pt")
+    assert compare(f"--supernet supernet.pt {command} --psnr_weight 0") == 0
+    assert re.search(r"mean +shared$", capsys.readouterr().out, re.M)
+    with pytest.raises(UserError, match=r"--psnr_weight 0.5: the run in .* was begun with 0\.0"):
+        compare(f"{command} --psnr_weight 0.5")
+    files[0].write_text("[]")
+    with pytest.raises(
+        UserError, match=r"options\.json: cannot be read \(holds \[\]\); take its folder"
+    ):
+        compare(command)
+
+
 def test_genotypes_are_trained_seed_by_seed(folder, monkeypatch):
     """So that a comparison cut short is a fair one."""
     for seed, name in enumerate(("found", "random_0")):
