@@ -109,9 +109,7 @@ def test_runs_of_older_code_and_another_machine_are_read_as_they_would_be_begun_
     with pytest.raises(UserError, match=r"--psnr_weight 0.5: the run in .* was begun with 0\.0"):
         compare(f"{command} --psnr_weight 0.5")
     files[0].write_text("[]")
-    with pytest.raises(
-        UserError, match=r"options\.json: cannot be read \(holds \[\]\); take its folder"
-    ):
+    with pytest.raises(UserError, match=r"options\.json: cannot be read \(holds \[\]\); take its folder"):
         compare(command)
 
 

@@ -619,15 +619,6 @@ def test_a_state_that_is_none_is_one_line_before_anything_is_made_of_it(data, ch
     assert "\n" not in str(error.value)
 
 
-def test_resuming_without_the_second_data_folder_is_refused(data, monkeypatch):
-    interrupt(monkeypatch, dataset, draw=1)
-    with pytest.raises(Interrupted):
-        train(f"{MIXED} {TINY} --save run")
-    (data / "pairs").rename(data / "elsewhere")
-    with pytest.raises(UserError, match="pairs: no such file or folder"):
-        train("--resume run")
-
-
 def test_too_many_broken_files_stop_the_run_with_its_state_saved(data, monkeypatch):
     """Where they are repaired it goes on as if nothing had been, new files in the folder, which would change
     the split, included.
@@ -667,11 +658,12 @@ def test_validation_does_without_a_file_that_breaks_but_not_without_all(data, mo
         train(f"{PAIRS} {TINY} --allow_bad --save other")
 
 
-def test_resuming_without_the_data_folder_is_refused(data, monkeypatch):
+@pytest.mark.parametrize("folders", [PAIRS, MIXED])
+def test_resuming_without_a_data_folder_is_refused(data, monkeypatch, folders):
     """It would be taken for many broken files."""
     interrupt(monkeypatch, dataset, draw=1)
     with pytest.raises(Interrupted):
-        train(f"{PAIRS} {TINY} --save run")
+        train(f"{folders} {TINY} --save run")
     (data / "pairs").rename(data / "elsewhere")
     with pytest.raises(UserError, match="pairs: no such file or folder"):
         train("--resume run")
