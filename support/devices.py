@@ -27,8 +27,10 @@ def pick_device(name=None):
         torch.zeros(1, device=device).item()  # which "meta", that computes nothing, refuses
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # where streams and graphs are made that name no device
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0].partition(". ")[0]  # of a kind not built in, a long list follows
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = str(error).splitlines()[0]
+        if why.startswith("Could not run"):  # not built in: a list of all that is follows
+            why = why.partition(". ")[0]
         if why.startswith("Expected one of"):  # twenty kinds
             why = "PyTorch has no such device; cpu, cuda, cuda:1 and mps are some"
         raise UserError(f"--device {name}: not available here ({why})") from None

@@ -204,8 +204,9 @@ class Experiment:
         try:
             return filled(make, options | {"weights": weights}, self.state_file)
         except CheckpointError as error:
-            what_to_do = "where an operation was added to the search space, begin a new run"
-            raise CheckpointError(f"{error}; {what_to_do}") from None
+            previous = self.folder / PREVIOUS
+            remedy = f"; or take that file away, to go on from {previous}" if previous.exists() else ""
+            raise CheckpointError(f"{error}; begin a new run{remedy}") from None
 
     def _check_division(self):
         processes, parts, scenes = distributed.size(), self.args.accumulate, self.args.batch_size
@@ -264,7 +265,7 @@ class Experiment:
             part.load_state_dict(self.state["parts"][name])
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{self.folder}: its {name} does not fit this code (was an operation added to the search "
                 f"space?); begin a new run: {shorten(str(error), 200)}"

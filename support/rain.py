@@ -579,7 +579,7 @@ def main(args) -> int:
     """Returns the exit status: 0, or 1 if some photographs could not be used. Raises UserError."""
     options = {k: v for k, v in vars(args).items() if k not in ("clean_dirs", "out_dir", "given")}
     photographs = find_photographs(args.clean_dirs)
-    if Path(args.out_dir).resolve() in [Path(folder).resolve() for folder in args.clean_dirs]:
+    if os.path.realpath(args.out_dir) in map(os.path.realpath, args.clean_dirs):
         raise UserError(f"{args.out_dir}: is the folder of the photographs; give another one for the scenes")
     for hint in _hints(args):
         print(hint, file=sys.stderr)

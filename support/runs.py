@@ -13,7 +13,7 @@ from support.options import FREE_OPTIONS
 
 LAST, PREVIOUS = STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
-# What a state must have; those of older runs lack some of the rest.
+# Fields of a state; the other ones of today's are not in those of older runs.
 NEEDED = {"options": dict, "step": int, "seconds": (int, float), "totals": dict, "parts": dict}
 SUMMARY = "summary.json"  # of a run that has finished
 # Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
@@ -98,6 +98,10 @@ def _read_state(path, kind):
     for name, type_ in NEEDED.items():
         if not isinstance(state.get(name), type_):
             raise CheckpointError(f"{path}: no whole state of a run: its {name} is {brief(state.get(name))}")
+    if not isinstance(state["parts"].get("net"), dict):
+        raise CheckpointError(f"{path}: no whole state of a run: it has no network")
+    if not isinstance(state.get("best", {}), dict):
+        raise CheckpointError(f"{path}: no whole state of a run: its best is {brief(state['best'])}")
     return state
 
 

@@ -95,13 +95,24 @@ def clock(monkeypatch):
 # --- the command line ---
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x", "meta"])
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x", "meta", "hpu"])
 def test_a_device_that_is_not_there_is_named(name):
     with pytest.raises(UserError, match=f"--device {name}: not available"):
         devices.pick_device(name)
 
 
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="a machine with MPS")
+def test_why_a_device_is_not_available_is_said_whole(monkeypatch):
+    why = "Unexpected error from cudaGetDeviceCount(). Error 804: forward compatibility was attempted"
+
+    def refused(*size, device):
+        raise RuntimeError(f"{why}\nand a trace")
+
+    monkeypatch.setattr(torch, "zeros", refused)
+    with pytest.raises(UserError, match=re.escape(f"--device cuda: not available here ({why})")):
+        devices.pick_device("cuda")
+
+
+@pytest.mark.skipif(torch.backends.mps.is_built(), reason="MPS is built in")
 def test_of_a_device_that_was_not_built_in_the_line_is_short():
     with pytest.raises(UserError, match=r"--device mps: not available here \(Could not run ") as error:
         devices.pick_device("mps")

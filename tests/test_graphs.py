@@ -312,13 +312,13 @@ def test_memory_that_runs_out_while_a_step_is_recorded_is_what_is_said(monkeypat
 
 
 def test_steps_are_recorded_on_cuda_in_one_part_where_no_rank_waits_for_another(monkeypatch):
-    def records(device, accumulate=1, no_graphs=False, sync_bn=False):
+    def uses_graphs(device, accumulate=1, no_graphs=False, sync_bn=False):
         args = SimpleNamespace(accumulate=accumulate, no_graphs=no_graphs, sync_bn=sync_bn)
         return Experiment.uses_graphs(SimpleNamespace(device=torch.device(device), args=args))
 
-    assert records("cuda") and records("cuda:1")
-    assert not records("cpu") and not records("mps")
-    assert not records("cuda", accumulate=2) and not records("cuda", no_graphs=True)
-    assert records("cuda", sync_bn=True)
+    assert uses_graphs("cuda") and uses_graphs("cuda:1")
+    assert not uses_graphs("cpu") and not uses_graphs("mps")
+    assert not uses_graphs("cuda", accumulate=2) and not uses_graphs("cuda", no_graphs=True)
+    assert uses_graphs("cuda", sync_bn=True)
     monkeypatch.setattr(distributed, "size", lambda: 2)
-    assert records("cuda") and not records("cuda", sync_bn=True)
+    assert uses_graphs("cuda") and not uses_graphs("cuda", sync_bn=True)

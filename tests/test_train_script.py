@@ -595,7 +595,9 @@ def read_whole(file):
     [
         (lambda state: state.pop("options"), "no whole state of a run: its options is None"),
         (lambda state: state.update(step="x"), "no whole state of a run: its step is 'x'"),
-        (lambda state: state["parts"].pop("net"), "holds no weights"),
+        (lambda state: state.update(best=None), "no whole state of a run: its best is None"),
+        (lambda state: state["parts"].pop("net"), "no whole state of a run: it has no network"),
+        (lambda state: state["parts"].update(net={"x": 1}), "holds no weights; begin a new run$"),
         (
             lambda state: state["options"].update(channels=[10**5] * 4),
             "channels .* are not four even numbers",
@@ -617,6 +619,23 @@ def test_a_state_that_is_none_is_one_line_before_anything_is_made_of_it(data, ch
     with pytest.raises((UserError, CheckpointError), match=rf"run/last\.pt: .*{said}") as error:
         train("--resume run")
     assert "\n" not in str(error.value)
+
+
+def test_a_spoiled_part_of_a_state_is_named_and_the_state_before_is_pointed_to(data):
+    train(f"{PAIRS} {ONE_STEP} --save run".replace("--epochs 1", "--epochs 2"))
+    Path("run", "summary.json").unlink()
+    whole = state("run")
+    torch.save(whole | {"parts": whole["parts"] | {"optimizer": {}}}, "run/last.pt")
+    with pytest.raises(UserError, match="^run: its optimizer does not fit this code "):
+        train("--resume run")
+    next(iter(whole["parts"]["net"].values())).fill_(torch.nan)
+    torch.save(whole, "run/last.pt")
+    said = r"not finite; begin a new run; or take that file away, to go on from run/last\.prev\.pt$"
+    with pytest.raises(CheckpointError, match=said):
+        train("--resume run")
+    Path("run", "last.pt").unlink()
+    train("--resume run")
+    assert state("run")["step"] == 2
 
 
 def test_too_many_broken_files_stop_the_run_with_its_state_saved(data, monkeypatch):
