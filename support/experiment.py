@@ -200,9 +200,8 @@ class Experiment:
         options = {name: getattr(self.args, name) for name in ("channels", "residual")}
         if self.state is None:
             return make(**options)
-        weights = self.state["parts"].get("net")
         try:
-            return filled(make, options | {"weights": weights}, self.state_file)
+            return filled(make, options | {"weights": self.state["parts"]["net"]}, self.state_file)
         except CheckpointError as error:
             previous = self.folder / PREVIOUS
             remedy = f"; or take that file away, to go on from {previous}" if previous.exists() else ""

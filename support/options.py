@@ -7,7 +7,7 @@ from support.command import above_zero, even, natural, positive, seed, share, wo
 
 DEFAULT_DATA, DEMO_DATA = "datasets/Rain1200", "datasets/demo"
 MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
-MACHINE_OPTIONS = {"workers", "device", "compile", "no_graphs"}  # not remembered: another one has its own
+MACHINE_OPTIONS = {"workers", "device", "compile", "no_graphs"}  # not remembered: another machine has its own
 # What may differ when a run is resumed: it changes where, when and how long the run computes, not what.
 FREE_OPTIONS = MACHINE_OPTIONS | {
     "resume",

@@ -256,7 +256,7 @@ def test_a_folder_in_which_another_process_runs_is_refused(processes, stage, fol
     lock_folder(folder / "run", LOCK, "--save").close()
 
 
-@pytest.mark.skipif(lock.os.name != "posix", reason="another lock")
+@pytest.mark.skipif(os.name != "posix", reason="another lock")
 def test_where_files_cannot_be_locked_a_run_goes_on_without(tmp_path, monkeypatch):
     """As on some network file systems."""
 

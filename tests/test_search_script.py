@@ -544,8 +544,7 @@ def test_a_search_not_told_to_stop_goes_on_and_says_so_once(vocabulary, monkeypa
 
 
 def test_a_search_that_was_not_told_to_stop_when_it_collapsed_goes_on_with_more_minutes(
-    vocabulary,  # noqa: F811
-    monkeypatch,
+    vocabulary, monkeypatch
 ):
     monkeypatch.setattr(health, "WINDOW", 1)
     write_pairs(Path("pairs"), 6)
