@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -492,6 +493,18 @@ def test_all_densities_are_cropped_flipped_and_turned_alike(tmp_path, upright):
     assert len(ways) == (4 if upright else 8)
     assert {top for top, _ in corners} == set(range(HEIGHT - 16 + 1))
     assert {left for _, left in corners} == set(range(WIDTH - 16 + 1))
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_each_place_flip_and_turn_is_as_likely_as_any_other(upright):
+    image = np.arange(3 * 4, dtype=np.uint8).reshape(3, 4, 1)  # six windows of 2x2
+    windows = Counter()
+    for draw in range(9600):
+        rng = np.random.default_rng((0, draw))
+        windows[dataset.augment(dataset.crop([image], 2, rng), rng, upright).tobytes()] += 1
+    assert len(windows) == 6 * (4 if upright else 8)
+    expected = 9600 / len(windows)
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in windows.values())
 
 
 def test_scenes_smaller_than_the_patch_are_padded_by_mirroring_and_said(tmp_path):
