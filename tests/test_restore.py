@@ -41,6 +41,15 @@ class TooBig(Darken):
         return super().forward(x)
 
 
+class SpoiltBorder(nn.Module):
+    """The identity, but for the 8 pixels next to the border of what it is given."""
+
+    def forward(self, x):
+        spoilt = torch.ones_like(x)
+        spoilt[..., 8:-8, 8:-8] = x[..., 8:-8, 8:-8]
+        return spoilt
+
+
 class MeanOfAll(nn.Module):
     """Global, as squeeze-and-excitation is: each tile gives a flat patch of its own."""
 
@@ -125,6 +134,18 @@ def test_seams_are_ramps_and_not_steps():
 
     assert steepest(overlap=0) > 40  # from one tile's mean straight to the next one's
     assert steepest(overlap=64) <= 2
+
+
+def test_a_quarter_of_the_overlap_is_thrown_away_at_cut_edges():
+    net, image, inside = SpoiltBorder().eval(), picture(180, 260), np.s_[8:-8, 8:-8]
+    assert np.array_equal(restore(net, image, tile=96, overlap=32)[inside], image[inside])
+    assert apart(restore(net, image, tile=96, overlap=24)[inside], image[inside]) > 1
+
+
+def test_at_most_half_a_tile_overlaps():
+    net = TooBig(pixels=10**9).eval()
+    restore(net, picture(64, 256), tile=64, overlap=64)
+    assert len(net.shapes) == 7
 
 
 def test_a_small_picture_goes_through_whole_and_a_large_one_in_tiles(monkeypatch):
