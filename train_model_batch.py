@@ -40,7 +40,7 @@ DEMO = {
     "freeze_start": 3,
 }
 
-# With --weights: at the rate of a new network, or with BatchNorm by a few pictures, what it can do is lost.
+# With --weights: a new network's learning rate, or BatchNorm by a few pictures, would ruin what it can do.
 FINE_TUNING = {"learning_rate": 1e-4, "warmup_steps": 100, "freeze_start": 1}
 
 
@@ -57,8 +57,8 @@ def get_args_parser():
     train.add_argument(
         "--weights",
         metavar="CKPT",
-        help=f"begin with a trained network: fine-tune it, by default at {by_default}; with --channels, a "
-        "multiple of its own, widened",
+        help=f"fine-tune a trained network, by default with {by_default}; --channels, if a multiple of its "
+        "own, widens it",
     )
     train.add_argument("--epochs", type=positive, default=200, help="(default: %(default)s)")
     train.add_argument("--steps_per_epoch", type=positive, default=500, help="(default: %(default)s)")
@@ -66,28 +66,33 @@ def get_args_parser():
     train.add_argument("--patch_size", type=patch, default=64, help="pixels a side (default: %(default)s)")
     options.add_network_arguments(train)
     train.add_argument(
-        "--ema", type=decay, default=0.0, help="decay of averaged weights, as 0.999 (default: 0, none)"
+        "--ema",
+        type=decay,
+        default=0.0,
+        help="decay of a moving average of the weights, such as 0.999 (default: 0, no average)",
     )
     train.add_argument(
-        "--mse_weight", type=not_negative, default=1.0, help="of the external loss's MSE (default: 1)"
+        "--mse_weight", type=not_negative, default=1.0, help="weight of the external loss's MSE (default: 1)"
     )
     train.add_argument(
         "--psnr_weight",
         type=not_negative,
         default=0.0,
-        help="of minus the PSNR in the external loss, as 0.008 with --mse_weight 0 (default: 0)",
+        help="weight of -PSNR in the external loss, such as 0.008 with --mse_weight 0 (default: 0)",
     )
     train.add_argument(
         "--freeze_start",
         type=natural,
         default=0,
-        help="first epoch in which BatchNorm keeps its statistics, and so trains as it will be used; 0: none "
-        "(default: %(default)s)",
+        help="first epoch in which BatchNorm uses its running statistics and no longer changes them, as "
+        "after the training; 0: never (default: %(default)s)",
     )
     adam = parser.add_argument_group("weights (Adam, cosine)")
-    adam.add_argument("--learning_rate", type=not_negative, default=1e-3, help="first (default: %(default)s)")
     adam.add_argument(
-        "--learning_rate_min", type=not_negative, default=0.0, help="last (default: %(default)s)"
+        "--learning_rate", type=not_negative, default=1e-3, help="at the start (default: %(default)s)"
+    )
+    adam.add_argument(
+        "--learning_rate_min", type=not_negative, default=0.0, help="at the end (default: %(default)s)"
     )
     adam.add_argument(
         "--warmup_steps", type=natural, default=0, help="steps of linear warm-up (default: none)"
@@ -100,8 +105,8 @@ def get_args_parser():
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the network, on a CPU its attention modules, which gains with --amp: minutes at "
-        "first, for a run of half an hour or more",
+        help="torch.compile the network, on a CPU its attention modules alone (a gain with --amp); compiling "
+        "takes minutes, so for a run of half an hour or more",
     )
     return parser
 
@@ -143,7 +148,7 @@ def main(args):
     def frozen():
         return run.has_begun("freeze_start")
 
-    # Recorded as a CUDA graph: what changes in it but the batch is to be in `constants` below.
+    # Recorded as a CUDA graph: anything in it that changes, the batch aside, must be in `constants` below.
     def loss(forward, batch):
         with devices.autocast(run.device, args.amp):
             outputs = forward(batch.rainy)

@@ -7,10 +7,10 @@
     torchrun --nproc_per_node=8 train_search_batch.py              # 8 GPUs, each with an eighth of a batch
     python train_search_batch.py --random 12                       # no search: random genotypes instead
 
-The weights of the supernet are trained on half of the training scenes; from --arch_start on, each such step
-is preceded by one on alpha and beta, on another 45 % of them; the last 5 % choose checkpoints. At the end the
-strongest choices are written to genotypes.py under --name. How to tell whether a search is well, from its log
-and TensorBoard: support/health.py.
+The weights of the supernet are trained on half of the training scenes. From --arch_start on, each weight step
+is preceded by a step on alpha and beta, on another 45 % of the scenes; the last 5 % choose checkpoints. At
+the end the strongest choices are written to genotypes.py under --name. support/health.py says how to tell
+from the log and TensorBoard whether a search is healthy.
 """
 
 import re
@@ -50,8 +50,8 @@ DEMO = {
 
 DEFAULT_NAME = re.compile(r"search_\d{8}_\d{6}")
 
-# The unrolled step's double backward goes over the batch in so many parts: it would take 2.6 times the memory
-# of a first-order step in one.
+# The unrolled step's double backward takes the batch in this many parts: over the whole batch at once it
+# would need 2.6 times the memory of a first-order step.
 HESSIAN_PARTS = 4
 
 
@@ -60,12 +60,12 @@ def get_args_parser():
         prog="train_search_batch.py", description="Search a derain architecture with a supernet (stage 1)."
     )
     search = parser.add_argument_group("search")
-    search.add_argument("--name", help="of the genotype in genotypes.py (default: search_<time>)")
+    search.add_argument("--name", help="name of the genotype in genotypes.py (default: search_<time>)")
     search.add_argument(
         "--random",
         type=positive,
         metavar="N",
-        help="search nothing: write N random genotypes, <name>_00 and so on (default name: random_s<seed>)",
+        help="no search: write N random genotypes, <name>_00 and so on (default <name>: random_s<seed>)",
     )
     search.add_argument("--epochs", type=positive, default=200, help="(default: %(default)s)")
     search.add_argument("--steps_per_epoch", type=positive, default=1000, help="(default: %(default)s)")
@@ -76,10 +76,10 @@ def get_args_parser():
     options.add_network_arguments(search)
     weights = parser.add_argument_group("weights (SGD, cosine)")
     weights.add_argument(
-        "--learning_rate", type=not_negative, default=0.002, help="first (default: %(default)s)"
+        "--learning_rate", type=not_negative, default=0.002, help="at the start (default: %(default)s)"
     )
     weights.add_argument(
-        "--learning_rate_min", type=not_negative, default=1e-4, help="last (default: %(default)s)"
+        "--learning_rate_min", type=not_negative, default=1e-4, help="at the end (default: %(default)s)"
     )
     weights.add_argument("--momentum", type=not_negative, default=0.9, help="(default: %(default)s)")
     weights.add_argument("--weight_decay", type=not_negative, default=3e-4, help="(default: %(default)s)")
@@ -101,34 +101,37 @@ def get_args_parser():
     arch.add_argument(
         "--arch_batch_statistics",
         action="store_true",
-        help="BatchNorm by the batch in architecture steps (default: by its running statistics)",
+        help="in architecture steps BatchNorm uses the batch's statistics (default: its running ones)",
     )
     arch.add_argument(
         "--lambda_arch",
         type=not_negative,
         default=0.01,
-        help="of the architecture regulariser (default: %(default)s)",
+        help="weight of the architecture regulariser (default: %(default)s)",
     )
     arch.add_argument(
         "--stop_on_collapse",
         action="store_true",
-        help="end a search that collapses (as support/health.py says) and keep the last healthy genotype",
+        help="end a search that collapses (defined in support/health.py); keep its last healthy genotype",
     )
     arch.add_argument(
         "--lambda_comp",
         type=not_negative,
         default=0.01,
-        help="of the model complexity (default: %(default)s)",
+        help="weight of the model complexity (default: %(default)s)",
     )
     arch.add_argument(
-        "--complexity", choices=MEASURES, default="params", help="parameters (default) or multiply-adds"
+        "--complexity",
+        choices=MEASURES,
+        default="params",
+        help="what it counts: parameters (default) or multiply-adds",
     )
     options.add_arguments(parser)
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the mixed edges: takes minutes at first and for each other number of images in a "
-        "batch (mixed data), so for a search of hours",
+        help="torch.compile the mixed edges: worth it in a search of hours, since compiling takes minutes, "
+        "and again for each further number of images in a batch (mixed data)",
     )
     return parser
 
@@ -147,7 +150,7 @@ def main(args):
     if args.resume is not None and args.stop_on_collapse and collapse:
         raise UserError(f"--resume {run.folder}: this search has ended, collapsed: {collapse}")
     ended = args.resume is not None and (run.done() or args.stop_on_collapse)
-    may_be_its_own = ended and (run.folder / "genotype.json").exists()  # taken just before it was stopped
+    may_be_its_own = ended and (run.folder / "genotype.json").exists()  # the name: taken just before the stop
     if not (args.demo or may_be_its_own):
         check_name(args)
     unused = "; --name is not used" if "name" in run.given else ""
@@ -166,7 +169,7 @@ def main(args):
     run.describe()
     validation = dataset.spread(scenes["validation"], args.val_scenes)
 
-    # Recorded as a CUDA graph: what changes in it but the batch is to be in `constants` below.
+    # Recorded as a CUDA graph: anything in it that changes, the batch aside, must be in `constants` below.
     def loss(forward, batch):
         with devices.autocast(run.device, args.amp):
             outputs = forward(batch.rainy)
@@ -234,8 +237,8 @@ def main(args):
 
 
 def conclude(run, net, health, validation, searched):
-    """Write the genotype that alpha and beta say, into genotypes.py too unless in a demo, and the summary;
-    returns the exit status. searched: whether an architecture step was taken.
+    """Write the genotype that alpha and beta now stand for, outside a demo also into genotypes.py, and the
+    summary; returns the exit status. searched: whether an architecture step was taken.
     """
     args = run.args
     genotype, origin = net.genotype(), provenance(run)
@@ -271,7 +274,7 @@ def conclude(run, net, health, validation, searched):
 
 
 def check_name(args):
-    """Raise GenotypeError unless --name can be added to genotypes.py; a default one is numbered."""
+    """Raise GenotypeError unless --name can be added to genotypes.py; a taken default name gets a number."""
     try:
         genotypes.check_new_name(args.name)
     except genotypes.NameTaken:
@@ -280,8 +283,8 @@ def check_name(args):
 
 
 def add_to_vocabulary(run, genotype, origin):
-    """Append the genotype to genotypes.py; returns its name there, which is --name. A default one, which a
-    search begun in the same second has too, or this one before it went on, is numbered.
+    """Append the genotype to genotypes.py; returns its name there: --name. A default name that is taken,
+    by a search begun in the same second or by this one before it was resumed, gets a number.
     """
     stem = run.args.name
     numbered = [f"{stem}_{number}" for number in range(2, 100)] if DEFAULT_NAME.fullmatch(stem) else []
@@ -293,7 +296,7 @@ def add_to_vocabulary(run, genotype, origin):
             return name
         except genotypes.NameTaken as error:
             taken = error
-        except genotypes.GenotypeError as error:  # as of a file that is being edited
+        except genotypes.GenotypeError as error:  # such as: the file is being edited
             raise genotypes.GenotypeError(f"{error}, then {again}; {found}") from None
     raise UserError(f"{taken}: {again} --name OTHER; {found}")
 
@@ -308,7 +311,7 @@ def provenance(run):
 
 
 def make_optimizers(net, args):
-    """(of the weights, of alpha and beta)."""
+    """(the optimizer of the weights, that of alpha and beta)."""
     weights = torch.optim.SGD(
         net.weights(),
         args.learning_rate,
@@ -338,8 +341,8 @@ def make_penalty(net, args):
 
 
 def discretisation_gap(run, net, genotype, validation):
-    """Validation PSNR in dB of the supernet, and of a genotype's network with the supernet's weights and
-    BatchNorm's running statistics. Raises Interrupted after SIGINT or SIGTERM.
+    """{"supernet", "chosen"}: validation PSNR in dB of the supernet, and of the genotype's fixed network with
+    the supernet's weights and BatchNorm statistics. Raises Interrupted after SIGINT or SIGTERM.
     """
     scenes, bad, psnr = [scene for scene in validation if scene.key not in run.bad], [], {}
     for name, network in (("supernet", net), ("chosen", from_supernet(net, genotype))):
@@ -392,8 +395,8 @@ def save_supernet(net, path):
 
 
 def load_supernet(path):
-    """The SearchNetwork of a best_*.pt of a search. Raises CheckpointError where it is something else, or one
-    of other operations than there are now.
+    """The SearchNetwork in a search's best_*.pt. Raises CheckpointError where the file is something else, or
+    its operations are not those of today.
     """
     payload = read(path)
     if payload.get("format") != SUPERNET:
@@ -401,7 +404,7 @@ def load_supernet(path):
     try:
         return filled(SearchNetwork, payload, path)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; a supernet is of the operations in genotypes.py") from None
+        raise CheckpointError(f"{error}; a supernet needs the operations it was searched with") from None
 
 
 if __name__ == "__main__":

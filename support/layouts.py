@@ -36,7 +36,7 @@ NUMBER = re.compile(r"_[a-z]*\d+$|(?<=\d)x\d$")  # of one of several rainy image
 TRAINING_NAME = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
 TEST_NAME = re.compile(r"(?<![a-z])(test(ing)?|val(id|idation)?)(?![a-z])", re.IGNORECASE)
 SIDES = ("left", "right")
-SIDE_HELP = "the clean half of side-by-side files: one a folder, or one for all of several but DID-MDN's own"
+SIDE_HELP = "clean half of side-by-side files: one for each folder, or one for all but DID-MDN's own"
 OTHER_SIDE = {"left": "right", "right": "left"}
 
 

@@ -6,7 +6,7 @@ from support import distributed, layouts
 from support.command import above_zero, even, natural, positive, seed, share, workers
 
 DEFAULT_DATA, DEMO_DATA = "datasets/Rain1200", "datasets/demo"
-MOST_BAD = 0.01  # of the files; where more cannot be read, it is not some files that are damaged
+MOST_BAD = 0.01  # of the files; more than that is no matter of a few damaged ones
 MACHINE_OPTIONS = {"workers", "device", "compile", "no_graphs"}  # not remembered: another machine has its own
 # What may differ when a run is resumed: it changes where, when and how long the run computes, not what.
 FREE_OPTIONS = MACHINE_OPTIONS | {
@@ -18,7 +18,7 @@ FREE_OPTIONS = MACHINE_OPTIONS | {
     "max_bad_steps",
     "allow_bad",
     "cache",
-    "accumulate",  # as the number of processes may: both divide the batch for BatchNorm alone
+    "accumulate",  # so may the number of processes: how a batch is divided matters to BatchNorm alone
 }
 
 
@@ -34,10 +34,15 @@ def add_network_arguments(group):
     )
     group.add_argument("--residual", action="store_true", help="learn the difference to the input")
     group.add_argument(
-        "--clean_inputs", type=share, default=0.0, help="share of draws with a dry input (default: 0)"
+        "--clean_inputs",
+        type=share,
+        default=0.0,
+        help="share of draws in which the clean image takes the place of a rainy one (default: 0)",
     )
     group.add_argument(
-        "--upright", action="store_true", help="flip patches, but do not turn them: rain falls"
+        "--upright",
+        action="store_true",
+        help="flip patches but give them no quarter turns, so that rain stays upright",
     )
     group.add_argument(
         "--internal_start",
@@ -67,7 +72,7 @@ def add_arguments(parser):
     )
     data.add_argument("--demo", action="store_true", help="a small run on photographs at hand; no download")
     data.add_argument(
-        "--split_seed", type=int, default=0, help="of the split into parts (default: %(default)s)"
+        "--split_seed", type=int, default=0, help="seed of the split into parts (default: %(default)s)"
     )
     data.add_argument(
         "--val_scenes",
@@ -80,15 +85,16 @@ def add_arguments(parser):
         "--workers",
         type=workers,
         default=min(8, max(1, cores // 2 // distributed.local_size())),
-        help="loader processes; 0: load in the main one (default: half the cores, at most 8). Under torchrun "
-        "each process has so many (default: its share)",
+        help="loader processes; 0: load in the main one (default: half the cores, at most 8). Under "
+        "torchrun: per process (default: its share of these)",
     )
     data.add_argument(
         "--cache",
         nargs="?",
         const="",
         metavar="DIR",
-        help="decode once, into a file in each data folder, or in DIR (12.6 GB for DID-MDN); same batches",
+        help="decode pictures once, into a file in each data folder or in DIR (12.6 GB for DID-MDN); the "
+        "batches stay the same",
     )
     run = parser.add_argument_group("run")
     run.add_argument("--save", metavar="DIR", help="folder of the run (default: named by the time)")
@@ -100,7 +106,7 @@ def add_arguments(parser):
         help="continue the run in DIR (default: --save, else the newest) with its own options",
     )
     run.add_argument(
-        "--seed", type=seed, default=0, help="of the weights, crops and flips (default: %(default)s)"
+        "--seed", type=seed, default=0, help="seed of weights, crops and flips (default: %(default)s)"
     )
     run.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     run.add_argument(
@@ -113,18 +119,18 @@ def add_arguments(parser):
         type=positive,
         default=1,
         metavar="K",
-        help="sum the gradients of K equal parts of a batch: less memory, BatchNorm by the part (default: "
-        "%(default)s)",
+        help="sum the gradients of K equal parts of a batch: takes less memory, but BatchNorm sees one part "
+        "at a time (default: %(default)s)",
     )
     run.add_argument(
         "--sync_bn",
         action="store_true",
-        help="BatchNorm by the batches of all GPUs together, where torchrun started several processes",
+        help="under torchrun: BatchNorm over the whole batch, not over each GPU's share by itself",
     )
     run.add_argument(
         "--deterministic",
         action="store_true",
-        help="CUDA kernels that repeat to the bit, where there are such; slower",
+        help="use CUDA kernels that give the same bits each time, where they exist; slower",
     )
     run.add_argument(
         "--no_graphs",
@@ -134,7 +140,7 @@ def add_arguments(parser):
     run.add_argument(
         "--max_minutes",
         type=above_zero,
-        help="end the steps, and the cosine schedule, by then; the last scoring comes after it",
+        help="minutes for all steps, and so for the cosine schedule; the last scoring comes on top",
     )
     run.add_argument(
         "--save_every", type=above_zero, default=10, help="minutes between checkpoints (default: %(default)s)"
