@@ -2,8 +2,8 @@
 
 First order:   grad_a L_val(w, a).
 Unrolled:      grad_a L_val(w - xi * d(w, a), a), with d the step that SGD would take on the training loss,
-               momentum and weight decay included (Liu et al. 2019, DARTS, equations 6 and 7), but for
-               --grad_clip, and with BatchNorm's running statistics unless --arch_batch_statistics:
+               with momentum and weight decay, without --grad_clip (Liu et al. 2019, DARTS, equations 6
+               and 7). BatchNorm uses its running statistics unless --arch_batch_statistics is given:
 
     d = mu * v + grad_w L_train(w, a) + lambda * w,          w' = w - xi * d
     grad_a L_val(w', a) - xi * grad_a [ grad_w L_train(w, a) . grad_w' L_val(w', a) ]
@@ -12,7 +12,8 @@ DARTS replaces the last term, the product of a Hessian and a vector, by a differ
 moved by epsilon along the vector. ReLUs, maximum poolings and BatchNorm make that a poor estimate here: on a
 small supernet in float32, with epsilon from 1e-2 to 1e-8 over the vector's norm, it was off by 0.6 to 256
 percent with running statistics, and by 49 percent or more with batch statistics (DARTS' own 1e-2: by 13 and
-382). So the term is differentiated exactly, by a double backward: as short, about twice as slow, and right.
+382 percent). So the term is differentiated exactly, by a double backward: as short to write, about twice as
+slow, and right.
 """
 
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from support.graphs import Recorded
 
 
 class Architect:
-    """Steps alpha and beta of a supernet on architecture batches, whose loss is L_val in DARTS.
+    """Steps alpha and beta of a supernet on architecture batches; their loss is what DARTS calls L_val.
 
     net: the supernet, with `architecture()` and `weights()`.
     optimizer: Adam over `net.architecture()`.
@@ -36,15 +37,15 @@ class Architect:
     weight_optimizer: the SGD of the weights, for the unrolled step; None means first order.
     batch_statistics: BatchNorm normalises by the batch in this step; else by its running statistics, as the
         released code does. Neither changes the running statistics.
-    parts: every gradient is summed over so many parts of a batch (`Batch.parts`), which needs less
-        memory. With batch_statistics BatchNorm then normalises by the part.
-    hessian_parts: likewise for the double backward, which takes about 2.6 times a gradient's memory: at least
-        `parts`, and no more with batch_statistics, by which the images of a batch see each other.
-    recorded: first-order gradients come of CUDA graphs, which takes one part; constants: what the loss
-        depends on but the batch, as in `support.graphs.Recorded`.
+    parts: every gradient is summed over this many parts of a batch (`Batch.parts`), to need less memory.
+        With batch_statistics BatchNorm then normalises by one part at a time.
+    hessian_parts: the same for the double backward, which takes about 2.6 times a gradient's memory. At least
+        `parts` are taken; with batch_statistics no more, since by those the images of a part interact.
+    recorded: compute first-order gradients by CUDA graphs, which takes parts=1; constants: what else than the
+        batch the loss depends on, as in `support.graphs.Recorded`.
 
-    Of several processes each has its share of a batch: every gradient, the virtual step's and the product's
-    included, is averaged over them, which makes it that of the whole batch.
+    With several processes each has its share of a batch. Every gradient, those of the virtual step and of the
+    Hessian product included, is averaged over them, which makes it that of the whole batch.
     """
 
     def __init__(
@@ -76,9 +77,9 @@ class Architect:
     def step(self, batch, training_batch=None, accept=None):
         """One step of the optimizer; returns L_val before it, penalty included, as a tensor.
 
-        The gradients and values of the weights and BatchNorm's statistics are left as they were.
-        training_batch is the batch of the virtual step, needed by the unrolled step only. Where
-        accept(arch_loss=, arch_gradient_norm=) is given and false, alpha and beta are left as they were too.
+        The weights, their gradients and BatchNorm's statistics are left as they were; so are alpha and beta
+        where accept(arch_loss=..., arch_gradient_norm=...) is given and returns False. training_batch is for
+        the virtual step, so the unrolled step alone needs it.
         """
         if self.weight_optimizer is None:
             loss, gradient = (self.recorded or self.first_order)(batch)
@@ -94,7 +95,7 @@ class Architect:
 
     def first_order(self, batch):
         """(L_val, [grad_alpha, grad_beta]) at the present weights, of this process's share of the batch."""
-        weights = [w.detach() for w in self.weights]  # compiled, it would compute their gradients too
+        weights = [w.detach() for w in self.weights]  # a compiled net would compute their gradients too
         with self.statistics():  # in here, so that a recorded step does not do it again
             return self.own_gradient(self.upper_loss, weights, batch, self.net.architecture())
 
@@ -112,7 +113,7 @@ class Architect:
 
     @contextmanager
     def statistics(self):
-        """In here BatchNorm normalises by what `batch_statistics` says."""
+        """In here BatchNorm normalises by the statistics that `batch_statistics` says."""
         was_training = self.net.training
         self.net.train(self.batch_statistics)
         try:
@@ -168,6 +169,6 @@ class Architect:
     def loss_at(self, weights, batch):
         """The loss of a batch with the given weights in place of the network's own."""
         state = dict(zip(self.names, weights, strict=True))
-        if self.net.training:  # then BatchNorm updates its statistics in place: those of copies
+        if self.net.training:  # then BatchNorm updates statistics in place: here, copies
             state |= {name: buffer.clone() for name, buffer in self.net.named_buffers()}
         return self.loss(lambda x: functional_call(self.net, state, (x,)), batch)

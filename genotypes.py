@@ -50,7 +50,7 @@ class GenotypeError(ValueError):
 
 
 class NameTaken(GenotypeError):
-    """There is something of that name in the file of genotypes."""
+    """The file of genotypes already has something of that name."""
 
 
 class Genotype(NamedTuple):
@@ -86,7 +86,7 @@ def check(genotype):
 
 
 def _nested(value, where, allowed, *levels):
-    """`value` as nested tuples of allowed words; levels: of each, from the outside, (its length, of what)."""
+    """`value` as nested tuples of allowed words; levels, outermost first: (length, of what)."""
     if not levels:
         return _word(value, where, allowed)
     inner = enumerate(_sequence(value, where, *levels[0]))
@@ -138,14 +138,13 @@ def named():
 
 
 def draw_random(count, seed):
-    """`count` different random genotypes, none of which has a name yet; the same `seed` gives the same
-    ones as long as no more of them have a name and no operation is added to `PRIMITIVES`.
+    """`count` different random genotypes, none of which is in this file yet. The same `seed` gives the same
+    ones until some of them are added to this file, or an operation to `PRIMITIVES`.
 
-    They are spread as what the search derives from alpha and beta drawn at random, all entries alike and
-    independent: each module's kind and each edge's operation is any with equal chances, and a node all of
-    whose edges came out as `none` gets one of the other operations, all alike, on one of its edges. So node
-    U_1's edge is never `none`, and with nine operations node U_2's are both there in 64 of 81 modules and one
-    of them in 17.
+    They are distributed as if derived from an alpha and beta whose entries are random, independent and alike:
+    each module's kind and each edge's operation is drawn with equal chances; where all edges of a node come
+    out as `none`, one of them, at random, gets one of the other operations. So node U_1's edge is never
+    `none`; of node U_2's two edges, with nine operations, both exist in 64 of 81 modules and one in 17.
     """
     rng = random.Random(seed)
 
@@ -158,7 +157,7 @@ def draw_random(count, seed):
 
     known, drawn = set(), []
     for genotype in named().values():
-        with suppress(GenotypeError):  # of operations that there were once
+        with suppress(GenotypeError):  # one with operations that no longer exist
             known.add(check(genotype))
     while len(drawn) < count:
         modules = tuple(tuple(rng.choice(MODULES) for _ in range(MODULES_PER_CELL)) for _ in range(CELLS))
@@ -171,7 +170,8 @@ def draw_random(count, seed):
 
 
 def find(arch=None, flag="--arch"):
-    """(name, Genotype) of an architecture: a name in this file, a path to a genotype.json, or the newest.
+    """(name, Genotype) of `arch`: a name in this file, the path of a genotype.json, or None for the newest
+    here.
 
     flag: what an error calls the argument. Raises GenotypeError for an unknown name, or a file that holds no
     genotype.
@@ -201,7 +201,7 @@ def find(arch=None, flag="--arch"):
 def read_json(path):
     """The Genotype in a genotype.json; raises GenotypeError naming the file if there is none."""
     try:
-        return check(json.loads(Path(path).read_text(encoding="utf-8-sig")))  # some editors begin with a mark
+        return check(json.loads(Path(path).read_text(encoding="utf-8-sig")))  # some editors begin with a BOM
     except OSError as error:
         raise GenotypeError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -209,8 +209,8 @@ def read_json(path):
 
 
 def to_lists(genotype):
-    """The genotype as a dictionary of lists, the edges of a branch as a tuple: a checkpoint may hold it, and
-    `check` takes it back.
+    """The genotype as a dictionary of lists, the edges of a branch as a tuple: plain enough for a checkpoint;
+    `check` makes it a Genotype again.
     """
     return {field: [list(of_cell) for of_cell in cells] for field, cells in genotype._asdict().items()}
 
@@ -223,7 +223,7 @@ def write_json(genotype, path):
 def check_new_name(name, path=None):
     """Raise GenotypeError unless `name` can be added to the file of genotypes at `path` (default: `FILE`)."""
     path = Path(path or FILE).resolve()
-    normal = unicodedata.normalize("NFKC", name) == name  # Python would take it for another name
+    normal = unicodedata.normalize("NFKC", name) == name  # else Python would read it as another name
     if not (name.isidentifier() and normal) or keyword.iskeyword(name):
         raise GenotypeError(
             f"--name {name}: not a Python identifier (letters, digits and _, no digit first, no keyword)"
@@ -246,14 +246,14 @@ def append(name, genotype, comment, path=None):
     """Add a named genotype at the end of the file at `path` (default: `FILE`), a comment above it.
 
     The file is valid Python at every instant, and a lock makes two searches that end together take turns.
-    This very genotype under this very name is not added again: a search was killed right after it had been.
-    Raises GenotypeError where the name is taken or no identifier.
+    If this very genotype is there already, under this very name, nothing is added: a search was killed right
+    after adding it. Raises GenotypeError where the name is taken or no identifier.
     """
     append_all({name: (genotype, comment)}, path)
 
 
 def append_all(entries, path=None):
-    """As `append` of each name's (genotype, comment); all are added, or, where one cannot be, none."""
+    """`append` several at once, {name: (genotype, comment)}: if one cannot be added, none is."""
     path = Path(path or FILE).resolve()
     with _locked(path):
         text = _read(path).rstrip("\n") + "\n"
@@ -303,7 +303,7 @@ def _replace(path, text):
             shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = str(path)  # a full disk's has none
+        error.filename = str(path)  # the error of a full disk names none
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ def _ssim(x, y):
     offsets = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
     window = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
     window = window / window.sum()
-    maps = torch.cat([x, y, x * x, y * y, x * y], 1).contiguous()  # channels last, cuDNN may round to TF32
+    maps = torch.cat([x, y, x * x, y * y, x * y], 1).contiguous()  # in channels last, cuDNN may round to TF32
     channels = maps.shape[1]
     kernel = window.expand(channels, 1, 1, SSIM_WINDOW)
     maps = F.conv2d(F.conv2d(maps, kernel, groups=channels), kernel.transpose(2, 3), groups=channels)
@@ -48,10 +48,10 @@ def _ssim(x, y):
 def external(outputs, clean, scene, mse_weight=1.0, psnr_weight=0.0):
     """sum over d of MSE(O_d, B) + 1 - SSIM(O_d, B), averaged over the scenes.
 
-    mse_weight: of the first term; the paper's 1 leaves it some 50 times smaller than the second, which hardly
-    sees an offset in brightness.
-    psnr_weight: of minus the PSNR in dB, sum over d of 10 log10(MSE(O_d, B) + 1e-4), not in the paper (HINet,
-        Chen et al. 2021, trains on it): a tenth off the error counts the same in light rain as in heavy.
+    mse_weight: weight of the MSE. With the paper's 1 it is some 50 times smaller than the SSIM term, which
+        hardly sees an offset in brightness.
+    psnr_weight: weight of minus the PSNR in dB, sum over d of 10 log10(MSE(O_d, B) + 1e-4). Not in the paper
+        (HINet, Chen et al. 2021, trains on it): an error cut by a tenth counts alike in light and heavy rain.
     """
     target = clean[scene]
     mse = (outputs - target).square().mean((1, 2, 3))
@@ -80,7 +80,7 @@ def _images_of(scene, scene_count, like):
 
 def total_variation(outputs, scene, scene_count):
     """2 * (mean squared vertical + mean squared horizontal difference) of NxCxHxW, averaged over the images
-    of each scene and then over the scenes: so a batch's loss is the mean of its scenes', however divided.
+    of each scene and then over the scenes: so a batch's loss is the mean over its scenes, however divided.
     """
     vertical = outputs.diff(dim=2).square().mean((1, 2, 3))
     horizontal = outputs.diff(dim=3).square().mean((1, 2, 3))
@@ -133,7 +133,7 @@ def complexity(distributions, sizes):
 
 
 def count_parameters(module, inputs=None):
-    """Learnable parameters of a module; `inputs`, as `count_macs` has, are not needed."""
+    """The number of learnable parameters of a module; `inputs`, which `count_macs` needs, are ignored."""
     return sum(p.numel() for p in module.parameters())
 
 

@@ -54,8 +54,9 @@ class MixedOperation(nn.Module):
     """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW; beta: K weights, one for each of the K = 9
     of `PRIMITIVES`.
 
-    `none` adds nothing. All others of the paper's multiply x by a gate: the gates are summed, and x, whose
-    poolings they share, is multiplied once. An operation without a method `gate` is evaluated by itself.
+    `none` adds nothing. The paper's other operations each multiply x by a gate, so their gates are summed and
+    x is multiplied once; they share its poolings. An operation without a method `gate` is evaluated by
+    itself.
     """
 
     def __init__(self, channels):
@@ -66,11 +67,11 @@ class MixedOperation(nn.Module):
         pooled = Pooled(x)
         gates, others = [], []
         for b, (name, operation) in zip(beta, self.operations.items(), strict=True):
-            if hasattr(type(operation), "gate"):  # not a layer of that name
+            if hasattr(type(operation), "gate"):  # a method, not a layer of that name
                 gates.append(b * operation.gate(pooled))
             elif name != "none":
                 others.append(b * operation(x))
-        gate = total(sorted(gates, key=torch.numel))  # those of one weight a channel or pixel are cheap
+        gate = total(sorted(gates, key=torch.numel))  # small ones first: their sums are cheap
         return total([x * gate, *others])
 
 
@@ -81,8 +82,8 @@ class MixedAttention(AttentionModule):
         super().__init__(channels, [MixedOperation(channels // NODES) for _ in range(EDGES)])
 
     def forward(self, x, beta):
-        # A group is a slice of x. Its copy is contiguous, which all operations of an edge read faster; and as
-        # all edges then have one layout, they are compiled but once.
+        # A group is a slice of x. A contiguous copy of it is faster to read, for all operations of an edge;
+        # and all edges then have inputs of one layout, so they are compiled only once.
         groups = [group.clone() for group in x.chunk(NODES, 1)]
         edges = [partial(edge, beta=b) for edge, b in zip(self.edges, beta, strict=True)]
         return self.attend(x, groups, edges)
@@ -107,7 +108,7 @@ class SearchCell(nn.Module):
 class SearchNetwork(nn.Module):
     """The supernet: Nx3xHxW in [0, 1] -> Nx3xHxW, not clamped; any H and W.
 
-    In training one picture of up to 8x8 raises ValueError: BatchNorm needs two values a channel.
+    In training mode a single picture of up to 8x8 raises ValueError: BatchNorm needs two values a channel.
 
     channels: widths of the branches at scales 1, 1/2, 1/4, 1/8, four even numbers.
     residual: learn the difference to the input instead of the output (not in the paper).
@@ -157,8 +158,8 @@ class SearchNetwork(nn.Module):
         return [list(edge.operations.values()) for edge in edges]
 
     def choice_inputs(self, size):
-        """What its candidates are given for one size x size picture, as tensors without data: (per row of
-        alpha the list of maps, one a branch; per row of beta the group of channels, 1xcxHxW).
+        """What the candidates take in for one size x size picture, as tensors without data: (for each row of
+        alpha a list of maps, one a branch; for each row of beta a channel group, 1xcxHxW).
         """
         side = size + -size % MULTIPLE
         maps = [torch.empty(1, c, side >> k, side >> k, device="meta") for k, c in enumerate(self.channels)]
@@ -167,8 +168,8 @@ class SearchNetwork(nn.Module):
         return modules, [group for group in groups for _ in range(EDGES)]
 
     def genotype(self):
-        """The architecture that alpha and beta say now: the strongest kind of each module and operation of
-        each edge. An edge whose strongest operation is `none` is dropped, but a node keeps its best edge.
+        """The architecture that alpha and beta stand for now: the strongest kind of each module and operation
+        of each edge. An edge whose strongest operation is `none` is dropped, but a node keeps its best edge.
         """
         alpha = self.alpha.detach().softmax(-1).cpu().unflatten(0, (CELLS, MODULES_PER_CELL))
         beta = self.beta.detach().softmax(-1).cpu().unflatten(0, (-1, EDGES)).split(BRANCHES)

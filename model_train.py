@@ -38,7 +38,7 @@ from operations import (
 SHIPPED = Path(__file__).parent / "eval-EXP" / "derain.pt"
 FORMAT = "manas-network-1"
 MAX_CHANNELS = 4096  # a checkpoint that claims wider branches is refused before anything is allocated
-MAX_DEPTH, MAX_TUPLE = 20, 1000  # of what a checkpoint nests: its own files reach 12 and 23
+MAX_DEPTH, MAX_TUPLE = 20, 1000  # of a checkpoint's nested values: this project's own reach 12 and 23
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RUN, SUPERNET = "manas-run-1", "manas-supernet-1"
 # What else this project writes, and what to do with it.
@@ -76,7 +76,7 @@ class Cell(nn.Module):
 class DerainNetwork(nn.Module):
     """The fixed network: Nx3xHxW in [0, 1] -> Nx3xHxW, not clamped; any H and W.
 
-    In training one picture of up to 8x8 raises ValueError: BatchNorm needs two values a channel.
+    In training mode a single picture of up to 8x8 raises ValueError: BatchNorm needs two values a channel.
 
     genotype: a `genotypes.Genotype`, checked here (GenotypeError).
     channels: widths of the branches at scales 1, 1/2, 1/4, 1/8, four even numbers.
@@ -122,7 +122,7 @@ def from_supernet(net, genotype=None):
     """The fixed network of a genotype (default: the supernet's), with copies of the supernet's weights."""
     genotype = genotype or net.genotype()
     fixed = DerainNetwork(genotype, net.channels, net.residual)
-    own = fixed.state_dict()  # stem, transitions, head and what else is not chosen have the supernet's names
+    own = fixed.state_dict()  # what is not chosen, as the stem, has the same names in the supernet
     fixed.load_state_dict(own | {n: weight for n, weight in net.state_dict().items() if n in own})
     for cell, mixed, kinds, edges in zip(fixed.cells, net.cells, *genotype, strict=True):
         for module, choices, kind in zip(cell.multi_scale, mixed.multi_scale, kinds, strict=True):
@@ -136,8 +136,8 @@ def from_supernet(net, genotype=None):
 def widen(net, channels, seed=0):
     """A network of a multiple of the channels that computes the same, to rounding: Net2Net, Chen et al. 2016.
 
-    Each channel is there several times, side by side, so that groups of channels stay groups; a weight that
-    reads it is shared out between its copies at random, and so they part in training. ValueError where
+    The copies of a channel lie side by side, so that groups of channels stay groups. A weight that reads the
+    channel is split between the copies in random shares, so that training tells them apart. ValueError where
     `channels` are not one and the same multiple of the network's, or a gate does not grow by a whole factor.
     """
     factor = channels[0] // net.channels[0]
@@ -165,8 +165,7 @@ def widen(net, channels, seed=0):
 def checkpoint(net, half=False):
     """All that `load` needs to build the network again, as plain tensors, numbers and strings.
 
-    half: the convolutions' weights in float16, but for those it cannot hold, the statistics as they are:
-        half the size.
+    half: convolutions whose weights float16 can hold are stored in it, all else as it is: half the size.
     """
     weights = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
     if half:
@@ -223,20 +222,20 @@ def _write_and_rename(content, path, previous):
 def _keep(path, previous):
     try:
         hard_link(path, previous)
-    except OSError:  # for an instant there is the one before only
+    except OSError:  # then for an instant only the one before is there
         os.replace(path, previous)
 
 
 def hard_link(path, other):
-    """Let `other` be the file at `path` too, in place of what is there; from then on it is to be replaced by
-    another file, not changed. Raises OSError where the file system has no hard links.
+    """Make `other`, in place of what is there, a second name of the file at `path`. From then on neither may
+    be changed in place, only replaced. Raises OSError where the file system has no hard links.
     """
     link = path.with_name(f".{path.name}.{os.getpid()}.link")
     os.link(path, link)
     try:
         os.replace(link, other)
     finally:
-        link.unlink(missing_ok=True)  # it stays where both were one file already
+        link.unlink(missing_ok=True)  # it is still there if both were one file before
 
 
 def load(path, device="cpu"):
@@ -274,8 +273,8 @@ def read(path):
 
 
 def _check_archive(path):
-    """Raise BadZipFile unless the file is as torch.save writes it: a zip of stored records, their checksums
-    right, which torch.load does not look at; together no larger than the file.
+    """Raise BadZipFile unless the file is a zip as torch.save writes it: its records not compressed, together
+    no larger than the file, and with the right checksums, which torch.load does not look at.
     """
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
@@ -290,7 +289,7 @@ def _check_archive(path):
 
 
 def _check_nesting(pickled):
-    """Raise BadZipFile for values nested so deep, or so often, that Python hangs or crashes on their hash."""
+    """Raise BadZipFile for values nested so deep, or tuples so large, that hashing hangs or kills Python."""
     stack, memo = [], {}  # of (depth, size) of each value; None is a mark
     for code, argument, _ in pickletools.genops(pickled):
         if code.name in ("PUT", "BINPUT", "LONG_BINPUT"):
@@ -336,8 +335,8 @@ def rebuilt(payload, path):
 
 
 def filled(make, payload, path):
-    """The network make(channels, residual) of a checkpoint's channels, residual and weights, once these are
-    found to be such and to fit it; else CheckpointError, naming `path`.
+    """The network make(channels, residual) with the weights of a checkpoint. payload: its channels, residual
+    and weights; CheckpointError, naming `path`, where one of them is malformed or the weights do not fit.
     """
     channels, residual, weights = (payload.get(name) for name in ("channels", "residual", "weights"))
     if not (
@@ -366,8 +365,8 @@ def filled(make, payload, path):
 def _fitting(expected, weights, path):
     """The weights by the names and of the types in `expected`; CheckpointError lists what does not fit.
 
-    Wrappers' prefixes are left out, float16, bfloat16 and float64 become float32, and the counters of
-    BatchNorm, which nothing depends on, may be missing.
+    Prefixes of wrappers (module., _orig_mod.) are taken off; float16, bfloat16 and float64 become float32;
+    BatchNorm's counters, on which nothing depends, may be missing.
     """
     plain = {
         re.sub(r"(^|\.)((module|_orig_mod)\.)+", r"\1", name): weight for name, weight in weights.items()
@@ -414,12 +413,12 @@ def _fitting(expected, weights, path):
 
 
 def export(net, path):
-    """Write a network that is on the CPU and in evaluation mode, to be run without this project: ONNX or
-    torch.export, as the suffix of `path` says; or `.pt`, a checkpoint of half the size for this project.
+    """Write a network, which is on the CPU and in evaluation mode, in the format of `path`'s suffix: .onnx or
+    .pt2 (torch.export), to be run without this project; or .pt, a checkpoint of half the size for this one.
 
-    Input, in ONNX `rainy`: Nx3xHxW RGB float32 in [0, 1]; output, there `restored`: the same shape, not
-    clamped. N, H and W are free, and the padding to multiples of 8 is inside; torch.export's wants more than
-    8x8 pixels. Raises CheckpointError, one line naming `path`, for another suffix, packages that are missing
+    Input, in ONNX named `rainy`: Nx3xHxW RGB float32 in [0, 1]; output, `restored`: the same shape, not
+    clamped. N, H and W are free, since the file pads to multiples of 8 itself; a .pt2 wants pictures of more
+    than 8x8. Raises CheckpointError, one line naming `path`, for another suffix, packages that are missing
     and a file that cannot be written, and ValueError in training mode.
     """
     from torch.fx.experimental import _config
@@ -447,7 +446,7 @@ def export(net, path):
         temporary.touch()  # first: torch.export raises an error of its own where it cannot write
         if path.suffix == ".onnx":
             import onnxscript  # noqa: F401  PyTorch needs it, and would say so after tracing, seconds later
-        # Without it, sizes in the file would be bound to whether the example's needed padding.
+        # Else the file would take only sizes that need padding, as the example's does.
         with _config.patch(backed_size_oblivious=True), torch.no_grad():
             program = torch.export.export(net, (torch.rand(2, 3, 41, 53),), dynamic_shapes=free)
         if path.suffix == ".onnx":
@@ -475,11 +474,11 @@ def get_args_parser():
 
     parser = Parser(
         prog="model_train.py",
-        description="Export a trained network, to run it without this project, or as a checkpoint of half "
-        "the size. Exported, batch, height and width are free and the padding is inside; pictures go in as "
-        "RGB in [0, 1]; clamp what comes out.",
+        description="Export a trained network, to run it without this project, or save it as a checkpoint of "
+        "half the size. An exported network takes RGB pictures in [0, 1] of any number, height and width, "
+        "and pads them itself; clamp its output.",
     )
-    parser.add_argument("checkpoint", help="such as eval-EXP/derain.pt, or a run's best_psnr.pt")
+    parser.add_argument("checkpoint", help="a trained network: eval-EXP/derain.pt, a run's best_psnr.pt")
     parser.add_argument(
         "out",
         help="file to write: .onnx; .pt2 for torch.export; .pt for this project, half the size (float16)",
@@ -495,7 +494,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    import model_train  # whose CheckpointError is the one that `command` knows, and not __main__'s
+    import model_train  # `command` catches its CheckpointError, not __main__'s
     from support import command
 
     command.run(model_train.main, model_train.get_args_parser())

@@ -44,11 +44,11 @@ def total(terms):
 
 
 def side_by_side(calls, inputs):
-    """The results of functions without arguments, a tensor each. inputs: the tensors that they read.
+    """Call functions without arguments; returns their results, a tensor each. inputs: the tensors they read.
 
-    While a CUDA graph is recorded each goes on a stream of its own, so that kernels too small to fill the GPU
-    run at the same time; so do those of the backward pass, which autograd puts where the forward ones were.
-    Elsewhere it is Python that the GPU would wait for, and they go one after the other.
+    While a CUDA graph is recorded, each call has a stream of its own, so that kernels too small to fill the
+    GPU run at the same time. So do those of the backward pass: autograd runs them on the same streams.
+    Without a graph the GPU would wait for Python anyway, and the calls are made one after the other.
     """
     recorded = inputs[0].is_cuda and not torch.compiler.is_compiling()
     if not (recorded and torch.cuda.is_current_stream_capturing()):
@@ -63,20 +63,20 @@ def side_by_side(calls, inputs):
     for side, result in zip(sides, results, strict=True):
         here.wait_stream(side)
         for x in inputs:
-            x.record_stream(side)  # which else might find its memory taken by another tensor
+            x.record_stream(side)  # else its memory might be reused too soon
         result.record_stream(here)
     return results
 
 
 @cache
 def side_stream(stream, number):
-    """A stream beside another: the same one each time, so that it finds the memory again that it had."""
+    """Side stream `number` of a stream: the same one each time, so that it reuses the memory it had."""
     return torch.cuda.Stream(stream.device)
 
 
 def mean(x, dimensions):
     """The mean of x over some dimensions, which stay as 1."""
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:  # of which `mean` would copy all to float32
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:  # `mean` would copy all of it to float32
         sums = x.sum(dimensions, keepdim=True)
         return sums / (x.numel() // sums.numel())
     return x.mean(dimensions, keepdim=True)
@@ -86,8 +86,9 @@ def maximum(x, dimensions):
     """The maximum of x over some neighbouring dimensions, which stay as 1."""
     if not x.requires_grad:
         return x.amax(dimensions, keepdim=True)
-    # The backward of amax looks where x equals its maximum: compiled in bfloat16, x is computed anew without
-    # the rounding, equals it nowhere, and the gradient is 0 / 0. max remembers the place (one, of several).
+    # The backward of amax searches x for its maximum. Compiled in bfloat16, it searches an x computed anew
+    # without rounding, does not find it, and the gradient is 0 / 0. max remembers the place, or one of
+    # several.
     first = dimensions[0]
     top = x.flatten(first, dimensions[-1]).max(first, keepdim=True).values
     return top.unflatten(first, [1] * len(dimensions))
@@ -123,7 +124,7 @@ class Pooled:
 
     @property
     def both(self):
-        """Nxcx1x2: mean and maximum over the pixels, which a shared MLP so takes in one go."""
+        """Nxcx1x2: mean and maximum over the pixels, so that a shared MLP takes both in one go."""
         if self._both is None:
             self._both = torch.cat([self.average, maximum(self.x, (2, 3))], 3)
         return self._both
@@ -201,7 +202,7 @@ class CBAM(nn.Sequential):
 
 
 class DilatedDepthwise(nn.Conv2d):
-    """Depthwise 3x3 of dilation 2, on a CPU in float32 at least.
+    """Depthwise 3x3 convolution of dilation 2, on a CPU in float32 at least.
 
     There, in bfloat16 with channels last, PyTorch 2.13 and 2.15 give its weight a gradient that is garbage,
     infinite or NaN, whether autocast or the caller made it bfloat16.
@@ -220,7 +221,7 @@ class DilatedDepthwise(nn.Conv2d):
 
 
 class MapNorm(nn.BatchNorm2d):
-    """BatchNorm of one map a picture, on a CPU in the precision of its statistics.
+    """BatchNorm of a single channel, on a CPU in the precision of its statistics.
 
     There, in bfloat16 with channels last, PyTorch 2.11 and 2.15 sum over a single channel coarsely. So the
     gradient keeps a mean that should be zero, and the gradients of the convolutions before it are wrong by up
@@ -313,7 +314,7 @@ class AttentionModule(nn.Module):
         return self.attend(x, x.chunk(NODES, 1), self.edges)
 
     def attend(self, x, groups, edges):
-        """Out, NxCxHxW, of F = x with its K channel groups F_i, each NxC/KxHxW, and a function an edge."""
+        """Out, NxCxHxW, of F = x; groups: F_1..F_K, each Nx(C/K)xHxW; edges: a function for each edge."""
         nodes = []
         for group, indices in zip(groups, NODE_EDGES, strict=True):
             inputs = [group, *nodes]
@@ -377,7 +378,7 @@ class Parallel(nn.Module):
 
 
 class NearestUpsample(nn.Upsample):
-    """Copies of pixels, in the precision that they have.
+    """Nearest upsampling, in the precision that the pixels have.
 
     Autocast on CUDA would upsample in float32, and every sum with such a map would become float32, too: a
     third more for a forward pass to read and write.
@@ -391,11 +392,11 @@ class NearestUpsample(nn.Upsample):
 
 
 class Gather(nn.ModuleList):
-    """Paths, one of each input scale, to one output scale: ReLU of their sum. A list of maps -> NxCxHxW."""
+    """Paths to one output scale, one from each input scale; ReLU of their sum. A list of maps -> NxCxHxW."""
 
     def forward(self, xs):
         terms = [path(x) for path, x in zip(self, xs, strict=True)]
-        return total(terms).relu_()  # in place, since the sum is of no other use
+        return total(terms).relu_()  # in place: nothing else uses the sum
 
 
 class Fusion(nn.Module):
@@ -440,8 +441,8 @@ MULTI_SCALE = {"parallel": Parallel, "fusion": Fusion}
 
 
 class Transition(nn.Module):
-    """One branch more: a list of maps to a list with one more, half the size of the coarsest. The others
-    pass unless their channel count changes.
+    """One branch more: a list of maps to a list with one more, half the size of the coarsest. The other maps
+    pass through as they are, unless their channel count changes.
 
     inputs: channels of the branches that come in; outputs: of those that go out, one more.
     """
