@@ -1,7 +1,7 @@
 """From files on disk to tensors: scenes (multi-to-one), pairs and single images.
 
-A scene is one clean background and its rainy versions: three densities in DID-MDN, one in a plain pair. How
-folders are laid out that hold such: see support/layouts.py.
+A scene is one clean background and its rainy versions: three densities in DID-MDN, one in a plain pair. The
+layouts of folders that are understood: support/layouts.py.
 
     python dataset.py DIR [TEST_DIR]    checks a data set before hours are spent on it: see support/check.py
 """
@@ -122,7 +122,7 @@ def _half_width(width, path):
 def read_scene(scene, cache=None):
     """(rainy, clean): a list of HxWx3 uint8 RGB arrays, one a density, and one such array or None.
 
-    Each file is decoded once; none where a support.cache.Cache has them all, and its arrays are read-only.
+    Each file is decoded once, or not at all if a support.cache.Cache has them all; its arrays are read-only.
     Raises UserError for a file that cannot be read or sizes that differ.
     """
     halves = scene.halves
@@ -180,11 +180,11 @@ def spread(scenes, count=None):
 
 
 def background_keys(scenes):
-    """A text per scene that is equal for scenes of one background and, which does no harm, for those of one
+    """A text for each scene, the same for all scenes of one background, and, harmlessly, for scenes of one
     name in different folders.
 
-    It is the scene's name; where one background stands in several files (as half of Rain800's do), told by
-    their clean images, it is the smallest of their names.
+    It is the scene's name. Where by their clean images several scenes have one background, as half of
+    Rain800's do, it is the first of their names in alphabetical order.
     """
     clean = list(dict.fromkeys(scene.clean for scene in scenes))  # a folder may be given twice
     with ThreadPoolExecutor(THREADS) as pool:
@@ -199,7 +199,7 @@ def background_keys(scenes):
 
 
 def _without_crop(scene):
-    """The scene's name, less the second number, of its crop, if it lies in input_crops or the like."""
+    """The scene's name; in input_crops or the like without its second number, which is that of the crop."""
     is_crop = scene.rainy[0].path.parent.name.lower().endswith("crops")
     return re.sub(r"(?<=\d)[-_]\d+$", "", scene.name) if is_crop else scene.name
 
@@ -210,7 +210,7 @@ def read_half(half):
 
 
 def thumbnail(image):
-    """256 values, mean 0 and norm 1, that hardly change when HxWx3 uint8 RGB is scaled or coded anew."""
+    """256 values, mean 0 and norm 1, that hardly change when HxWx3 uint8 RGB is scaled or re-encoded."""
     small = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (16, 16), interpolation=cv2.INTER_AREA)
     vector = small.astype(np.float32).ravel() - small.mean()
     return vector / max(np.linalg.norm(vector), 1e-6)
@@ -224,7 +224,7 @@ def same_pictures(thumbnails, threshold=0.998):
     """
     stack = np.stack(thumbnails)
     first = np.arange(len(stack))
-    for begin in range(0, len(stack), 256):  # products of matrices: one by one, 600,000 pictures take hours
+    for begin in range(0, len(stack), 256):  # by matrix products: one by one, 600,000 pictures take hours
         end = begin + 256
         close = stack[begin:end] @ stack[:end].T > threshold
         for i, row in enumerate(close, start=begin):
@@ -237,7 +237,7 @@ def same_pictures(thumbnails, threshold=0.998):
 
 
 def plain(scene):
-    """A scene with a clean image as lists and text, which `from_plain` takes back."""
+    """A scene with a clean image as lists and text, which `from_plain` turns back into it."""
     return [scene.name, [[half.path.as_posix(), half.side] for half in scene.halves], list(scene.densities)]
 
 
@@ -252,11 +252,11 @@ def from_plain(fields):
 
 
 class Batch(NamedTuple):
-    """Whole scenes: rainy Nx3xPxP and clean Sx3xPxP, uint8 from the loader, float32 in [0, 1] after `to`, as
-    `batches` gives them.
+    """Whole scenes: rainy Nx3xPxP and clean Sx3xPxP, uint8 from the loader, float32 in [0, 1] after `to`, and
+    so in what `batches` gives.
 
     scene: N indices into clean. names: the S scenes' names. padded: names of scenes smaller than the patch.
-    files: of the scenes. bad: (key, why) of scenes that cannot be read, each replaced by the next one.
+    files: those of the scenes. bad: (key, why) of scenes that could not be read, each replaced by the next.
     """
 
     rainy: torch.Tensor
@@ -301,7 +301,7 @@ class Batch(NamedTuple):
 
 
 class Patches(NamedTuple):
-    """One draw: rainy Dx3xPxP and clean 3xPxP of a scene, uint8; padded: it is smaller; bad: as in Batch."""
+    """One draw: rainy Dx3xPxP and clean 3xPxP of a scene, uint8; padded: smaller than P; bad: as in Batch."""
 
     rainy: torch.Tensor
     clean: torch.Tensor
@@ -313,15 +313,16 @@ class Patches(NamedTuple):
 class ScenePatches(Dataset):
     """Draw number n -> a random crop of one scene, all densities cut, flipped and rotated alike.
 
-    Draws go through consecutive shuffles of the scenes, in which those of one number of images are spread
-    evenly: batches of several data sets have few shapes, each of which is a CUDA graph. Everything random is
-    a function of (seed, draw number), so a run continues exactly from a number alone, whatever the workers.
-    A scene smaller than the patch is padded by mirroring its border. With `clean_inputs` > 0 that share of
-    the draws has one rainy image replaced by the clean one, which teaches the network to leave dry pictures
-    alone. `upright`: no quarter turns, after which rain would fall sideways.
+    Draws go through one shuffle of all scenes after another. In each, scenes with the same number of images
+    are spread evenly, so that batches of mixed data sets have few shapes: each shape is a CUDA graph.
+    Everything random is a function of (seed, draw number), so a run continues exactly from that number,
+    whatever the workers. A scene smaller than the patch is padded by mirroring its border. With
+    `clean_inputs` > 0 that share of the draws has one rainy image replaced by the clean one, which teaches
+    the network to leave dry pictures alone. `upright`: no quarter turns, after which rain would fall
+    sideways.
 
-    A scene that cannot be read is left out from then on, as those whose keys are in `bad` are from the
-    beginning: the next one of the shuffle that can be read takes its place.
+    Scenes whose keys are in `bad` are left out, and so is, from then on, a scene that cannot be read: the
+    next one of the shuffle that can be read takes its place.
     """
 
     def __init__(self, scenes, patch_size, seed, clean_inputs=0.0, bad=(), cache=None, upright=False):
@@ -372,7 +373,7 @@ class ScenePatches(Dataset):
 
 @lru_cache(maxsize=4)
 def shuffled(seed, shuffle, kinds):
-    """Permutation number `shuffle` of a tuple's indices, those of each of its kinds spread evenly over it."""
+    """Permutation number `shuffle` of the indices of `kinds`, those of each kind spread evenly over it."""
     rng = np.random.default_rng((seed, shuffle, len(kinds)))
     order = rng.permutation(len(kinds))
     place = np.empty(len(kinds))
@@ -404,7 +405,7 @@ def augment(images, rng, upright=False):
 class Draws(Sampler):
     """Lists of `batch_size` consecutive draw numbers from step `first` on, without end.
 
-    Of several ranks, which make one batch together, each has an equal share of the list.
+    Several ranks make one batch together: each gets an equal share of every list.
     """
 
     def __init__(self, batch_size, first=0, rank=0, ranks=1):
@@ -474,8 +475,9 @@ def batches(
 
 
 def start_worker(number):
-    """Signals to the whole group (Ctrl-C, `timeout`) or job (Slurm, systemd) are the run's affair: it needs
-    its workers to end its step. SIGTERM from the run itself ends a worker, as PyTorch counts on.
+    """Set up a loader's worker. It ignores signals to the whole group (Ctrl-C, `timeout`) or job (Slurm,
+    systemd): the run heeds them, and needs its workers to end its step. SIGTERM from the run itself ends a
+    worker, as PyTorch counts on.
     """
     cv2.setNumThreads(0)
     if hasattr(os, "setpgrp"):
@@ -496,7 +498,7 @@ def full_images(scenes, bad=None, cache=None):
     """Per scene, for validation: (DxHxWx3 rainy, 1xHxWx3 clean), uint8, whole pictures.
 
     bad: a list, to which (key of a scene, why it cannot be read) is added; None: UserError is raised. cache:
-    as in `batches`. While one is looked at, the next is read.
+    as in `batches`. While one scene is used, the next is read.
     """
     with ThreadPoolExecutor(1) as pool:
         for scene, reading in in_turn(pool, partial(read_scene, cache=cache), scenes, ahead=1):
@@ -511,8 +513,8 @@ def full_images(scenes, bad=None, cache=None):
 
 
 def in_turn(pool, function, items, ahead):
-    """(item, Future of function(item)) of each item in turn, while at most `ahead` further ones are at work:
-    were it all of them, results would pile up in memory.
+    """Yield (item, Future of function(item)) for each item in turn, while at most `ahead` further ones are
+    worked on: if all were, results would pile up in memory.
     """
     waiting = deque()
     for item in items:

@@ -1,13 +1,14 @@
 """What --cache does: pictures decoded once, their pixels in a file that every worker and process maps.
 
-A crop then reads its own rows, and no other. Each training folder has one such file, `decoded.cache` in it,
-or one of its own in the folder that --cache names: the pictures, HxWx3 uint8 RGB as `dataset.read_half`
-returns them; their index in JSON; and, in the last bytes, where that begins and its checksum.
+A crop then reads its own rows, and no others. For each training folder there is one such file:
+`decoded.cache` in it, or one in the folder that --cache names. It holds the pictures, HxWx3 uint8 RGB as
+`dataset.read_half` returns them; their index in JSON; and, in its last bytes, where the index begins and its
+checksum.
 
-A picture counts as long as the file it came from has the size and time of change that the index says, which
-every read looks at, and its own checksum is right, which is looked at when a run begins. What does not count
-is decoded anew, into a new file that takes the place of the old one when it is whole. A file that cannot be
-decoded has no pixels in the cache: reading it fails as it does without one.
+A picture is valid while the file it came from has the size and time of change that are in the index, which
+every read checks, and while its own checksum is right, which is checked when a run begins. Others are decoded
+anew, into a new file that takes the place of the old one when it is whole. A file that cannot be decoded has
+no pixels in the cache: reading it fails as it does without a cache.
 """
 
 import hashlib
@@ -69,7 +70,7 @@ class Kept(NamedTuple):
 class Cache:
     """Pictures by their layouts.Half, out of one or several files that each process maps when it first reads.
 
-    kept: {Half: Kept}. tails: {cache file: its last bytes}, by which a file that has taken its place is told.
+    kept: {Half: Kept}. tails: {cache file: its last bytes}, which tell it from a file that took its place.
     """
 
     def __init__(self, kept, tails):
@@ -156,12 +157,12 @@ def _file(root, place):
 
 
 def _lacks(cache, halves):
-    """Those of the halves that the cache knows nothing of; files that are gone are not to be had."""
+    """The halves that the cache does not know, but for those whose files are gone."""
     return [half for half in halves if half not in cache.kept and _stamp(half.path)]
 
 
 def _bytes(halves, cache):
-    """How many the pixels take, all told; nothing is decoded."""
+    """How many bytes the pixels of the halves take in all; nothing is decoded."""
 
     def size(half):
         if half in cache.kept:
@@ -177,7 +178,7 @@ def _bytes(halves, cache):
 
 
 def _check_room(needed):
-    """UserError where a disk has not the bytes that {cache file: bytes} asks of it."""
+    """UserError where a disk has no room for the files on it; needed: {cache file: bytes}."""
     disks = defaultdict(list)
     for path in needed:
         try:
@@ -206,7 +207,7 @@ def _cannot_write(path, error):
 
 
 def _read(path, root, halves):
-    """The Cache of those of the halves that a cache file of the folder `root` has, and that count."""
+    """The Cache of those of the halves that are in a cache file of the folder `root`, and valid."""
     wanted, kept = set(halves), {}
     try:
         with open(path, "rb") as file:
@@ -245,7 +246,7 @@ def _read_index(file):
 
 
 def _build(path, root, halves):
-    """Make a cache file anew, if no other process has by now: its Cache."""
+    """Make a cache file anew, unless another process has by now; returns its Cache."""
     try:
         with _alone(_unfinished(path)) as file:
             cache = _read(path, root, halves)
@@ -263,10 +264,10 @@ def _unfinished(path):
 
 @contextmanager
 def _alone(path):
-    """A new file at `path`, to be renamed; no other process writes it, and it is gone if it was not renamed.
+    """A new file at `path`, for the caller to rename; if it is not renamed, it is removed in the end.
 
-    It is locked, which ends with the process, however that ends. What one that was killed has left there is
-    written over.
+    It is locked, so that no other process writes it; the lock ends with the process, however that ends. What
+    a killed process has left there is written over.
     """
     while True:
         with open(path, "ab") as file:
@@ -322,7 +323,7 @@ def _write(file, path, root, halves, old):
 
 def _decode(old, halves):
     """[(Half, stamp, HxWx3 uint8, checksum)] of the halves of one file; 0x0x3 where it cannot be decoded."""
-    stamp = _stamp(halves[0].path)  # before it is read: what it is changed to meanwhile is another file
+    stamp = _stamp(halves[0].path)  # before it is read: if it changes meanwhile, this no longer fits it
     if stamp is None:
         return []
     images = old.get(halves)

@@ -3,9 +3,9 @@
     python dataset.py datasets/Rain1200                                        DID-MDN, both its parts
     python dataset.py rain800/training rain800/test_syn --clean_side left      training and test
 
-A scene's files are each opened once. What is wrong is one line a kind, naming files, and makes the exit
-status 1; notes do not. The thresholds were set on Rain800, DID-MDN's samples and sets made by
-`support.rain` (4,965 pairs in all); what they tell apart is said where they stand.
+Each file of a scene is opened once. Each kind of fault gets one line, which names files, and makes the exit
+status 1; notes do not. The thresholds were set on Rain800, DID-MDN's samples and sets made by `support.rain`
+(4,965 pairs in all); the comment beside each says what it tells apart.
 """
 
 import os
@@ -42,8 +42,8 @@ MATCH = 0.3  # all pairs are above 0.48; 99.9 % of clean images beside another's
 SWAPPED = -0.1  # all pairs are above -0.05; swapped, 99.6 % of them are below -0.1
 SAME_CLEAN = 4.0  # mean absolute difference, grey levels, between clean images of one scene; 0 in DID-MDN
 NAMED = 5  # files a line
-# Pictures, most of which must pass. Of Rain800's pairs 97 % do, mostly above .9 in match and .2 in rain; of
-# BSDS500's photographs none does.
+# How many pictures a hint looks at, and what most of those must exceed. Of Rain800's pairs 97 % do, mostly
+# with a match above .9 and a rain score above .2; of BSDS500's photographs none does.
 HINT_FROM = 8
 HINT_MATCH, HINT_RAIN = 0.6, 0.15
 CLEAN_DIFFERS = "clean half differs from the other densities'"
@@ -125,7 +125,7 @@ def _examine(scene, root):
     agreed = min(copies, key=lambda image: sum(_apart(image, other) for other in copies))
     rain, matches = [], []
     for half, rainy, clean in pairs:
-        # Of a file with swapped sides the rainy half is the agreed image: its rain score, below, tells.
+        # A rainy half that is the agreed image means swapped sides: its rain score, below, tells.
         if min(_apart(clean, agreed), _apart(rainy, agreed)) > SAME_CLEAN:
             fault(CLEAN_DIFFERS, half.path, f"by {_apart(clean, agreed):.0f} grey levels")
             clean = agreed
@@ -155,8 +155,8 @@ def _decoded(scene, fault):
 def match(rainy, clean):
     """Correlation, -1 to 1, of what two HxWx3 uint8 RGB images show: their detail on a 32x32 grid.
 
-    The grid averages the rain away; taking a blur off leaves out what many pictures share, as a bright sky.
-    It is 1 where the clean image is flat, as nothing can be told.
+    The grid averages the rain away; subtracting a blur leaves out what many pictures share, as a bright sky.
+    1 where one of them is flat, since nothing can be told then.
     """
     details = []
     for image in (rainy, clean):
@@ -170,7 +170,7 @@ def match(rainy, clean):
 def rain_score(rainy, clean):
     """How much more `rainy` looks like rain over `clean` than the other way round; HxWx3 uint8 RGB, both.
 
-    Two signs of rain are added, and each turns its sign when the images are swapped: streaks are steep
+    Two measures of rain are added, both of which change sign when the images are swapped: streaks are steep
     across (the logarithm of the ratio of mean horizontal steps, with half a grey level added to both) and
     brighter than what is beside them (half the skewness of the difference's detail). Mean brightness is no
     sign: Rain800 darkens 18 % of its rainy images. Medians: 0.71 in Rain800, 0.42 in DID-MDN's samples.
@@ -206,7 +206,7 @@ def _luma(image):
 
 
 def check(folder, found):
-    """What is to be said of a folder in which `layouts.find` found `found` -> Checked."""
+    """Check a folder in which `layouts.find` found `found` -> Checked."""
     with ThreadPoolExecutor(THREADS) as pool:
         looks = pool.map(lambda scene: examine(scene, folder), found.scenes)
         looks = list(tqdm(looks, folder.name, len(found.scenes), leave=False, unit="scene", disable=None))
@@ -263,7 +263,7 @@ def sizes(looks):
 
 
 def wrong_side(looks, flag="--clean_side"):
-    """What to say where most rain is on the clean side, or ""; flag: what told that side."""
+    """What to say where most rain is on the clean side, or ""; flag: the one that named that side."""
     scores = [score for _, score in _scores(looks)]
     below = sum(score < SWAPPED for score in scores)
     if below <= len(scores) / 2:
@@ -413,9 +413,12 @@ def get_args_parser():
         prog="dataset.py",
         description="Check a data set. Exit status: 0 good, 1 something is wrong, 2 no such data set.",
     )
-    parser.add_argument("folder", metavar="DIR", help="what to train on, or to check; DID-MDN's root is both")
+    parser.add_argument("folder", metavar="DIR", help="data set to check; DID-MDN's root is both its sets")
     parser.add_argument(
-        "test_folder", metavar="TEST_DIR", nargs="?", help="a test set: no background of DIR may be in it"
+        "test_folder",
+        metavar="TEST_DIR",
+        nargs="?",
+        help="its test set, checked as well: no background of DIR may be in it",
     )
     parser.add_argument(
         "--clean_side",

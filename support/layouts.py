@@ -1,8 +1,8 @@
-"""What lies in a folder of pictures: scenes, each a clean background with a rainy version of each density,
-or with one: rainy pictures that share a clean one otherwise than in DID-MDN's layout, as in Rain1400 or as
-heavy/7.png and light/7.png, are scenes apart.
+"""What lies in a folder of pictures: scenes, each a clean background with its rainy versions. In DID-MDN's
+layout there is one for each density; in all others just one, so that rainy pictures that share a clean one,
+as in Rain1400 or as heavy/7.png and light/7.png, are separate scenes.
 
-The layouts that `find` knows, by the names of folders and files alone:
+The layouts that `find` recognises, by the names of folders and files alone:
 
     Rain_Heavy/train2018new/*.jpg  Rain_Medium/...  Rain_Light/...   rain|clean; one name is one scene
     input/*  target/*  (or rain norain, rainy gt, ...)               pairs of two files of one name
@@ -26,7 +26,7 @@ DENSITIES = ("Heavy", "Medium", "Light")
 TRAINING, TEST = "DID-MDN-training", "DID-MDN-test"  # DID-MDN's folders
 RAINY_FOLDERS = {*"input inputs rain rainy rainy_image rain_image lq data degraded".split()}
 CLEAN_FOLDERS = {*"target targets norain clean gt ground_truth groundtruth gtruth label".split()}
-# Taken for such only where files in them pair, as photographs are sorted into folders of these names, too.
+# Counted as such only where their files pair, since photographs are sorted into folders of these names, too.
 PERHAPS_RAINY = {"in", "real_world"}
 PERHAPS_CLEAN = {"hq", "clear", "real_world_gt"}
 # Of a clean file among rainy ones: norain-1, 1_GT, 1gt.
@@ -48,9 +48,9 @@ class Half(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """name: that of its results, and so no other's in its folder; scenes of one name in several folders count
-    as one background. rainy: one Half a density; clean: a Half of the same size, or None for a single image;
-    densities: a name for each rainy one, or () where there is but one.
+    """name: its results are called so, and no other scene of its folder is; scenes of one name in several
+    folders count as one background. rainy: one Half a density; clean: a Half of the same size, or None for a
+    single image; densities: a name for each rainy Half, or () where there is only one.
     """
 
     name: str
@@ -85,8 +85,8 @@ class Found(NamedTuple):
 def find(path, clean_side=None):
     """What is under `path`, a folder in one of the layouts above or a single image file, as a Found.
 
-    clean_side: which half of a side-by-side file is clean, "left" or "right"; not heeded where pairs are told
-    by names. DID-MDN's own folders are rain|clean as published. Raises UserError for a path that is missing,
+    clean_side: which half of a side-by-side file is clean, "left" or "right"; ignored where names tell the
+    pairs. DID-MDN's own folders are rain|clean as published. Raises UserError for a path that is missing,
     empty, paired ambiguously or not at all, holds several sets of pairs, or no side-by-side files itself.
     """
     path = Path(path)
@@ -216,7 +216,7 @@ def _in_folders(path):
 
 
 def _pair_folders(path, perhaps):
-    """The folders in one that by their names hold rainy images, and clean ones; or perhaps do."""
+    """[folders of rainy, folders of clean images] in one, by their names; perhaps: by unsure names, too."""
     kinds = RAINY_FOLDERS, CLEAN_FOLDERS
     if perhaps:
         kinds = RAINY_FOLDERS | PERHAPS_RAINY, CLEAN_FOLDERS | PERHAPS_CLEAN
@@ -227,17 +227,17 @@ def _pair_folders(path, perhaps):
 
 
 def _folders(path):
-    """The folders in one; none where it may not be looked into."""
+    """The folders in a folder; none where it may not be looked into."""
     return [child for child in path.iterdir() if os.path.isdir(child)] if os.access(path, os.R_OK) else []
 
 
 def _called(folder):
-    """The name of a folder as those of pairs are spelled here."""
+    """A folder's name, spelled like those in RAINY_FOLDERS."""
     return folder.name.lower().replace(" ", "_")
 
 
 def _sets(path, files):
-    """The folders below `path` with pairs among `files`, in two folders: relative names."""
+    """Relative names of folders below `path` in which a rainy and a clean folder of `files` make pairs."""
     below = {folder for file in files for folder in file.relative_to(path).parents}
     kinds = RAINY_FOLDERS | PERHAPS_RAINY, CLEAN_FOLDERS
     rainy, clean = ({f.parent for f in below if _called(f) in kind} for kind in kinds)
@@ -274,8 +274,8 @@ def truth_without_rain(path, scenes):
 
 
 def _told_by_name(path):
-    """The pairs of a folder where the clean images' own names tell them: norain-1.png of rain-1.png beside it
-    or in a folder `rainy` there. None where more than half of the images are in no pair.
+    """The pairs of a folder as told by the clean images' own names: norain-1.png belongs to rain-1.png, which
+    is beside it or in a folder `rainy` there. None where more than half of the images are in no pair.
     """
     files = list_images(path, recursive=True)
     rainy, clean, keys = {}, {}, set()
@@ -298,7 +298,7 @@ def _told_by_name(path):
 def _frames(path, files):
     """The pairs of a folder with GT-Rain's names: park-R-017.png with park-C-017.png, or with park-C-000.png
     where the scene has no other clean one. None where more than half of the names are others, or where other
-    letters tell that cameras are meant.
+    letters show that they stand for cameras.
     """
     frames = {file: frame for file in files if (frame := FRAME.fullmatch(file.stem))}
     if len(frames) < len(files) / 2 or any(frame[2] not in "RC" for frame in frames.values()):
@@ -331,7 +331,7 @@ def _paired(layout, root, rainy, clean):
     for file, key in clean.items():  # 1gt.png of 1.png
         by_key.setdefault(re.sub(r"(?<=\d)gt$", "", key), file)
     taken = set(rainy.values())  # beside a rainy 7.png, 7_2.png is a picture of its own
-    numbered = {NUMBER.sub("", key) for key in clean.values() if NUMBER.search(key)}  # as beside a clean 7_1
+    numbered = {NUMBER.sub("", key) for key in clean.values() if NUMBER.search(key)}  # 7 of a clean 7_1
     names = {(key, file.stem) for file, key in rainy.items()}
     ambiguous = {key for key, count in Counter(key for key, _ in names).items() if count > 1}  # A.png, a.png
 
@@ -371,9 +371,9 @@ def _pair_key(file, folder):
 
 
 def _less_exact(key):
-    """Keys that the clean image of a rainy one may have, and whether a number was taken off: 7 for heavy/7,
-    7_in, 7_1, 7x2 and light/7_1, and, with what Outdoor-Rain and RainCityscapes say of the rain, for
-    7_s80_a04 and 7_rain_alpha_0.02_beta_0.01.
+    """Yield other keys that the clean image of a rainy one may have, and whether a number was taken off: 7
+    for heavy/7, 7_in, 7_1, 7x2 and light/7_1, and for 7_s80_a04 and 7_rain_alpha_0.02_beta_0.01, names in
+    which Outdoor-Rain and RainCityscapes describe the rain.
     """
     folder = r"^(x\d|heavy|medium|light|small|large)/"
     if (shorter := re.sub(folder, "", key)) != key:
