@@ -155,7 +155,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def header_size(path: str | Path) -> tuple[int, int]:
-    """As `image_size`, by the file's first bytes alone, whatever becomes of the rest."""
+    """As `image_size`, but by the file's first bytes alone: the rest may be damaged or missing."""
     return _first_bytes(path).size
 
 
@@ -191,9 +191,10 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = 95) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes, durable: bool = False) -> None:
-    """Write a file so that `path` is whole or untouched, making folders; or CannotWrite, or UserError.
+    """Write a file, and folders as needed, so that `path` is whole or untouched.
 
-    durable: also where the power fails. That takes a wait for the disk, too long for a folder of pictures.
+    durable: even if the power fails. That means waiting for the disk, too long for a folder of pictures.
+    Raises CannotWrite, or UserError for a name that no file can have.
     """
     path = Path(path)
     partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")  # not longer than names may get
@@ -236,8 +237,8 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     """The image files of a folder, told by extension, in natural order of relative path: 2.png before 10.png.
 
     Hidden files and folders are left out: they are other systems' side files, thumbnails, or an interrupted
-    run's. Links to nothing are not: who reads them will say so. May be empty. Raises UserError if `folder` is
-    not a folder that can be read; of folders in it that cannot, a warning tells.
+    run's. Broken links are listed, so that reading them raises an error. May be empty. Raises UserError if
+    `folder` is not a folder that can be read; for folders in it that cannot, it logs a warning.
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
@@ -269,7 +270,7 @@ def cannot_read(error: OSError) -> str:
 def walk(folder: str | Path, unreadable: Callable[[OSError], object] = _warn) -> Iterator[Path]:
     """The files in a folder and in all below it that are not hidden, linked ones included, each folder once.
 
-    unreadable: is told of each folder that cannot be read; by default a warning tells.
+    unreadable: called with the error of each folder that cannot be read; by default it logs a warning.
     """
     seen = set()
     for root, folders, files in os.walk(str(folder), onerror=unreadable, followlinks=True):
@@ -401,9 +402,9 @@ def _is_lossless_webp(data: bytes) -> bool:
 def _decode(path: str | Path, data: bytes, header: _Header) -> np.ndarray:
     """Upright pixels in OpenCV's order: HxW grey, HxWx3 BGR or HxWx4 BGRA."""
     if header.format == "BMP" or (header.format == "TIFF" and header.bits <= 8):
-        # Of a BMP OpenCV takes a spare byte for alpha, and the white of 16 bits is not white. Of a TIFF it
-        # leaves strips that are damaged black, without a word; it multiplies such a file's colours by its
-        # alpha, drops grey's alpha, and makes up CMYK's.
+        # OpenCV takes a spare byte of a BMP for alpha, and turns the white of 16 bits grey. In a TIFF it
+        # leaves damaged strips black, without a word; and in one of 8 bits it multiplies the colours by the
+        # alpha, drops the alpha of grey, and makes one up for CMYK.
         return _decode_with_pillow(path, data)
     if header.odd:
         raise UserError(
@@ -424,12 +425,11 @@ def _decode(path: str | Path, data: bytes, header: _Header) -> np.ndarray:
 
 
 def _check_coded_pixels(path: str | Path, data: bytes) -> None:
-    """Raise UserError where a JPEG has its end, but lacks coded pixels before it.
+    """Raise UserError where a JPEG has its end marker, but lacks coded pixels before it.
 
-    Decoders fill what is missing with grey and tell nobody. But put noise at the end of each run of coded
-    pixels (ITU-T T.81, B.1.1): a decoder has no use for it where the run is whole, and else takes it for
-    pixels, so that the picture is another one. It takes as long as decoding does, hence once a file and
-    process.
+    Decoders silently fill what is missing with grey. So noise is added at the end of each run of coded pixels
+    (ITU-T T.81, B.1.1): where the run is whole, a decoder ignores it; else it takes the noise for pixels, and
+    the picture changes. This takes as long as decoding, so a process does it once for each file.
     """
     digest = len(data), zlib.crc32(data)
     if digest not in _whole_jpegs:
@@ -492,7 +492,7 @@ def _pillow(path: str | Path, otherwise: str = _NO_IMAGE):
 
 @contextmanager
 def _no_words():
-    """Neither Pillow nor OpenCV speaks of files: of damage that matters, an error tells."""
+    """Keeps Pillow and OpenCV from printing about files: damage that matters raises an error."""
     logger = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # moved in OpenCV 5
     level = logger.getLogLevel()
     logger.setLogLevel(0)
@@ -593,7 +593,7 @@ class Video:
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such file")
         _check_name(self.path)
-        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what is wrong with a file, we say
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: we say what is wrong with a file
         self._open()
         self.fps = self.capture.get(cv2.CAP_PROP_FPS)
         self.frames = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))
@@ -616,13 +616,13 @@ class Video:
             self.capture = cv2.VideoCapture(os.path.abspath(self.path))
 
     def _count(self):
-        """Matroska tells a length and a nominal rate, and OpenCV as many frames as there would be of it."""
+        """Count the frames: Matroska has a length and a nominal rate, and OpenCV only multiplies the two."""
         count, last, length = 0, 0.0, self.frames / self.fps
         with _quiet:
             while self.capture.grab():
                 count, last = count + 1, self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
         if count > 1 and last > 0 and abs(count - self.frames) > 1:
-            end = last * count / (count - 1)  # of the last frame, as long as the others are in the mean
+            end = last * count / (count - 1)  # of the last frame, if it is as long as the mean one
             if count > self.frames or end > 0.98 * length or _is_cut(self.path) is False:  # sound may go on
                 self.frames, self.fps = count, (count - 1) / last
         self.capture.release()
@@ -690,8 +690,8 @@ def _check_name(path):
 
 
 def video_name(path: str | Path) -> Path:
-    """The name that `write_video` can give to what came from `path`: with .mp4 behind it where it cannot keep
-    the format, so that a.webm's is not that of a.mp4.
+    """The name by which `write_video` can write what came from `path`. Where it cannot keep the format, .mp4
+    is added to the whole name, so that a.webm and a.mp4 do not become the same file.
     """
     path = Path(path)
     return path if path.suffix.lower() in _CODECS else path.with_name(f"{path.name}.mp4")
@@ -718,7 +718,7 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> N
             for frame in frames:
                 height, width = frame.shape[:2]
                 frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-                if shutil.disk_usage(path.parent).free < 2 * frame.nbytes:  # of which OpenCV says nothing
+                if shutil.disk_usage(path.parent).free < 2 * frame.nbytes:  # OpenCV reports no full disk
                     if not count:
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     raise EndsEarly(f"{path}: ends early, after {count} frames: the disk is full")

@@ -213,7 +213,7 @@ def at(clean: np.ndarray, values: np.ndarray) -> np.ndarray:
 def borrow_scene(
     clean: np.ndarray, rng: np.random.Generator, rains: Iterable[Borrowed]
 ) -> dict[str, np.ndarray]:
-    """`clean` (HxWx3 uint8 RGB) under the first three rains, by level, what changes it most first."""
+    """`clean` (HxWx3 uint8 RGB) under the first three rains, by level: heavy is what changes it most."""
     rainy = []
     for rain in islice(rains, len(DENSITIES)):
         # From a place drawn at random on; where the background is larger the streaks begin again.
@@ -227,9 +227,9 @@ def borrow_scene(
 def borrow_in_turn(
     pairs: Sequence[Path], clean_side: str, rng: np.random.Generator, failures: list[str]
 ) -> Iterator[Borrowed]:
-    """The rain of side by side pairs in random order, but of those that have too few tones.
+    """Yield the rain of side by side pairs in random order, leaving out pairs with too few tones.
 
-    A line is appended to `failures` for a file that cannot be read. Raises UserError at their end.
+    A line is appended to `failures` for a file that cannot be read. Raises UserError when no pair is left.
     """
     for i in rng.permutation(len(pairs)):
         try:
@@ -286,23 +286,23 @@ def write_scenes(
     another seed.
 
     Args:
-        scenes: so many training scenes, over photographs picked at random; default: over all.
-        test: so many photographs, picked at random, go to the test part instead, in all densities.
+        scenes: number of training scenes, over photographs picked at random; default: over all.
+        test: number of photographs, picked at random, that go to the test part instead, in all densities.
         size: crop the middle square and scale it to this side, in pixels (512 in DID-MDN); default: keep the
             photographs' own size. Either way, widths are cut to multiples of 16.
         clean_side: "left" or "right": the photographs are side by side files and this is the clean half.
         rain_of: a folder of side by side pairs, whose rain is moved here in place of a `style`: each version
-            of a scene has that of another pair.
-        rain_side: "left" or "right": their clean half.
-        angle: the streaks lean by at most so many degrees off vertical, 0 to 90; default: the style's.
-        workers: so many processes share the scenes, which are the same for any number; 0: all in this one.
+            of a scene gets that of another pair.
+        rain_side: "left" or "right": the clean half of those pairs.
+        angle: largest lean of the streaks, 0 to 90 degrees off vertical; default: the style's.
+        workers: number of processes, which does not change the scenes; 0: all are made in this one.
 
     Returns:
         one line for each photograph or pair that could not be read, or written; the others are done.
 
     Raises:
-        UserError: `out` already holds such a set, cannot be written, or there are too few photographs or
-            pairs, or `rain_of` holds others than side by side, or `angle` is given beside it.
+        UserError: `out` already holds such a set or cannot be written, there are too few photographs or
+            pairs, the pairs of `rain_of` are not side by side, or `angle` is given with it.
     """
     out = Path(out)
     for part in (TRAINING, TEST):
@@ -344,8 +344,8 @@ def write_scenes(
 
 @dataclass(frozen=True)
 class _Making(Dataset):
-    """Item i, for a DataLoader, is scene number i, written: (lines on what could not be read, the text of the
-    UserError that ends it all, or None).
+    """Asked by a DataLoader for item i, writes scene number i; returns (lines on what could not be read, the
+    text of a UserError that ends it all, or None).
     """
 
     photographs: list[tuple[str, Path]]  # the first `test` of them to test on
@@ -506,8 +506,8 @@ def find_photographs(folders: Iterable[str | Path]) -> list[Path]:
 
 
 def _side_by_side(folder: str | Path, clean_side: str) -> tuple[list[Path], str]:
-    """As `find_photographs`, and what seems wrong with the side, or "". UserError where they are no pairs, or
-    pairs of files.
+    """(the pairs, as of `find_photographs`; what seems wrong with their side, or ""). UserError where they
+    are no pairs, or pairs of two files.
     """
     found = find(folder, clean_side)
     if any(scene.clean and not scene.clean.side for scene in found.scenes):
@@ -542,30 +542,39 @@ def get_args_parser():
     parser.add_argument("clean_dirs", nargs="+", help="folders of clean photographs")
     parser.add_argument("out_dir", help="folder to make DID-MDN-training and DID-MDN-test in")
     parser.add_argument(
-        "--seed", type=command.seed, default=0, help="of all that is drawn (default: %(default)s)"
+        "--seed", type=command.seed, default=0, help="seed of all that is drawn (default: %(default)s)"
     )
     rain = parser.add_mutually_exclusive_group()
     rain.add_argument(
-        "--style", choices=[*STYLES, "mixed"], default="did-mdn", help="of the rain (default: %(default)s)"
+        "--style", choices=[*STYLES, "mixed"], default="did-mdn", help="kind of rain (default: %(default)s)"
     )
-    rain.add_argument("--rain_of", metavar="PAIRS", help="move the rain of these side by side pairs here")
-    parser.add_argument("--rain_side", choices=SIDES, help="the clean half of those pairs")
+    rain.add_argument(
+        "--rain_of",
+        metavar="PAIRS",
+        help="in place of a style: move the rain of the side by side pairs in this folder",
+    )
+    parser.add_argument("--rain_side", choices=SIDES, help="the clean half of the pairs of --rain_of")
     parser.add_argument(
         "--angle",
         type=command.angle,
         metavar="DEGREES",
-        help="largest of the streaks, off vertical (default: the style's, 30 or 45)",
+        help="largest lean of the streaks, off vertical (default: the style's, 30 or 45)",
     )
     parser.add_argument("--scenes", type=command.positive, help="training scenes (default: one a photograph)")
     parser.add_argument(
-        "--test", type=command.natural, default=0, help="photographs to keep for the test part"
+        "--test",
+        type=command.natural,
+        default=0,
+        help="photographs to keep for the test part (default: none)",
     )
     parser.add_argument(
         "--size",
         type=command.side,
-        help="scale the middle square to this side, up where it is smaller (default: keep the size)",
+        help="scale the middle square to this side in pixels, up or down (default: keep the size)",
     )
-    parser.add_argument("--clean_side", choices=SIDES, help="this half of side by side files")
+    parser.add_argument(
+        "--clean_side", choices=SIDES, help="the photographs are this half of side by side files"
+    )
     parser.add_argument(
         "--workers",
         type=command.workers,
