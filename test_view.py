@@ -91,16 +91,16 @@ def get_args_parser():
     add(
         "--tile",
         type=command.tile,
-        help="side of the tiles in pixels, a multiple of 8 from 64 on; 0: never tile (default: above a "
-        "megapixel)",
+        help="side of the tiles in pixels, a multiple of 8 from 64 on; 0: never tile (default: tiles that "
+        "fit, above a megapixel)",
     )
     add(
         "--scale",
         type=command.scale,
         default=1.0,
-        help="restore a copy of this scale, as 0.5, and take from the picture what that loses: for rain that "
-        f"is wider than the training's, as in large photographs; {AUTO}: of 1, 1/2, 1/4, ... the one at "
-        "which most is taken away; for a video a number (default: 1)",
+        help="restore a copy shrunk to this scale, such as 0.5, and take from the picture what the copy "
+        f"loses: for rain wider than in training, as in large photographs; {AUTO} (not for a video): the one "
+        "of 1, 1/2, 1/4, ... that takes most away (default: 1)",
     )
     add(
         "--self_ensemble",
@@ -109,21 +109,21 @@ def get_args_parser():
         const=4,
         default=0,
         choices=ENSEMBLES,
-        help="mean over 4 flips, or with 8 over quarter turns too, for a network trained on them; so many "
-        "times slower (default: 0; without a number: 4)",
+        help="mean over 4 flips; 8: over quarter turns too, for a network trained on them; 4 or 8 times "
+        "slower (default: 0; without a number: 4)",
     )
     add("--amp", action="store_true", help="half precision: float16 on CUDA, bfloat16 on a CPU")
     add(
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="torch.compile the network: minutes for each size of picture. auto (default): on a CPU, for "
-        f"sizes of which there are {COMPILED_FROM // 10**6} megapixels to restore",
+        help="torch.compile the network, which takes minutes for each size of picture. auto (default): only "
+        f"on a CPU, for sizes with at least {COMPILED_FROM // 10**6} megapixels to restore",
     )
     add(
         "--skip_done",
         action="store_true",
-        help="go on where a run was stopped: pictures that this checkpoint has restored are left as they are",
+        help="go on where a run was stopped: leave out what this checkpoint has restored with these options",
     )
     add(
         "--montage",
@@ -219,7 +219,7 @@ def begin(journal, fresh):
     journal.begin(fresh)
     if distributed.is_main():
         for table in (*TABLES, PAGE, MONTAGE):
-            with suppress(OSError):  # which that end will say
+            with suppress(OSError):  # writing the new ones will say so
                 os.unlink(journal.out / table)
 
 
@@ -354,8 +354,8 @@ class Task(NamedTuple):
 
 
 def tasks_of(scene, source):
-    """A task for each density of a scene below `source`. What is scored is saved without loss, others as they
-    came.
+    """A task for each density of a scene below `source`. What is scored is saved as PNG, without loss, others
+    in the format they came in.
     """
     tasks = []
     for half, density in zip(scene.rainy, scene.densities or ("",), strict=True):
@@ -366,9 +366,9 @@ def tasks_of(scene, source):
 
 
 def to_do(args, tasks, files, journal):
-    """Those of the tasks that are to be done, with --skip_done what is not done yet, and numbered.
+    """The tasks that are to be done, numbered: all, or with --skip_done those that are not done yet.
 
-    files: {name: those of its scene}. UserError where --skip_done would replace what was done of other data.
+    files: {name: the files of its scene}. UserError where --skip_done would replace a result of other data.
     """
     done, first = set(), 1
     if args.skip_done:
@@ -395,7 +395,7 @@ def check_montage(args, names):
 
 
 def check_video(args, path):
-    """UserError where a video is given with what is for pictures."""
+    """UserError where a video is given with flags for pictures."""
     if distributed.size() > 1:
         raise UserError(f"{path}: a video is restored by one process; leave torchrun out")
     for name in sorted({"clean_side", "montage", "skip_done"} & args.given):
@@ -405,7 +405,7 @@ def check_video(args, path):
 
 
 def check_apart(source, out, within):
-    """UserError where results, in the folder `out`, or the gallery's files would come among the pictures in
+    """UserError where results, in the folder `out`, or the gallery's files would get among the pictures in
     `source`. within: its subfolders are restored, too.
     """
     results, gallery = out.resolve(), (out / FOLDER).resolve()
@@ -414,7 +414,7 @@ def check_apart(source, out, within):
 
 
 def check_no_original(tasks, out):
-    """UserError where a result would take the place of a picture to restore, as of one that is a link."""
+    """UserError where a result would take the place of a picture to restore, as it may through a link."""
     files = dict.fromkeys(file for task in tasks for file in task.scene.files)
     originals = {place: file for file in files if (place := _which(file))}
     for target in (out / task.result for task in tasks):
@@ -426,7 +426,7 @@ def check_no_original(tasks, out):
 
 
 def check_nothing_lost(journal, names):
-    """UserError where a file of one of the names lies in the folder of results, but not by an earlier run."""
+    """UserError where the folder of results has a file of one of the names that no earlier run put there."""
     if journal.is_there():
         return
     for file in (journal.out / name for name in names):
@@ -438,7 +438,7 @@ def check_nothing_lost(journal, names):
 
 
 def _which(path):
-    """What tells a file from any other, whatever leads to it; None where there is none."""
+    """What identifies a file, by whatever path it is reached; None where there is none."""
     try:
         found = os.stat(path)
     except OSError:
@@ -468,7 +468,7 @@ def choose_compiled(args, device, net, sizes):
 
 
 def worth_compiling(args, sizes):
-    """The shapes, at most `MOST_COMPILED`, for which a process compiles: (height, width), a set."""
+    """The set of shapes (height, width), at most `MOST_COMPILED`, for which compiling pays in a process."""
     pixels = Counter()
     for size, pictures in Counter(sizes).items():
         for (height, width), passes in forwards(*size, args.tile, args.self_ensemble, args.scale).items():
@@ -525,7 +525,7 @@ def restore_video(args, restore_one, path, out, choose_compiled_for):
 def restore_pictures(restore_one, tasks, gallery, journal):
     """Do this process's share of the tasks.
 
-    Returns ((place, line) of each scene that cannot be, why it stopped early or "", the exit status).
+    Returns ([(place, line) of each scene not done], why it stopped early or "", the exit status).
     """
     scenes = [list(of_scene) for _, of_scene in groupby(tasks, key=lambda task: task.scene)]
     share = list(enumerate(scenes))[distributed.rank() :: distributed.size()]
@@ -559,7 +559,7 @@ def _all_of(missing):
 
 
 def no_other_fares_better(error, out):
-    """Whether none of the results can be written any more, as not on a full disk."""
+    """Whether no further result can be written either, as on a full disk."""
     if not isinstance(error, images.CannotWrite):
         return False
     if error.__cause__.errno in command.FULL_DISK:
@@ -572,7 +572,7 @@ def no_other_fares_better(error, out):
 
 
 def together(failures, stopped, status):
-    """The same of all processes, the lines in the order of the scenes."""
+    """What all processes came to: lines in the order of the scenes, the first reason, the worst status."""
     lines = [line for _, line in sorted(distributed.join(failures))]
     reasons = distributed.join([stopped] if stopped else [])
     return lines, reasons[0] if reasons else "", max(distributed.gather(status))
@@ -610,7 +610,7 @@ def view(restore_one, tasks, gallery, journal):
             images.save(file, picture._replace(rgb=restored))
             entry = gallery.add(row, file, picture.rgb, restored, clean, number)
             journal.add(entry, scene.files)
-        except BaseException:  # a half of a picture is none: as of a full disk, Ctrl-C, too little memory
+        except BaseException:  # a full disk, Ctrl-C, too little memory: nothing half done is left
             with suppress(OSError):
                 file.unlink()
             raise
@@ -618,7 +618,7 @@ def view(restore_one, tasks, gallery, journal):
 
 
 def naming(path, restore_one, rgb):
-    """The picture restored; what the network makes no picture of is told with the file that it is from."""
+    """The picture restored; where the network's output is not finite, the error names its file, `path`."""
     try:
         return restore_one(rgb)
     except NotFinite as error:
@@ -626,9 +626,9 @@ def naming(path, restore_one, rgb):
 
 
 def report(rows, facts, lines):
-    """{file: its bytes} of `TABLES`; the last has the lines that say the means."""
+    """{file: its bytes} of `TABLES`; of the last, which has the lines on the means, only if there are any."""
     table = []
-    writer = csv.writer(SimpleNamespace(write=table.append))  # by whose line end \r in a name is quoted
+    writer = csv.writer(SimpleNamespace(write=table.append))  # ends lines in \r\n, so it quotes \r in names
     writer.writerow(COLUMNS)
     for row in rows:
         values = [row.get(column) for column in COLUMNS]
@@ -663,7 +663,7 @@ def summarise(rows, facts):
 
 
 def in_words(options):
-    """What was asked for that changes the scores, {what: how}."""
+    """{what: how} of the options that were given and change the scores."""
     words = {}
     if options["self_ensemble"]:
         words["self-ensemble"] = f"of {options['self_ensemble']}"

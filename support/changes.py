@@ -4,10 +4,10 @@
     python -m support.changes RAINY_PHOTOGRAPHS --ckt_path before.pt after.pt --worst 5
     python -m support.changes rain800/training --clean_side left --half clean
 
-For each checkpoint, over the pictures of all folders, of DID-MDN in both its parts: RGB PSNR of the output to
-the input, mean, least and how many are above 38 dB, which on dry pictures is the harm done; and the largest
-mean change of a 16x16 block in grey levels, the median of the pictures and the worst of them by name: where
-to look for artefacts.
+For each checkpoint, over the pictures of all folders (of DID-MDN, both its parts): RGB PSNR of the output to
+the input, its mean, least value and how many are above 38 dB, which on dry pictures tells the harm done. And
+the largest mean change of a 16x16 block, in grey levels: its median over the pictures, and the worst pictures
+by name, to look for artefacts in them.
 """
 
 import numpy as np
@@ -31,15 +31,18 @@ def get_args_parser():
     )
     parser.add_argument("folders", nargs="+", metavar="PATH", help="folders or files, in any known layout")
     parser.add_argument(
-        "--ckt_path", nargs="+", default=[SHIPPED], metavar="CKPT", help="(default: what ships)"
+        "--ckt_path", nargs="+", default=[SHIPPED], metavar="CKPT", help="checkpoints (default: what ships)"
     )
-    parser.add_argument("--clean_side", choices=layouts.SIDES, help="files are side by side")
+    parser.add_argument("--clean_side", choices=layouts.SIDES, help="the clean half of side-by-side files")
     parser.add_argument(
-        "--half", choices=("rainy", "clean"), default="rainy", help="of a pair (default: %(default)s)"
+        "--half",
+        choices=("rainy", "clean"),
+        default="rainy",
+        help="which one of a pair (default: %(default)s)",
     )
-    parser.add_argument("--every", type=positive, default=1, metavar="N", help="of the pictures, each N-th")
+    parser.add_argument("--every", type=positive, default=1, metavar="N", help="each N-th scene alone")
     parser.add_argument(
-        "--worst", type=natural, default=1, metavar="N", help="pictures to name (default: %(default)s)"
+        "--worst", type=natural, default=1, metavar="N", help="worst pictures to name (default: %(default)s)"
     )
     parser.add_argument(
         "--scale", type=command.scale, default=1.0, help="as in test_view.py (default: %(default)s)"

@@ -80,7 +80,7 @@ class Gallery:
                 `support.metrics.score` and those of the input, as `input_psnr_rgb` and so on.
             file: where the restored picture lies, under `out`.
             rainy, restored, clean: HxWx3 RGB, uint8 or uint16, of one size; clean is None where unknown.
-            number: in the names of these files (default: how many were added).
+            number: in the names of these files (default: one more than were added before).
 
         Raises:
             UserError: a file cannot be written.

@@ -1,5 +1,5 @@
-"""What test_view.py has done, picture by picture, in files beside the results: a run that was stopped goes on
-after it, and several processes put their shares together.
+"""What test_view.py has done, picture by picture, in files beside the results: so a run that was stopped can
+go on from there, and several processes can put their shares together.
 
     journal = Journal("results", key={"sha256": ...})
     journal.lock()
@@ -25,8 +25,8 @@ LOCK = ".done.lock"
 
 
 class Journal:
-    """out: the folder of the results. key: what a result depends on but its own picture, as plain values:
-    what was done with another checkpoint or other options is not done.
+    """out: the folder of the results. key: plain values on which a result depends, besides its own picture.
+    What was done with another key, as with another checkpoint or other options, does not count as done.
     """
 
     def __init__(self, out, key):
@@ -47,16 +47,16 @@ class Journal:
         self.handle = lock_folder(self.out, LOCK, "--result_path")
 
     def unlock(self):
-        """Let others in again; a folder without a result is not left."""
+        """Let others in again; a folder with no result in it is removed."""
         self.handle.close()
         if os.listdir(self.out) == [LOCK]:
             (self.out / LOCK).unlink()
             self.out.rmdir()
 
     def begin(self, fresh):
-        """Before `add`, once all processes are here. fresh: what was done before is forgotten.
+        """To be called before `add`; waits for all processes. fresh: what was done before is forgotten.
 
-        Raises UserError where another user's journal keeps that from being done.
+        Raises UserError where a journal cannot be removed for that, as another user's.
         """
         self.file = self.out / FILES.replace("*", str(distributed.rank()))
         if fresh:
@@ -64,7 +64,7 @@ class Journal:
         distributed.barrier()  # none writes while others still read
 
     def _forget(self):
-        """All but that there were results, which may be replaced."""
+        """Forget all but that there were results, which may be replaced."""
         was_there = self.is_there()
         for file in self.out.glob(FILES):
             with _told(file, "removed", UserError):
@@ -79,7 +79,7 @@ class Journal:
         self._write(line)
 
     def add_video(self, name):
-        """A video is done: the folder is one of results, and a journal tells no more. Raises CannotWrite."""
+        """A video is done: all that is noted is that the folder holds results. Raises CannotWrite."""
         self._write({"video": name})
 
     def _write(self, line):
@@ -88,10 +88,10 @@ class Journal:
             file.write(f"\n{text}\n")  # the line before may have been cut off
 
     def done(self, sources):
-        """(name, Entry) of each picture that this run has done, and of each that one before it has, if its
-        result is there and its files are as they were; in turn, since a million entries take gigabytes. Of
-        two of one name the last counts. sources: {name: its files}; what came of others, as before there was
-        a ground truth, is not done.
+        """Yield (name, Entry) of each picture that this run has done, and of each that an earlier one has, if
+        its results and the files it came from have not changed. One by one, since a million entries take
+        gigabytes; of two of one name the last counts. sources: {name: its files}; a result of other files, as
+        from before there was a ground truth, does not count as done.
         """
         for line in self._lines():
             entry = _entry(*line["entry"])
@@ -150,7 +150,7 @@ class Journal:
 
 @contextmanager
 def _told(file, what, kind):
-    """An OSError, as of another user's file, in one line: an exception of that kind."""
+    """Raises an OSError, as of another user's file, as an exception of that kind, in one line."""
     try:
         yield
     except OSError as error:

@@ -14,13 +14,13 @@ from support.errors import UserError
 
 WHOLE_PIXELS = 2**20  # a picture of more goes through in tiles, whatever the device, so that results agree
 TILE_PIXELS = WHOLE_PIXELS * 9 // 8  # 1920x1080 goes in two tiles, 4000x3000 in twelve
-SHORTEST_CUT = 512  # side of a tile of that choice, where the picture is longer
+SHORTEST_CUT = 512  # least side of such a tile, where the picture is longer
 OVERLAP = 64
 SMALLEST_TILE = 64
 ENSEMBLES = (0, 4, 8)
 AUTO = "auto"  # scale
 MAYBE_OUT_OF_MEMORY = (MemoryError, RuntimeError, cv2.error)  # see `is_out_of_memory`
-LEAST_COPY = 2**16  # pixels of a copy that it tries: less than half of a picture of the training
+LEAST_COPY = 2**16  # pixels of the smallest copy that it tries: under half of a training picture
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +41,9 @@ def restore(
 ) -> np.ndarray:
     """Restore one picture.
 
-    A network takes away rain as wide as it was trained on, in pixels. Where a large photograph's is wider, it
-    can be restored at a smaller scale: what is taken from a shrunk copy is enlarged, and taken from the
-    picture itself, which so keeps its details.
+    A network takes away rain that is as wide, in pixels, as that of its training. A large photograph with
+    wider rain can be restored at a smaller scale: what the network takes from a shrunk copy is enlarged, and
+    taken from the photograph itself, which so keeps its details.
 
     Tiles are not exact for a network with global pooling: it then sees the statistics of one tile at a time.
     Out of CUDA memory, the picture is begun again with tiles of half the size, and a warning says so.
@@ -57,9 +57,10 @@ def restore(
             it nearest to a tile's cut edge is thrown away; seams are blended linearly over the middle half.
         self_ensemble: 4: average over the 4 flips, in which rain still falls upright; 8: over all 8 flips and
             rotations (Timofte et al., CVPR 2016), for a network trained on quarter turns too; 0: neither.
-        amp: automatic mixed precision: float16 on CUDA, bfloat16 on a CPU, or of this type.
-        scale: of the copy that the network restores, above 0 and up to 1; or "auto": of 1, 1/2, 1/4 and so on
-            (`scales`) the one at which it changes most, a third more work; on a dry texture the worst one.
+        amp: automatic mixed precision: float16 on CUDA, bfloat16 on a CPU, or the type given.
+        scale: of the copy that the network restores, above 0 and up to 1; or "auto": the one of 1, 1/2, 1/4
+            and so on (`scales`) at which it changes most, which is a third more work; on a dry picture that
+            is the most harmful one.
 
     Returns:
         the output, clamped to [0, 1] and rounded to the bits of `image`: same shape and type.
@@ -120,7 +121,7 @@ def _with_change(image: np.ndarray, copy: np.ndarray, restored: np.ndarray) -> n
 
 
 def _in_tiles_that_fit(run: Callable, image: np.ndarray, tile: int | None, overlap: int) -> np.ndarray:
-    """Out of CUDA memory, again with tiles of half the size."""
+    """As `_restore_in_tiles`, but out of CUDA memory again with tiles of half the size."""
     sides = _sides(*image.shape[:2], tile, overlap)
     while True:
         try:
@@ -179,8 +180,8 @@ def _sides(height: int, width: int, tile: int | None, overlap: int) -> tuple[int
 
 
 def _cuts(length: int, overlap: int) -> list[tuple[int, int]]:
-    """(number, least side) of the windows that cover a length, a multiple of 8, from the whole of it on down
-    to `SHORTEST_CUT`.
+    """[(number of windows, their least side)] that cover a length, a multiple of 8: one window of all of it,
+    two, and so on down to sides of `SHORTEST_CUT`.
     """
     overlap = min(overlap, SHORTEST_CUT // 2)
     cuts = [(1, length)]

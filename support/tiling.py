@@ -6,7 +6,7 @@
 Gates that pool over the whole picture (SE, SE_A_M, CBAM) see one tile's statistics at a time, so tiles are
 not exact. For each side of the tiles (last: as chosen by default) and overlap: RGB PSNR of tiled against
 whole, mean (without equal pictures) and worst, the worst mean difference of a 16x16 block in grey levels, and
-the time beside the whole pictures'.
+the time relative to that of the whole pictures.
 """
 
 import argparse
@@ -43,10 +43,15 @@ def get_args_parser():
         type=side,
         nargs="+",
         default=[256, 512, 768, 1024, None],
-        help="sides, multiples of 8 from 64 on; 0: the whole; or default",
+        help="sides to try, multiples of 8 from 64 on; 0: whole pictures; 'default': as test_view.py chooses "
+        "(default: 256 512 768 1024 default)",
     )
     parser.add_argument(
-        "--overlaps", type=multiple_of_8, nargs="+", default=[OVERLAP], help=f"in pixels (default: {OVERLAP})"
+        "--overlaps",
+        type=multiple_of_8,
+        nargs="+",
+        default=[OVERLAP],
+        help=f"to try, in pixels (default: {OVERLAP})",
     )
     parser.add_argument("--ckt_path", default=SHIPPED, help="checkpoint (default: what ships)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")

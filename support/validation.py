@@ -28,8 +28,8 @@ def means(measured, bad=()):
 def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
     """Score a network on whole pictures: as `test_view.py` does, large ones in tiles.
 
-    Returns ([(RGB PSNR in dB an image, SSIM an image, both as saved in 8 bits, external loss) of each scene],
-    (rainy, restored, clean) of the first image, each 3xHxW in [0, 1], or None where no scene was read). The
+    Returns ([(RGB PSNR in dB and SSIM of each image, as saved in 8 bits, and the external loss) of each
+    scene], (rainy, restored, clean) of the first image, 3xHxW in [0, 1], or None if no scene was read). The
     PSNR is at most 100 dB; the loss is the paper's, whatever weights its terms have in the training.
     bad, cache: as in `dataset.full_images`; amp: see `autocast`. Ends early when stop(), asked after each
     scene, says so.
