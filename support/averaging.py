@@ -10,12 +10,12 @@ from torch import nn
 class Averaged(nn.Module):
     """The exponential moving average of a network's weights and buffers, as a network of its own, `module`.
 
-    It is that of torch.optim.swa_utils.AveragedModel with `use_buffers`, but for BatchNorm's numbers of
-    batches, in one call for each type of tensor. That one goes through the tensors in Python: at full width
-    12 to 18 ms a step, in which a GPU waits.
+    It equals that of torch.optim.swa_utils.AveragedModel with `use_buffers`, but for BatchNorm's numbers of
+    batches, and takes one call for each type of tensor. AveragedModel goes through the tensors in Python,
+    while a GPU waits: at full width 12 to 18 ms a step.
 
     net: the network; neither it nor `module` may be moved to another device or type afterwards. decay: the
-    weight of the average so far in the next, 0 to 1.
+    weight, 0 to 1, of the average so far in the next one.
     """
 
     def __init__(self, net, decay):

@@ -1,4 +1,4 @@
-"""What a step that must not count has changed in a network's buffers, BatchNorm's statistics above all."""
+"""A network's buffers, BatchNorm's statistics above all, as they were before a step that may not count."""
 
 from collections import defaultdict
 
@@ -25,7 +25,7 @@ class Buffers:
             torch._foreach_copy_(buffers, kept)
 
     def average_changes(self):
-        """Add the ranks' mean change since `keep`, which was of equal values on all of them."""
+        """Set the buffers to what `keep` kept, equal on all ranks, plus the ranks' mean change since."""
         if distributed.size() == 1:
             return
         for kept, buffers in self.pairs:

@@ -24,7 +24,7 @@ from support.restore import AUTO, MAYBE_OUT_OF_MEMORY, SMALLEST_TILE, is_out_of_
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 EMPTY = re.compile(r"--\w+=")
 MISTAKES = UserError, GenotypeError, CheckpointError
-LARGEST_PATCH = 2**14  # pixels a side: of 2^28, as many as a picture may have
+LARGEST_PATCH = 2**14  # pixels a side: 2^28 in all, as many as a picture may have
 THRIFTY = ("--accumulate", "--batch_size", "--amp", "--no_graphs", "--tile")  # flags that need less memory
 
 
@@ -100,14 +100,16 @@ def _number(text, kind, allowed, expected):
 
 
 def script(name):
-    """What to call a script of this project by, where the running one was called by its name or path."""
+    """What to call a script of this project: its path beside the running script, or else its name."""
     called = Path(sys.argv[0]).parent / name
     return shlex.quote(called.as_posix()) if called.is_file() else name
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but an error is one line, and `given` of what it returns is the set of flags on the command
-    line: a run that is resumed, or a demo, must tell a default that was asked for from one that was not.
+    """argparse's, but an error is one line, and what it returns has `given`, the set of the flags on the
+    command
+    line: a resumed run, or a demo, must tell a value that was asked for from a default that happens to equal
+    it.
     """
 
     def parse_args(self, args=None):
@@ -116,7 +118,7 @@ class Parser(argparse.ArgumentParser):
             if value == "" or EMPTY.fullmatch(value):  # as of "$CKPT", where the shell has no such variable
                 empty = value.rstrip("=") or f"the argument after {before}"
                 self.error(f"{empty} is empty; give a value, or leave it out")
-        unset = []  # a flag with action="extend" makes another of it
+        unset = []  # told by identity: action="extend" would make another list of it
         names = vars(super().parse_args(args))
         marked = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(names, unset))))
         given = {name for name, value in marked.items() if value is not unset}
@@ -176,9 +178,9 @@ def run(main, parser):
 
 @contextmanager
 def stopped_by_sigterm():
-    """In here SIGTERM, as of Slurm or systemd, is a KeyboardInterrupt as Ctrl-C is: one, after which what was
-    done can still be written. Asked again the process ends at once; but not a process of torchrun's, which
-    passes on what all of them may have been sent already.
+    """In here SIGTERM, as Slurm or systemd sends it, raises KeyboardInterrupt like Ctrl-C, so that what was
+    done can still be written. A second signal ends the process at once, unless torchrun started it: that one
+    passes on what all its processes may have been sent already.
     """
 
     def stop(number, frame):
@@ -194,8 +196,8 @@ def stopped_by_sigterm():
 
 
 def finish_first():
-    """Within `stopped_by_sigterm`: from now on the first signal, if there was none yet, is not heeded, since
-    what was done is being written.
+    """Within `stopped_by_sigterm`: what was done is being written from now on, so a first signal is ignored
+    and only a second one ends the process.
     """
 
     def leave(number, frame):
@@ -224,14 +226,14 @@ def _unread(stream):
 
 
 def silence(stream):
-    """Let go what is written to a stream that nobody reads; at its end Python would complain of it again."""
+    """Discard what is written to a stream that nobody reads: Python would complain of it again at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def _out_of_memory(error, usage):
-    """One line of what PyTorch or numpy says on CUDA or a CPU, and of the flags in `usage` that need less."""
+    """One line: what PyTorch or numpy says of memory, and which flags in `usage` make it need less."""
     what = str(error).partition(" GPU ")[0]
     what = what.rpartition("DefaultCPUAllocator: ")[2].partition(" Error code ")[0]
     flags = [flag for flag in THRIFTY if flag in usage]
@@ -239,7 +241,7 @@ def _out_of_memory(error, usage):
 
 
 def _lost_worker(error, usage):
-    """One line of what PyTorch says of a process of the loader that was killed, mostly for want of memory."""
+    """One line on a process of the loader that was killed, mostly for want of memory."""
     what = str(error).partition(". ")[0].rstrip(".")
     again = "; what was saved goes on with --resume" if "--resume" in usage else ""
     return f"{what}, as where memory or /dev/shm is full; fewer --workers need less{again}"
@@ -262,7 +264,7 @@ def _report(parser, text, status):
 
 
 def _one_line(text):
-    """What quotes flags and names of files, which may hold a line's end, or bytes that are no text."""
+    """A text as one line: flags and file names in it may hold line ends, or bytes that are no text."""
     return " ".join(text.encode(errors="backslashreplace").decode().split())
 
 

@@ -14,7 +14,7 @@ from support.errors import UserError
 def pick_device(name=None):
     """The torch.device called `name`, or the best there is; UserError if it is not there.
 
-    Of several processes each has the GPU of its own number.
+    Under torchrun each process has the GPU of its own local rank.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -24,12 +24,12 @@ def pick_device(name=None):
         name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # which "meta", that computes nothing, refuses
+        torch.zeros(1, device=device).item()  # "meta", which computes nothing, fails here
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # where streams and graphs are made that name no device
+            torch.cuda.set_device(device)  # for streams and graphs that name no device
     except (RuntimeError, AssertionError, ImportError) as error:
         why = str(error).splitlines()[0]
-        if why.startswith("Could not run"):  # not built in: a list of all that is follows
+        if why.startswith("Could not run"):  # not built in; a list of all that are follows
             why = why.partition(". ")[0]
         if why.startswith("Expected one of"):  # twenty kinds
             why = "PyTorch has no such device; cpu, cuda, cuda:1 and mps are some"
@@ -40,13 +40,13 @@ def pick_device(name=None):
 def be_deterministic():
     """Have PyTorch choose kernels that give the same bits each time; before CUDA is first used.
 
-    Nothing that the networks and losses use lacks one, by PyTorch's documentation; should an operation, it
-    warns by name. An error instead might come days into a run, when another loss joins in.
+    By PyTorch's documentation there is one for all that the networks and losses use; PyTorch warns of an
+    operation that has none. An error instead might come days into a run, when another loss joins in.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants for it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it for that
     os.environ.setdefault("NCCL_ALGO", "^NVLS")  # which PyTorch sets for it, where the ranks have not met yet
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it; a kernel for each tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs kernels; nothing reads that memory
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 
@@ -57,8 +57,8 @@ def autocast(device, amp):
 
 
 def slow_half(device, kind=torch.bfloat16):
-    """Why --amp, in half precision of a kind, makes a network slower on the device; None where it is not
-    known to.
+    """Why --amp would make a network slower on the device, with half precision of that kind; None where it is
+    not known to.
     """
     if device.type == "cuda" and kind == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         return "this GPU is older than bfloat16, which is slower than float32 on it; leave it out"

@@ -85,8 +85,8 @@ def first_to_say(text):
 
 
 def reporting(function, mistakes):
-    """The function; under torchrun the traceback that ends it is in torchrun's report too, but for exceptions
-    of the types `mistakes`, of which a line is enough.
+    """The function; under torchrun, the traceback of an exception that ends it goes into torchrun's report
+    too, except for exceptions of the types `mistakes`, for which a line is enough.
     """
     if not launched():
         return function
@@ -116,8 +116,8 @@ def barrier():
 
 
 def from_main(make):
-    """What make() returns on rank 0, on every rank; likewise what stops it: a ValueError, as a user's mistake
-    is, or Interrupted.
+    """On every rank, what make() returns on rank 0; if it raises a ValueError there, as for a user's mistake,
+    or Interrupted, every rank raises that.
     """
     if size() == 1:
         return make()
@@ -162,8 +162,8 @@ def join(found):
 
 
 def broadcast(tensors):
-    """Give the tensors, which need no gradient, rank 0's values: drawn from one seed, they may still differ
-    between kinds of processor.
+    """Overwrite the tensors, which need no gradient, by rank 0's: even if drawn from one seed, they may
+    differ between kinds of processor.
     """
     if size() == 1:
         return

@@ -42,7 +42,7 @@ from support.runs import BEST, LAST, PREVIOUS, STATES, SUMMARY, as_now, read_sta
 from support.validation import means, measure
 
 LOCK = "run.lock"
-KEPT = ("best", "begun_with", "skipped", "in_a_row", "bad")  # in a state; those of older runs lack some
+KEPT = ("best", "begun_with", "skipped", "in_a_row", "bad")  # in a state; older runs' states lack some
 RATE_FROM = 10  # steps: in the first ones kernels are chosen, compiled or recorded
 # Flags that name a first epoch, and what does not happen where the run ends before it.
 STARTS = {
@@ -68,7 +68,7 @@ def commit():
 class Experiment:
     """One run of a training script.
 
-    kind: "search" or, of a training, "eval" (the released code's name): the beginning of the folder's name.
+    kind: "search" or, for a training, "eval" (the released code's name); the folder's name begins with it.
     demo: options that --demo changes. Until `start`, options are only decided and nothing is written, so that
     a mistake in them costs nothing. `args` are the options of the run: those given, or, resumed, those that
     it was begun with.
@@ -131,7 +131,7 @@ class Experiment:
             args.learning_rate_min = args.learning_rate
         self.folder = Path(args.save or distributed.agree(time.strftime(f"{self.kind}-EXP-%Y%m%d-%H%M%S")))
         self._refuse_a_run()
-        if not os.path.exists(self.folder / LOCK):  # else what is there is of a run that was soon killed
+        if not os.path.exists(self.folder / LOCK):  # else the files in it are of a run that was soon killed
             runs.refuse_others_files(self.folder)
         return args
 
@@ -162,7 +162,7 @@ class Experiment:
                 f"--save {args.save}: --resume {args.resume} goes on in its own folder; leave it out"
             )
         self.folder = Path(args.resume or args.save or runs.last(self.kind) or f"{self.kind}-EXP-*")
-        if any(os.path.exists(self.folder / file) for file in (LOCK, *STATES)):  # not into any other folder
+        if any(os.path.exists(self.folder / file) for file in (LOCK, *STATES)):  # no lock file into another
             distributed.from_main(self._claim)
         self.state_file, self.state, self.damaged = read_state(self.folder, self.kind)
         defaults = {name: self.parser.get_default(name) for name in vars(args)}  # of flags added since
@@ -194,8 +194,8 @@ class Experiment:
         self.lock = self.lock or lock_folder(self.folder, LOCK, "--save")
 
     def network(self, make):
-        """make(channels, residual) of the options; of a run that goes on, once the weights in its state are
-        found to fit that: before anything is allocated.
+        """The network make(channels, residual), by the options. That of a resumed run has the weights in its
+        state, which are checked to fit it before anything is allocated.
         """
         options = {name: getattr(self.args, name) for name in ("channels", "residual")}
         if self.state is None:
@@ -283,7 +283,7 @@ class Experiment:
             else:
                 write_bytes(self.folder / "options.json", (json.dumps(options, indent=1) + "\n").encode())
             open_log(log, self.folder)
-            # Events of an epoch's end stand at the step that ended it, with which its totals begin anew.
+            # Events of an epoch's end stand at its last step: they are kept if the epoch has its scores.
             redone = self.step + (not self.unscored())
             self.writer = SummaryWriter(self.folder, purge_step=redone if self.state else None)
         except OSError as error:
@@ -291,7 +291,7 @@ class Experiment:
         return self.folder
 
     def _make_folder(self):
-        """Two runs that begin in one second, unnamed, get folders of their own."""
+        """Make the folder. Two runs without --save that begin in one second get different ones."""
         named, wanted = bool(self.args.save or self.state), self.folder
         for number in range(2, 1000):
             try:
@@ -315,7 +315,8 @@ class Experiment:
         self.stopping = signal.Signals(number).name
 
     def split(self):
-        """{part: its scenes} of --data, as `dataset.split` has them; with --cache decoded. Before `start`.
+        """{part: its scenes} of --data, as `dataset.split` has them; with --cache decoded. Call it before
+        `start`.
 
         A resumed run keeps those that it was begun with, whatever files have come since.
         """
@@ -352,7 +353,7 @@ class Experiment:
             raise Interrupted("stopped while decoding; what was not finished of the cache is gone") from None
 
     def describe(self):
-        """Log over how many processes it is spread, and how many scenes each part of the split has."""
+        """Log over how many processes the run is spread, and how many scenes each part of the split has."""
         if distributed.size() > 1:
             own = self.args.batch_size // distributed.size()
             log.info("processes: %d, %d scenes a step each", distributed.size(), own)
@@ -368,7 +369,7 @@ class Experiment:
         self._warn_of_starts(self.args.epochs)
 
     def _foretell(self):
-        """With --max_minutes, warn of what the run will not come to at its rate so far."""
+        """With --max_minutes, warn of what the run will not reach at its rate so far."""
         steps = self.step - self.rate_from[1]
         if self.args.max_minutes and steps > 0:
             progress = self.progress()
@@ -376,7 +377,7 @@ class Experiment:
             self._warn_of_starts(math.ceil((self.step + left) / self.args.steps_per_epoch))
 
     def _warn_of_starts(self, last):
-        """Say, once each, what the run will not come to if `last` is its last epoch."""
+        """Say, once each, what the run will not reach if `last` is its last epoch."""
         several = any(len(scene.rainy) > 1 for scenes in (self.scenes or {}).values() for scene in scenes)
         for name, what in STARTS.items():
             start = getattr(self.args, name, 0) or 0
@@ -406,7 +407,7 @@ class Experiment:
         )
 
     def has_begun(self, name):
-        """Whether what a flag of `STARTS` begins is on in the present epoch."""
+        """Whether the epoch that a flag of `STARTS` names has come."""
         return 0 < (getattr(self.args, name) or 0) <= self.epoch()  # None in older runs: never
 
     def uses_internal(self):
@@ -429,8 +430,8 @@ class Experiment:
             compile_edges(net)
 
     def uses_graphs(self):
-        """Whether its steps are CUDA graphs: each process then records its own, in which it waits for no
-        other. Those of several parts are not.
+        """Whether its steps are CUDA graphs: not those of several parts, nor those in which processes wait
+        for each other, since each process records its own graph.
         """
         alone = self.args.accumulate == 1 and not (self.args.sync_bn and distributed.size() > 1)
         return self.device.type == "cuda" and alone and not self.args.no_graphs
@@ -465,7 +466,7 @@ class Experiment:
         return not self.unscored() and self.progress() >= 1
 
     def epochs(self):
-        """Numbers of the epochs that remain, from 1; one that a stopped run left without scores is first."""
+        """Yield the numbers of the epochs that remain, of which the first may only lack its scores."""
         if not (self.folder / LAST).exists():
             self.save()  # from now on a run that is killed can be resumed
         self.rate_from = self.progress(), self.step
@@ -510,7 +511,7 @@ class Experiment:
             raise Interrupted(f"stopped by {stopping[0]} after step {self.step}; {self.how_to_go_on()}")
 
     def give_up(self, reason, more=""):
-        """Save, and raise UserError; more: what going on needs on its command line."""
+        """Save, and raise UserError; more: what to add to the command line that goes on."""
         self.save()
         raise UserError(f"{reason}; saved after step {self.step}; {self.how_to_go_on()}{more}")
 
@@ -554,9 +555,8 @@ class Experiment:
         return batch
 
     def leave_out(self, bad):
-        """Do without scenes from now on: (key, why it cannot be read). Gives up where they are too many.
-
-        What made it give up is not saved as bad: the disk may be back when the run is resumed.
+        """Do without some scenes from now on; bad: a list of (key, why it cannot be read). Gives up if they
+        are too many: these are not saved as bad, since the disk may be back when the run is resumed.
         """
         if not bad:
             return
@@ -573,11 +573,11 @@ class Experiment:
         self.bad.update(bad)
 
     def accept(self, batch, **values):
-        """Whether a step can be taken: its loss, which comes first and names the kind of step, and its
-        gradient's norm, scalar tensors, are finite.
+        """Whether a step can be taken: whether all values, scalar tensors, are finite. They are its loss,
+        which comes first and names the kind of step, and its gradient's norm.
 
-        Then they are counted. If not, the batch's files are logged, BatchNorm's statistics are put back, and
-        --max_bad_steps of that kind in a row end the run, without another save. It waits for the GPU, once.
+        If they are, they are counted. If not, the batch's files are logged, BatchNorm's statistics are put
+        back, and --max_bad_steps of that kind in a row end the run, without a save. Waits for the GPU, once.
         """
         kind = next(iter(values))
         values = dict(zip(values, distributed.average([*values.values()]), strict=True))
@@ -666,7 +666,7 @@ class Experiment:
         self.save()
 
     def begin_with(self, scores, write_best):
-        """Log what a network scores that was trained before: the best until an epoch is better."""
+        """Log the scores of a network that was trained before; it is the best until an epoch beats it."""
         self.begun_with = scores
         found = " ".join(f"{name} {value:.4f}" for name, value in scores.items())
         log.info("before the first step  validation %s", found)

@@ -57,7 +57,7 @@ def for_inference(net):
                     module[i] = fuse_conv_bn_eval(module[i], module[i + 1])
                     module[i + 1] = nn.Identity()
         if isinstance(module, nn.ReLU):
-            module.inplace = module not in firsts  # else of a convolution's output, of no other use
+            module.inplace = module not in firsts  # else on a convolution's output, which nothing else reads
     return net.to(memory_format=torch.channels_last)
 
 
@@ -85,29 +85,29 @@ def _runs(compiler):
 
 
 def compile_edges(net):
-    """Have the mixed edges of a supernet compiled in place, for training; its state_dict stays as it is.
+    """Compile the mixed edges of a supernet in place, for training; its state_dict stays as it is.
 
-    Edge by edge, since those of equal shape then share one compilation, which is of batches of one number of
-    images: that for another takes as long again. And they alone: on a CPU the multi-scale modules were 1.6 to
-    2.8 times slower compiled: the kernels of their BatchNorm and ReLU are.
+    Edge by edge, since edges of equal shape then share one compilation. It serves one number of images in a
+    batch; each further number takes as long again. The multi-scale modules are left as they are: on a CPU
+    they were 1.6 to 2.8 times slower compiled, because the compiled kernels of BatchNorm and ReLU are.
     """
-    torch._dynamo.config.recompile_limit = 64  # of a line of PyTorch's that all edges share, Module.__call__
-    torch._dynamo.config.optimize_ddp = False  # which would cut what is compiled where its buckets end
+    torch._dynamo.config.recompile_limit = 64  # of Module.__call__, which all edges share
+    torch._dynamo.config.optimize_ddp = False  # else DDP's buckets would cut up what is compiled
     for module in net.modules():
         if isinstance(module, MixedOperation):
             module.compile(dynamic=False)
 
 
 def compile_network(net, device):
-    """Have the branches of a fixed network compiled in place, for training; on a CPU those of its attention
-    modules, since there the others are slower compiled. The state_dict stays as it is. To be copied or
-    pickled before: a copy would compute with this network's weights.
+    """Compile the branches of a fixed network in place, for training; on a CPU only its attention modules,
+    since the others are slower compiled there. The state_dict stays as it is. Copy or pickle the network
+    before, not after: a copy of the compiled one would compute with this one's weights.
 
-    Branch by branch, so that they go side by side in a CUDA graph all the same. Those of equal shape share
-    one compilation, and so do batches of more than one image; with BatchNorm frozen there is another.
+    Branch by branch, so that in a CUDA graph they still go side by side. Branches of equal shape share one
+    compilation, which serves all batches of more than one image; with BatchNorm frozen there is another.
     """
-    torch._dynamo.config.recompile_limit = 64  # of a kind of branch, which has a compilation for each shape
-    torch._dynamo.config.automatic_dynamic_shapes = False  # and not a slower one for all of them
+    torch._dynamo.config.recompile_limit = 64  # of a kind of branch: one compilation for each shape
+    torch._dynamo.config.automatic_dynamic_shapes = False  # not a slower one for all shapes
     torch._dynamo.config.optimize_ddp = False
     for module in net.modules():
         if isinstance(module, COMPILED[device.type]):
@@ -122,12 +122,12 @@ def _of_any_number(compiled, x):
 
 
 class Compiled(nn.Module):
-    """A network `for_inference`, compiled for pictures of some `shapes`; others go through it as it is. To be
-    run without gradients, else its weights are not frozen.
+    """A network `for_inference`, compiled for pictures of some `shapes`; others go through it uncompiled. To
+    be run without gradients, else its weights are not frozen.
 
-    shapes: a set of (height, width) in multiples of 8, as the network pads a picture; to be set at any time.
-    The first picture of each takes minutes. Where compiling fails a warning says why, and all go through as
-    they are.
+    shapes: a set of (height, width) in multiples of 8, as the network pads a picture; may be set at any time.
+    The first picture of each takes minutes. Where compiling fails, a warning says why, and all pictures go
+    through uncompiled.
     """
 
     def __init__(self, net):
@@ -137,7 +137,7 @@ class Compiled(nn.Module):
         self.train(net.training)
 
     @cached_property
-    def compiled(self):  # later than at the start: to import PyTorch's compiler takes seconds
+    def compiled(self):  # when it is needed: to import PyTorch's compiler takes seconds
         return torch.compile(self.net, dynamic=False)
 
     def forward(self, x):

@@ -13,12 +13,12 @@ class Recorded:
     """A function of a batch as CUDA graphs, one for each shape of batch. It returns what the function does,
     in tensors that the next call overwrites.
 
-    function: function(batch) -> tensors, nested as it likes. Of the batch it reads the tensors alone; what
-        else it reads stays where it is in memory, as weights do, or is told by `constants`. It does not wait
-        for the GPU.
-    changed: tensors that it changes in place, as BatchNorm's statistics.
-    constants: constants() -> hashable: what else the function depends on, as the epoch's losses. What was
-        recorded before it changed is let go.
+    function: function(batch) -> tensors, in any nesting. Of the batch it reads the tensors alone; all else it
+        reads must stay where it is in memory, as weights do, or be told by `constants`. It must not wait for
+        the GPU.
+    changed: tensors that it changes in place, such as BatchNorm's statistics.
+    constants: constants() -> hashable: what else the function depends on, such as which losses the epoch has.
+        When it changes, what was recorded is dropped.
     """
 
     def __init__(self, function, changed=(), constants=lambda: None):
@@ -43,7 +43,7 @@ class Recorded:
         return outputs
 
     def record(self, batch):
-        """(graph, the batch that it reads, the outputs that it writes); nothing is changed by it."""
+        """(graph, the batch that it reads, the outputs that it writes); recording changes nothing."""
         own = batch._replace(rainy=batch.rainy.clone(), clean=batch.clean.clone(), scene=batch.scene.clone())
         graph = torch.cuda.CUDAGraph()
         self.warm_up(own)
@@ -51,7 +51,7 @@ class Recorded:
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 outputs = self.function(own)
-        except RuntimeError as error:  # a recording that was broken off cannot be ended, which hides why
+        except RuntimeError as error:  # ending a broken recording fails as well, which hides why
             if isinstance(error.__context__, torch.OutOfMemoryError):
                 raise error.__context__ from None
             raise
@@ -74,11 +74,11 @@ class Backward:
     """backward(batch) -> its loss, a scalar tensor, with its gradients by `weights` in their `grad`.
 
     loss: loss(forward, batch) -> scalar, the mean over scenes, where forward(x) is the network's output.
-    parts: the batch goes through in so many. recorded: as a CUDA graph, which takes one part; `changed` and
-    `constants` are those of `Recorded`.
+    parts: into how many the batch is divided. recorded: run it as a CUDA graph, which takes parts=1;
+    `changed` and `constants` are those of `Recorded`.
 
-    Of several processes each has its share of a batch, and the gradients are averaged over them: by
-    `distributed.parallel` as they are computed, those of a graph afterwards.
+    With several processes each has its share of a batch, and the gradients are averaged over them: by
+    `distributed.parallel` while they are computed, those of a graph afterwards.
     """
 
     def __init__(self, net, weights, loss, parts=1, recorded=False, changed=(), constants=lambda: None):

@@ -12,10 +12,11 @@ else:
 
 
 def lock_folder(folder, name, flag):
-    """A handle, of the file `name` in it, that keeps other processes from a folder for as long as this one
-    lives and has the handle. flag: what names the folder. UserError where another process is in it.
+    """Keep other processes out of a folder, by a lock on the file `name` in it, for as long as this process
+    lives and has the handle that is returned. flag: the one that names the folder. UserError where another
+    process is in it.
 
-    A record lock, since loader workers, which outlive a killed process by seconds, do not inherit it.
+    It is a record lock: loader workers, which outlive a killed process by seconds, do not inherit that.
     """
     try:
         handle = (folder / name).open("w")

@@ -33,7 +33,7 @@ class FileHandler(logging.FileHandler):
 
 
 class TqdmHandler(logging.Handler):
-    """Log lines that do not break a progress bar, and whose reader may go: the log file has them all."""
+    """Prints log lines without breaking a progress bar. Their reader may leave: the log file has them all."""
 
     def emit(self, record):
         try:
@@ -53,7 +53,7 @@ def open_log(log, folder):
 
 
 def _leave_to_main(folder, caught):
-    """TensorBoard's thread keeps what stops it, as a full disk, for the main one, which raises it."""
+    """What stops TensorBoard's thread, as a full disk does, is left to the main one, which raises it."""
     if isinstance(caught.exc_value, OSError):
         caught.exc_value.filename = str(folder / "events.out.tfevents")
     else:

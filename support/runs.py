@@ -13,7 +13,7 @@ from support.options import FREE_OPTIONS
 
 LAST, PREVIOUS = STATES = ("last.pt", "last.prev.pt")  # the state to go on from, and the one before it
 BEST = {"psnr": "best_psnr.pt", "ssim": "best_ssim.pt", "loss": "best_loss.pt"}
-# Fields of a state; the other ones of today's are not in those of older runs.
+# Fields that every state has; the states of older runs lack others.
 NEEDED = {"options": dict, "step": int, "seconds": (int, float), "totals": dict, "parts": dict}
 SUMMARY = "summary.json"  # of a run that has finished
 # Files that a killed run was writing: of `write_whole` and `genotypes.write_json`, and of `write_bytes`.
@@ -53,8 +53,8 @@ def as_now(options):
 
 
 def refuse_other_options(folder, options, given, begun):
-    """UserError that names all of the flags `given` whose option is another than a run was `begun` with, and
-    would change what it computes.
+    """UserError that names each of the flags `given` whose value differs from the one that a run was `begun`
+    with, and would change what it computes.
     """
     differing = [
         f"--{name} {_text(value)}: the run in {folder} was begun with {_text(begun[name])}"
@@ -67,7 +67,7 @@ def refuse_other_options(folder, options, given, begun):
 
 
 def refuse_others_files(folder):
-    """UserError where files lie in a folder, of no run, that a run would replace or write to."""
+    """UserError where a folder that is no run's holds files that a run would replace or write to."""
     for pattern in ("options.json", "log.txt", "genotype.json", "genotype_*.json", "genotype.svg"):
         for file in sorted(glob.glob(os.path.join(glob.escape(folder), pattern))):
             if os.path.isfile(file):
@@ -129,7 +129,7 @@ def set_damaged_aside(folder):
 
 
 def written(folder):
-    """{name: bytes} of the files that grow, which are on the disk by now."""
+    """{name: size in bytes} of the files that grow, once they are synced to the disk."""
     sizes = {}
     for path in _growing(folder):
         with open(path, "r+b") as file:
@@ -139,8 +139,8 @@ def written(folder):
 
 
 def cut_back(folder, sizes):
-    """Leave of the files that grow what was `written` with the state: what came after is done again.
-    None, of older states, leaves all.
+    """Cut the files that grow to the `sizes` that were `written` with the state: what came after is done
+    again. None, as in older states, leaves them whole.
     """
     if sizes is None:
         return
