@@ -5,28 +5,28 @@
     python -m support.benchmark --rows training_step loader --data datasets/Rain1200 --workers 8
     python -m support.benchmark --amp                              # each row in half precision too
     python -m support.benchmark --rows weight_step --compile       # and with --compile, which takes minutes
-    python -m support.benchmark --rows operations --amp            # is each operation's gradient right here?
+    python -m support.benchmark --rows operations --amp            # are the operations' gradients right here?
     python -m support.benchmark --json > rows.json
 
-Plain is: eager, contiguous, float32, each candidate of a mixed edge evaluated by itself, `none` as zeros.
-Offered is what the scripts run: on CUDA first-order steps as graphs (`support.graphs`), on pictures
-`support.fast.for_inference`. Both have the same weights. Before they are timed, their outputs and gradients
-are compared twice, see `Row.allowed`; the exit status is 1 where they differ by more. Then they take turns,
-so that a busy machine slows both alike, and the medians count.
+The plain form is eager, contiguous and float32; each candidate of a mixed edge is evaluated by itself, `none`
+as zeros. The offered form is what the scripts run: on CUDA first-order steps as graphs (`support.graphs`),
+for pictures `support.fast.for_inference`. Both have the same weights. Before they are timed, their outputs
+and gradients are compared twice, see `Row.allowed`; the exit status is 1 where they differ by more. Then they
+take turns, so that a busy machine slows both alike, and the medians count.
 
 The columns: milliseconds of a step, optimizer included, or of a picture; their ratio; rainy images a second,
-of one batch a step (`weight_and_arch_step` takes a second one, for alpha and beta, from a loader of its own);
-peak memory above what the networks and optimizers hold between steps: allocated tensors on CUDA (of a graph
-as it is recorded), the resident set on Linux; with --compile the seconds of the first step, which compiles;
-the errors. The loader is timed alone, `ms` being that of a batch, on files that the system keeps in memory:
-`loader` decodes, `loader_cached` is what --cache makes of it, decoding being its plain form. `operations` is
-each building block of `KINDS` by itself, forward and backward, one after the other; its error is the largest
-of any one output or gradient.
+counting one batch a step (`weight_and_arch_step` takes a second one, for alpha and beta, from its own
+loader); peak memory above what the networks and optimizers hold between steps, which on CUDA is allocated
+tensors (for a graph, while it is recorded), on Linux the resident set; with --compile the seconds of the
+first step, which compiles; the errors. The loader is timed alone, `ms` being a batch, on files that the
+system keeps in memory: `loader` decodes; `loader_cached` reads what --cache keeps, and decoding is its plain
+form. `operations` runs each building block of `KINDS` by itself, forward and backward, one after the other;
+its error is the largest of any output or gradient.
 
-The scripts also keep freed memory (`support.fast.keep_freed_memory`), which a process cannot take back. What
-that gains on a CPU is measured by itself, in rows that begin with `kept_`: offered form against offered form,
-in two processes, of which one keeps. Rows that begin with `whole_` are the speed of a script: the plain form
-in a process that does not keep, against the offered one in one that does; they are compared like the others.
+The scripts also keep freed memory (`support.fast.keep_freed_memory`), which a process cannot undo. What that
+gains on a CPU is measured separately, in rows that begin with `kept_`: the offered form in two processes, one
+of which keeps it. Rows that begin with `whole_` are the speed of a script: the plain form in a process that
+does not keep it, against the offered form in one that does; they are compared like the others.
 """
 
 import argparse
@@ -126,15 +126,15 @@ class Row(NamedTuple):
         """The largest relative errors allowed, by field.
 
         "float64", on a small batch, tensor by tensor, tells whether the forms are the same function. "error",
-        as it is timed, of all gradients as one, tells whether a kernel goes wrong: in float32 ReLUs that
-        rounding switches make gradients differ, the more as PyTorch's BatchNorm on a CPU sums naively where
-        channels are last.
+        in the precision and size that are timed, all gradients as one vector, tells whether a kernel goes
+        wrong. In float32 it is not 0: rounding switches some ReLUs, the more as PyTorch's BatchNorm on a CPU
+        sums naively in channels last.
 
-        In half precision a network never trained blows rounding up. On noise a picture is off by 0.14, the
+        In half precision an untrained network amplifies rounding. On noise a picture is off by 0.14, in the
         plain form too, but by 0.0014 with a trained network; a step's gradients by 0.64, whatever the format.
-        One unrelated to the plain one, or one that clipping by an infinite norm made zero, is off by 1 or
-        more. Of single operations 0.006 was seen on a CPU, 0.2 in bfloat16; a wrong sign is 2, noise 1.4.
-        A cache's batches are to be equal.
+        A gradient unrelated to the plain one, or made zero by clipping an infinite norm, is off by 1 or more.
+        Single operations were off by 0.006 on a CPU, by 0.2 in bfloat16; a wrong sign is 2, noise 1.4. A
+        cache's batches must be equal.
         """
         if self.what == "operations":
             error = 0.4 if self.half else 0.05
@@ -168,36 +168,54 @@ def get_args_parser():
         prog="python -m support.benchmark", description="Speed and memory against the plainest form."
     )
     names = ", ".join(ROWS)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=f"of {names}")
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=f"what to time: {names}"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     parser.add_argument(
-        "--channels", type=positive, nargs=4, metavar="C", help="(default: the scripts'; on a CPU half)"
+        "--channels",
+        type=positive,
+        nargs=4,
+        metavar="C",
+        help="widths (default: the scripts'; on a CPU half of them)",
     )
-    parser.add_argument("--batch_size", type=positive, help="scenes (default: the scripts'; on a CPU 4)")
+    parser.add_argument(
+        "--batch_size", type=positive, help="scenes a step (default: the scripts'; on a CPU 4)"
+    )
     parser.add_argument("--patch_size", type=positive, help="pixels a side (default: the scripts')")
     parser.add_argument(
         "--repeats",
         type=positive,
-        help=f"turns of each form (default: 20, on a CPU 3; fewer where they take over {PATIENCE} s; of rows "
-        f"{KEPT}... and {WHOLE}... 5)",
+        help=f"turns of each form (default: 20, on a CPU 3, fewer where they take over {PATIENCE} s; rows "
+        f"{KEPT}... and {WHOLE}...: 5)",
     )
-    parser.add_argument("--amp", action="store_true", help="measure each row with the scripts' --amp too")
-    parser.add_argument("--compile", action="store_true", help="and what torch.compile changes")
-    parser.add_argument("--threads", type=positive, help="of the CPU (default: PyTorch's choice)")
+    parser.add_argument(
+        "--amp", action="store_true", help="measure each row once more, with the scripts' --amp"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="measure each row once more, with the scripts' --compile"
+    )
+    parser.add_argument("--threads", type=positive, help="threads of the CPU (default: PyTorch's choice)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else")
     loader = parser.add_argument_group("loader")
     loader.add_argument(
-        "--data", nargs="+", metavar="DIR", help="training folders (default: made, in DID-MDN's sizes)"
+        "--data",
+        nargs="+",
+        metavar="DIR",
+        help="training folders (default: scenes made here, of DID-MDN's size)",
     )
     loader.add_argument(
-        "--clean_side", nargs="+", default=[], choices=layouts.SIDES, help="of --data, as in training"
+        "--clean_side", nargs="+", default=[], choices=layouts.SIDES, help="as in training, for --data"
     )
     loader.add_argument(
-        "--cache", default="", metavar="DIR", help="of loader_cached's file (default: the training folder)"
+        "--cache",
+        default="",
+        metavar="DIR",
+        help="where loader_cached has its file (default: in the training folder)",
     )
     workers = train_model_batch.get_args_parser().get_default("workers")
     loader.add_argument(
-        "--workers", type=command.workers, default=workers, help="processes (default: the scripts')"
+        "--workers", type=command.workers, default=workers, help="loader processes (default: the scripts')"
     )
     return parser
 
@@ -471,7 +489,7 @@ def random_batch(options, device, dtype):
 def measure(name, options, device, repeats=None):
     """The figures of a row: compare, warm up and time its two steps."""
     plain, offered, figures = compare(name, options, device)
-    if device.type == "cuda":  # what was recorded stays without TF32
+    if device.type == "cuda":  # those compared were recorded without TF32
         plain, offered = steps(name, options, device)
         plain()
     mb = peak_memory(offered, device)  # of CUDA graphs as they are recorded: replayed, they allocate nothing
@@ -482,7 +500,7 @@ def measure(name, options, device, repeats=None):
 
 
 def compare(name, options, device):
-    """(plain step, offered step, {"error", "float64", "compile_s"}) of a row; both steps were taken once."""
+    """(plain step, offered step, {"error", "float64", "compile_s"}) of a row; each step was taken once."""
     float64 = float64_error(name, options, device)
     plain, offered = steps(name, options, device)
     with without_tf32():
@@ -495,7 +513,7 @@ def compare(name, options, device):
 
 
 def time_in_turns(plain, offered, device, repeats=None):
-    """{"plain_ms", "ms", "ratio"} of two steps that take so many turns."""
+    """{"plain_ms", "ms", "ratio"} of two steps that take turns."""
     turns, end = [], time.monotonic() + (math.inf if repeats else PATIENCE)
     repeats = repeats or (3 if device.type == "cpu" else 20)
     while len(turns) < repeats and (not turns or time.monotonic() < end):
@@ -524,7 +542,7 @@ def measure_operations(options, device, repeats=None):
 
 def gradients(kind, channels, size, images, layout, half, device, seed=0):
     """[outputs, gradients by inputs and parameters], lists of tensors, of a new module of `KINDS`. Each entry
-    of an output has a random weight in the loss. All begins with the bits of the seed, whatever the form.
+    of an output has a random weight in the loss. All randomness comes from the seed, the same for any form.
     """
     torch.manual_seed(seed)
     module = KINDS[kind](channels).to(device, memory_format=layout)
@@ -543,8 +561,8 @@ def gradients(kind, channels, size, images, layout, half, device, seed=0):
 
 
 def error_in_kind(plain, offered):
-    """The largest error of an output or gradient of `gradients`, relative to its norm or, where that is less,
-    to a twentieth of the norm of all: the rest is rounding. Infinite for what is not a number.
+    """The largest error of an output or gradient of `gradients`, relative to its norm, or to a twentieth of
+    the norm of all where that is more: smaller ones are rounding. Infinite for what is not a number.
     """
     errors = []
     for group in zip(plain, offered, strict=True):
@@ -583,7 +601,7 @@ def measure_scripts(name, options, device, repeats=None, plain=False):
 
 
 def serve(end, name, options, device, keep, plain, threads):
-    """Asked the first time, send the peak memory of a row's plain or offered step; from then on its
+    """When first asked, send the peak memory of a row's plain or offered step; from then on, its
     milliseconds, until what comes is False.
     """
     torch.set_num_threads(threads)
@@ -594,7 +612,7 @@ def serve(end, name, options, device, keep, plain, threads):
     step()
     end.recv()
     end.send(peak_memory(step, device))
-    step()  # since to measure that, what was kept is given back
+    step()  # measuring that has given back what was kept
     while end.recv():
         end.send(milliseconds(step, device))
 
@@ -617,8 +635,9 @@ def relative_error(plain, offered, as_one=False):
     """The largest |offered - plain| / |plain|, in L2 norms, of any output or gradient; NaN where one has it.
 
     plain, offered: what a step returns. as_one: of all outputs, and of all gradients, each as one vector.
-    A tensor under a millionth of the mean size counts against that: gradients that are zero but for rounding,
-    as of a weight whose scale a BatchNorm takes out, have no relative error of their own.
+    The error of a tensor under a millionth of the mean size is relative to that millionth: gradients that are
+    zero but for rounding, as of a weight whose scale a BatchNorm takes out, have no relative error of their
+    own.
     """
     errors = []
     for group in zip(plain, offered, strict=True):
@@ -648,7 +667,7 @@ def milliseconds(step, device):
 
 
 def peak_memory(step, device):
-    """Megabytes of a step at its height, above those before it; None where the system does not tell."""
+    """Megabytes at the peak of a step, above those before it; None where the system does not tell."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -5,10 +5,10 @@
     python -m support.chance --searched found_s0 --random 'random_*' --runs DIR -- TRAINING_FLAGS
 
 Every genotype is retrained by train_model_batch.py with the same flags, once a seed of --seeds, and scored
-by the best PSNR on the validation part; the test set is not opened. A run that has ended in --runs is not
-trained again, and one that was stopped goes on. --supernet also scores each genotype with the shared weights
-of a search's checkpoint, BatchNorm's statistics taken anew, and gives the rank correlation of the two scores:
-a search can only find what its supernet can tell apart.
+by the best PSNR on the validation part; the test set is not opened. A run in --runs that has ended is not
+trained again, and one that was stopped goes on. With --supernet each genotype is also scored with the shared
+weights of a search's checkpoint, after BatchNorm's statistics were taken anew, and the rank correlation of
+the two scores is given: a search can only find what its supernet can tell apart.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from support.runs import STATES, SUMMARY, as_now, refuse_other_options
 from support.validation import means, measure
 from train_search_batch import load_supernet
 
-# Options that are a run's own, or do not change what it computes.
+# Options in which the runs may differ: each has its own, or it does not change what the run computes.
 OF_EACH = {"arch", "seed"} | options.FREE_OPTIONS - {"max_minutes"}
 RECALIBRATION = 16  # batches from which BatchNorm's statistics of a genotype with shared weights are taken
 
@@ -43,14 +43,28 @@ def get_args_parser():
         prog="python -m support.chance", description="Searched genotypes against random ones."
     )
     parser.add_argument(
-        "--searched", nargs="+", required=True, metavar="NAME", help="or a pattern, 'found_*'"
+        "--searched",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="genotypes, or patterns such as 'found_*'",
     )
-    parser.add_argument("--random", nargs="+", required=True, metavar="NAME", help="or a pattern, 'random_*'")
-    parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0], help="(default: 0)")
-    parser.add_argument("--runs", required=True, metavar="DIR", help="folder of the training runs")
-    parser.add_argument("--supernet", metavar="CKPT", help="best_*.pt of a search: score with its weights")
     parser.add_argument(
-        "flags", nargs="*", metavar="-- FLAGS", help="of train_model_batch.py, the same for all"
+        "--random", nargs="+", required=True, metavar="NAME", help="genotypes, or patterns such as 'random_*'"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=command.seed,
+        nargs="+",
+        default=[0],
+        help="training seeds, one run each (default: 0)",
+    )
+    parser.add_argument("--runs", required=True, metavar="DIR", help="folder of the training runs")
+    parser.add_argument(
+        "--supernet", metavar="CKPT", help="a search's best_*.pt: score with its weights, too"
+    )
+    parser.add_argument(
+        "flags", nargs="*", metavar="-- FLAGS", help="flags of train_model_batch.py for all runs"
     )
     return parser
 
@@ -117,8 +131,8 @@ def retrain(name, seed, folder, flags):
 
 
 def check_alike(runs):
-    """UserError unless those of the runs that were begun, {(name, seed): folder}, are of the genotypes that
-    have these names now, and all of the same options.
+    """runs: {(name, seed): folder}. UserError unless all that were begun have the genotypes that go by these
+    names now, and the same options.
     """
     first, expected = None, {}
     for (name, _), folder in runs.items():
@@ -139,7 +153,7 @@ def check_alike(runs):
 
 
 def options_of(folder):
-    """The options of the run in a folder; of flags added since, their defaults."""
+    """The options of the run in a folder; for flags added since, their defaults."""
     defaults = vars(train_model_batch.get_args_parser().parse_args([]))
     return defaults | as_now(read_json(folder / "options.json"))
 
@@ -206,8 +220,8 @@ def report(groups, psnr, parameters, shared=None):
 
 
 def rank_correlation(xs, ys):
-    """(Spearman's rho, its two-sided p) by all orders of the xs, or 9,999 of them at random where there are
-    more: of so few genotypes Student's t, as of many, has p = 0.
+    """(Spearman's rho, its two-sided p). p is by permutation, over all orders of the xs or, where these are
+    more, 9,999 random ones: Student's t, made for many values, can give p = 0 for so few genotypes.
     """
     found = stats.permutation_test(
         (xs,), lambda xs: stats.spearmanr(xs, ys)[0], permutation_type="pairings", random_state=0

@@ -106,10 +106,8 @@ def script(name):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but an error is one line, and what it returns has `given`, the set of the flags on the
-    command
-    line: a resumed run, or a demo, must tell a value that was asked for from a default that happens to equal
-    it.
+    """argparse's, but an error is one line, and what it returns has `given`, the set of flags that were on
+    the command line: a resumed run, or a demo, must tell a default that was asked for from one that was not.
     """
 
     def parse_args(self, args=None):
@@ -179,8 +177,8 @@ def run(main, parser):
 @contextmanager
 def stopped_by_sigterm():
     """In here SIGTERM, as Slurm or systemd sends it, raises KeyboardInterrupt like Ctrl-C, so that what was
-    done can still be written. A second signal ends the process at once, unless torchrun started it: that one
-    passes on what all its processes may have been sent already.
+    done can still be written. A second signal ends the process at once, unless torchrun started it:
+    torchrun passes on what all its processes may have been sent already.
     """
 
     def stop(number, frame):
@@ -196,8 +194,8 @@ def stopped_by_sigterm():
 
 
 def finish_first():
-    """Within `stopped_by_sigterm`: what was done is being written from now on, so a first signal is ignored
-    and only a second one ends the process.
+    """Within `stopped_by_sigterm`: what was done is being written from now on, so a signal, if it is the
+    first one, is ignored.
     """
 
     def leave(number, frame):

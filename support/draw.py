@@ -20,8 +20,8 @@ from support import command
 from support.errors import UserError
 from support.images import write_bytes
 
-# What an operation is called on its edge, its colour and that of its text: gates by convolution are blue,
-# those on the two spatial maps green, those by channel warm.
+# An operation's label on its edge, its colour and that of the label: gates by convolution are blue, those on
+# the two spatial maps green, those by channel warm.
 LOOKS = {
     "none": ("none", "none", "#98a1ab"),
     "skip_connect": ("skip", "#cdd3da", "#24292f"),
@@ -270,7 +270,7 @@ def _legend(page):
 
 def draw_genotype(genotype, path, name, channels=(32, 64, 128, 256)):
     """Write the picture of a genotype; UserError where the file cannot be written."""
-    name = "".join(c if c.isprintable() else "?" for c in name)  # a file's may hold what no XML does
+    name = "".join(c if c.isprintable() else "?" for c in name)  # one from a file may hold what XML may not
     write_bytes(path, svg(genotype, name, channels).encode())
 
 
@@ -286,7 +286,7 @@ def get_args_parser():
         nargs=4,
         default=[32, 64, 128, 256],
         metavar="C",
-        help="widths of the branches, for the count of parameters",
+        help="widths of the branches, for counting parameters (default: 32 64 128 256)",
     )
     return parser
 

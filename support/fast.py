@@ -89,7 +89,7 @@ def compile_edges(net):
 
     Edge by edge, since edges of equal shape then share one compilation. It serves one number of images in a
     batch; each further number takes as long again. The multi-scale modules are left as they are: on a CPU
-    they were 1.6 to 2.8 times slower compiled, because the compiled kernels of BatchNorm and ReLU are.
+    they were 1.6 to 2.8 times slower compiled, since their BatchNorm and ReLU are.
     """
     torch._dynamo.config.recompile_limit = 64  # of Module.__call__, which all edges share
     torch._dynamo.config.optimize_ddp = False  # else DDP's buckets would cut up what is compiled

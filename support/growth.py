@@ -9,13 +9,13 @@
     batch       the training step, and the search's step on weights and architecture, against scenes a step,
     patch       pixels of a patch,
     width       and channels of the finest branch
-    memory      the same steps at two widths, with the released batches cut as by --accumulate
+    memory      the same steps at two widths, for the parts that --accumulate makes of the released batches
     loader      scenes a second against workers: decoding, and with --cache
-    processes   of torchrun, with one thread each: a training step on one global batch; test_view.py
+    processes   (of torchrun, one thread each): a training step on a batch that they share; test_view.py
 
 Each point is measured in a process of its own, which keeps freed memory as the scripts do. Its first step
-tells the peak memory above what was there before (gradients and an optimizer's moments included, weights
-not), the median of the later ones the seconds. A curve's growth is its slope in log-log: 1 is linear.
+gives the peak memory above what was there before (so with gradients and an optimizer's moments, without
+weights), the median of the later ones the seconds. A curve's growth is its slope in log-log: 1 is linear.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ LOADED = 16  # scenes of a loader's batch
 PROCESSES = (1, 2)
 SHARED = 4  # scenes of a step that processes share
 FOLDER = (16, (384, 512))  # pictures that they share: how many, and of what size
-PATIENCE = 20  # seconds of a point's steps, after which no further one begins
+PATIENCE = 20  # seconds of a point's steps: after them no further step begins
 
 STEPS = {
     "training": ("training_step", train_model_batch),
@@ -76,7 +76,7 @@ SIZES = {  # of the rows whose growth is fitted: what grows
     "width": "channels, finest branch",
 }
 COSTS = {"seconds": "seconds", "mb": "peak memory, MB"}
-# Slopes that are no surprise where they are not 1: a convolution's multiply-adds go with in x out channels.
+# Where slopes other than 1 are expected: a convolution's multiply-adds go with in x out channels.
 EXPECTED = {("width", "seconds"): 2}
 TOLERATED = 0.1
 
@@ -92,21 +92,24 @@ def get_args_parser():
         nargs="+",
         choices=ROWS,
         metavar="ROW",
-        help=f"of {', '.join(ROWS)} (default: all but memory)",
+        help=f"what to measure: {', '.join(ROWS)} (default: all but memory)",
     )
+    add("--from", dest="source", metavar="FILE", help="JSON to take the rows from that --rows does not name")
+    add("--json", metavar="FILE", help="write the points to this file")
+    add("--svg", metavar="FILE", help="draw the points into this file")
     add(
-        "--from", dest="source", metavar="FILE", help="take the rows that --rows does not name from this JSON"
+        "--repeats",
+        type=command.positive,
+        default=3,
+        help="timed steps for each point (default: %(default)s)",
     )
-    add("--json", metavar="FILE", help="write the points measured")
-    add("--svg", metavar="FILE", help="draw them")
-    add("--repeats", type=command.positive, default=3, help="timed steps a point (default: %(default)s)")
     add(
         "--most_gb",
         type=command.above_zero,
         default=8,
-        help="leave out what would take more memory, in the row memory (default: %(default)s)",
+        help="in the row memory, leave out what would take more gigabytes (default: %(default)s)",
     )
-    add("--threads", type=command.positive, default=1, help="of the CPU (default: %(default)s)")
+    add("--threads", type=command.positive, default=1, help="threads of the CPU (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
     add(
         "--channels",
@@ -114,7 +117,7 @@ def get_args_parser():
         nargs=4,
         default=[16, 32, 64, 128],
         metavar="C",
-        help="widths of the steps' networks (default: half, 16 32 64 128)",
+        help="widths of the networks that steps train (default: half width, 16 32 64 128)",
     )
     return parser
 
@@ -222,7 +225,7 @@ def by_width(args):
 
 
 def by_parts(args):
-    """Memory alone, so of one step; the smallest part tells whether a larger one is within --most_gb."""
+    """Memory alone, so one step each; the smallest part tells whether a larger one is within --most_gb."""
     for curve, factor in product(STEPS, WIDE):
         released = STEPS[curve][1].get_args_parser().get_default("batch_size")
         name, a_scene = f"{curve} x{factor}", 0
@@ -306,14 +309,14 @@ def measure(make, device, threads, repeats):
 
 
 def a_step(args, curve, scenes, patch_size=None, widen=1):
-    """What makes a step of a training script, in the process that measures it."""
+    """A function that makes a step of a training script, to be called in the process that measures it."""
     sizes = Namespace(channels=widened(args.channels, widen), batch_size=scenes, patch_size=patch_size)
     name, script = STEPS[curve]
     return partial(offered, name, benchmark.script_options(script, sizes, args.device), args.device)
 
 
 def widened(channels, factor):
-    """So many times as many channels, in even numbers."""
+    """The channels times a factor, as even numbers."""
     return [2 * max(1, int(factor * c) // 2) for c in channels]
 
 
@@ -329,7 +332,7 @@ def restoring(size, tile, device):
 
 
 def picture_size(megapixels):
-    """(height, width) of about so many, 4:3, in multiples of 16."""
+    """(height, width) of a picture of about this size, 4:3, in multiples of 16."""
     return tuple(16 * round((1e6 * megapixels * ratio) ** 0.5 / 16) for ratio in (3 / 4, 4 / 3))
 
 
@@ -338,7 +341,7 @@ def noise(size):
 
 
 def launch(processes, function, *options):
-    """What rank 0 of so many processes, started as by torchrun, returns."""
+    """What function(*options) returns in rank 0 of several processes, started as torchrun does."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -352,7 +355,7 @@ def launch(processes, function, *options):
 
 
 def train_together(channels, scenes, repeats):
-    """Seconds of a training step of so many scenes, of which this process has its share."""
+    """Seconds of a training step of `scenes`, shared by all processes."""
     distributed.start()
     torch.set_num_threads(1)
     keep_freed_memory()

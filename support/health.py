@@ -5,11 +5,12 @@ A search is called collapsed when
 
 - more than half of the derived genotype's edges are `skip_connect` or `none`, or
 - its entropy is frozen: in the last `WINDOW` epochs of architecture steps the mean entropy of beta's rows
-  moved by no more than `STILL` of its distance from the largest possible, while the choices are undecided:
-  the mean margin of beta's rows is under `UNDECIDED`. (A share of the distance, since entropy hardly sees the
-  first steps away from equal chances; undecided, since a search that has decided may well stand still.)
+  moved by no more than the share `STILL` of its distance from the largest possible, while the choices are
+  undecided: the mean margin of beta's rows is under `UNDECIDED`. (A share of that distance, since entropy
+  hardly sees the first steps away from equal chances; only if undecided, since a search that has decided may
+  well stand still.)
 
-Both are judged in epochs with architecture steps alone: before them alpha and beta are as they were drawn.
+Only epochs with architecture steps are judged: before them alpha and beta are as they were drawn.
 """
 
 import cv2
@@ -41,8 +42,8 @@ class Health:
     """What a search has to remember from epoch to epoch to judge itself.
 
     arch_start: first epoch of the architecture steps. collapse: what is wrong, in words, or None. healthy:
-    the epochs before that, the last of which is kept; a frozen search was healthy until it froze, not until
-    that was seen.
+    the epochs that were, the last of whose genotypes --stop_on_collapse keeps; a frozen search was healthy
+    until it froze, not until that was noticed.
     """
 
     def __init__(self, arch_start):
@@ -94,7 +95,7 @@ class Health:
             self.judge(epoch, genotype, scalars["entropy_beta"], scalars["margin_beta"])
 
     def judge(self, epoch, genotype, entropy_beta, margin_beta):
-        """Settle `collapse` and `healthy` for an epoch with architecture steps; say what is new."""
+        """Update `collapse` and `healthy` for an epoch with architecture steps; log what is new."""
         self.entropies = [*self.entropies, entropy_beta][-WINDOW:]
         before, self.collapse = self.collapse, None
         if is_frozen(self.entropies, margin_beta):
@@ -158,9 +159,9 @@ FONT = 12
 
 
 def heat_map(distribution, rows, columns, group):
-    """HxWx3 uint8: a distribution a row in per cent, brighter the larger, the first choice framed.
+    """HxWx3 uint8: one distribution in each row, in per cent, brighter the larger, the first choice framed.
 
-    rows, columns: their names; group: a gap parts every so many rows. The colour goes by the square root, so
+    rows, columns: their names; group: number of rows between two gaps. The colour goes by the square root, so
     that equal chances over nine operations are not black.
     """
     font = ImageFont.load_default(FONT)
