@@ -41,8 +41,8 @@ class Architect:
         With batch_statistics BatchNorm then normalises by one part at a time.
     hessian_parts: the same for the double backward, which takes about 2.6 times a gradient's memory. At least
         `parts` are taken; with batch_statistics no more, since by those the images of a part interact.
-    recorded: compute first-order gradients by CUDA graphs, which takes parts=1; constants: what else than the
-        batch the loss depends on, as in `support.graphs.Recorded`.
+    recorded: compute first-order gradients by CUDA graphs, which takes parts=1; constants: what the loss
+        depends on besides the batch, as in `support.graphs.Recorded`.
 
     With several processes each has its share of a batch. Every gradient, those of the virtual step and of the
     Hessian product included, is averaged over them, which makes it that of the whole batch.

@@ -40,8 +40,8 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
     """Scenes of one or several training folders, every one with its clean image.
 
     paths: folders; one that holds `DID-MDN-training` stands for it. clean_sides: none, one a folder, or one
-    for all but DID-MDN's. say(line) is told what each folder was found to be. Raises UserError, naming the
-    file, for unpaired images, images that cannot be a pair, and DID-MDN's test set.
+    for all but DID-MDN's. say(line) is called with what each folder was found to be. Raises UserError, naming
+    the file, for unpaired images, images that cannot be a pair, and DID-MDN's test set.
     """
     scenes = []
     for root, side in with_sides(paths, clean_sides):

@@ -122,7 +122,7 @@ def from_supernet(net, genotype=None):
     """The fixed network of a genotype (default: the supernet's), with copies of the supernet's weights."""
     genotype = genotype or net.genotype()
     fixed = DerainNetwork(genotype, net.channels, net.residual)
-    own = fixed.state_dict()  # what is not chosen, as the stem, has the same names in the supernet
+    own = fixed.state_dict()  # what is not chosen, such as the stem, has these names in the supernet, too
     fixed.load_state_dict(own | {n: weight for n, weight in net.state_dict().items() if n in own})
     for cell, mixed, kinds, edges in zip(fixed.cells, net.cells, *genotype, strict=True):
         for module, choices, kind in zip(cell.multi_scale, mixed.multi_scale, kinds, strict=True):
@@ -419,7 +419,7 @@ def export(net, path):
     Input, in ONNX named `rainy`: Nx3xHxW RGB float32 in [0, 1]; output, `restored`: the same shape, not
     clamped. N, H and W are free, since the file pads to multiples of 8 itself; a .pt2 wants pictures of more
     than 8x8. Raises CheckpointError, one line naming `path`, for another suffix, packages that are missing
-    and a file that cannot be written, and ValueError in training mode.
+    and a file that cannot be written, and ValueError in training mode (not for .pt).
     """
     from torch.fx.experimental import _config
 
@@ -465,7 +465,7 @@ def export(net, path):
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
-        with suppress(OSError):  # as of a name that is too long
+        with suppress(OSError):  # its name may be too long
             temporary.unlink()
 
 

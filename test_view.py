@@ -487,7 +487,7 @@ def sizes_of(tasks):
 def restore_video(args, restore_one, path, out, choose_compiled_for):
     """Restore a video frame by frame into the folder `out`; returns the exit status.
 
-    restore_one: rgb -> restored. choose_compiled_for: told the (height, width) of all that is to be restored.
+    restore_one: rgb -> restored. choose_compiled_for: called with the (height, width) of all frames.
     """
     video = images.Video(path)
     target = images.video_name(out / path.name)

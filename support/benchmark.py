@@ -636,8 +636,8 @@ def relative_error(plain, offered, as_one=False):
 
     plain, offered: what a step returns. as_one: of all outputs, and of all gradients, each as one vector.
     The error of a tensor under a millionth of the mean size is relative to that millionth: gradients that are
-    zero but for rounding, as of a weight whose scale a BatchNorm takes out, have no relative error of their
-    own.
+    zero but for rounding, such as of a weight whose scale a BatchNorm takes out, have no relative error of
+    their own.
     """
     errors = []
     for group in zip(plain, offered, strict=True):

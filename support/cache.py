@@ -331,7 +331,7 @@ def _decode(old, halves):
         try:
             whole = read_image(halves[0].path)
             images = [np.ascontiguousarray(cut(whole, half)) for half in halves]
-        except UserError:  # whoever draws it is told
+        except UserError:  # drawing the picture will raise it again
             images = [np.empty((0, 0, 3), np.uint8)] * len(halves)
     return [(half, stamp, image, zlib.crc32(image)) for half, image in zip(halves, images, strict=True)]
 

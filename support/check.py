@@ -139,7 +139,7 @@ def _examine(scene, root):
 
 
 def _decoded(scene, fault):
-    """{path: image} of a scene's files; fault(kind, path, text) is told of those that are of no use."""
+    """{path: image} of a scene's files; fault(kind, path, text) is called for unusable ones."""
     files = {}
     for path in dict.fromkeys(half.path for half in scene.halves):
         try:
@@ -155,8 +155,8 @@ def _decoded(scene, fault):
 def match(rainy, clean):
     """Correlation, -1 to 1, of what two HxWx3 uint8 RGB images show: their detail on a 32x32 grid.
 
-    The grid averages the rain away; subtracting a blur leaves out what many pictures share, as a bright sky.
-    1 where one of them is flat, since nothing can be told then.
+    The grid averages the rain away; subtracting a blur leaves out what many pictures share, like a bright
+    sky. 1 where one of them is flat, since nothing can be told then.
     """
     details = []
     for image in (rainy, clean):

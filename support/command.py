@@ -113,7 +113,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None):
         args = list(sys.argv[1:] if args is None else args)
         for before, value in pairwise([self.prog, *args]):
-            if value == "" or EMPTY.fullmatch(value):  # as of "$CKPT", where the shell has no such variable
+            if value == "" or EMPTY.fullmatch(value):  # such as "$CKPT" where that variable is not set
                 empty = value.rstrip("=") or f"the argument after {before}"
                 self.error(f"{empty} is empty; give a value, or leave it out")
         unset = []  # told by identity: action="extend" would make another list of it

@@ -184,7 +184,7 @@ def average(tensors):
 
 
 def parallel(net, weights):
-    """The network, whose backward pass averages the gradients of the weights, which are among its parameters.
+    """The network, with a backward pass that averages the gradients of `weights`, some of its parameters.
 
     Buffers are left alone: see `experiment.Experiment.average_statistics`.
     """

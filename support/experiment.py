@@ -466,7 +466,7 @@ class Experiment:
         return not self.unscored() and self.progress() >= 1
 
     def epochs(self):
-        """Yield the numbers of the epochs that remain, of which the first may only lack its scores."""
+        """Yield the numbers of the epochs that remain, the first of which may lack only its scores."""
         if not (self.folder / LAST).exists():
             self.save()  # from now on a run that is killed can be resumed
         self.rate_from = self.progress(), self.step
@@ -604,8 +604,9 @@ class Experiment:
         self.buffers.average_changes()
 
     def validate(self, net, scenes):
-        """The scores, as of `support.validation.means`, of the scenes that can be read, shared out to the
-        ranks. SIGINT and SIGTERM stop it between two. TensorBoard gets the first: rain | restored | clean.
+        """The scores, as `support.validation.means` gives them, of the scenes that can be read, which the
+        ranks share. SIGINT and SIGTERM stop it between two of them. TensorBoard gets the first: rain |
+        restored | clean.
         """
         bad = []
         scenes = [s for s in scenes if s.key not in self.bad][distributed.rank() :: distributed.size()]

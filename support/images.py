@@ -28,7 +28,7 @@ from PIL import Image, PngImagePlugin
 from support.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-MOST_METADATA = 2**28  # bytes unpacked, as of colour profiles
+MOST_METADATA = 2**28  # bytes, unpacked: colour profiles and the like
 MAX_PIXELS = 2**28  # 16,384 x 16,384: above a 200-megapixel camera's, below what a forged header asks for
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv")
@@ -219,7 +219,7 @@ def check_folder(folder: str | Path) -> None:
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(folder)  # whose name may be too long
-        # Not by tempfile, which on Windows tries name after name where files may not be made, as in C:.
+        # Not by tempfile, which on Windows tries name after name where files may not be made, such as C:.
         probe = there / f".{uuid.uuid4().hex}"
         make, remove = (Path.touch, Path.unlink) if there == folder else (Path.mkdir, Path.rmdir)
         make(probe)
@@ -285,8 +285,8 @@ def walk(folder: str | Path, unreadable: Callable[[OSError], object] = _warn) ->
 
 
 def look_around(folder: str | Path) -> tuple[list[str], list[str]]:
-    """The suffixes of a folder's files that are no images by their names, as .heic and .mp4, and a line for
-    each folder in it that cannot be read; two empty lists for the path of a file.
+    """The suffixes of a folder's files that are no images by their names, such as .heic and .mp4, and a line
+    for each folder in it that cannot be read; two empty lists for the path of a file.
     """
     seen, closed = set(), []
     inside = walk(folder, lambda error: closed.append(cannot_read(error))) if os.path.isdir(folder) else ()
@@ -354,7 +354,7 @@ def _exif(image: Image.Image) -> Image.Exif:
 
 
 def _is_whole(data: bytes, format: str) -> bool:
-    """False for what is cut short. Of BMP and TIFF, where nothing marks the end, the decoder finds out."""
+    """False for what is cut short. Nothing marks the end of a BMP or TIFF: there the decoder finds out."""
     if format == "JPEG":
         return _is_whole_jpeg(data)
     if format == "PNG":
@@ -389,7 +389,7 @@ def _is_whole_png(data: bytes) -> bool:
 
 
 def _is_lossless_webp(data: bytes) -> bool:
-    """By the first chunk of pixels (RFC 9649); what moves counts as lossy."""
+    """By the first chunk of pixels (RFC 9649); an animation counts as lossy."""
     position = 12
     while position + 8 <= len(data):
         name, length = struct.unpack_from("<4sI", data, position)
@@ -420,7 +420,7 @@ def _decode(path: str | Path, data: bytes, header: _Header) -> np.ndarray:
         raise UserError(f"{path}: is truncated or damaged ({str(error).splitlines()[0]})") from error
     if pixels is None:
         raise UserError(f"{path}: is truncated or damaged, or a kind of {header.format} that OpenCV lacks")
-    # OpenCV turns a TIFF in any case, the others (by version) if asked, and not where alpha is to be kept.
+    # OpenCV turns a TIFF in any case, but other formats never with IMREAD_UNCHANGED, which keeps their alpha.
     return pixels if header.format == "TIFF" else _upright(pixels, header.orientation)
 
 

@@ -150,7 +150,7 @@ class Journal:
 
 @contextmanager
 def _told(file, what, kind):
-    """Raises an OSError, as of another user's file, as an exception of that kind, in one line."""
+    """Turns an OSError, such as on another user's file, into an exception of that kind, in one line."""
     try:
         yield
     except OSError as error:

@@ -86,8 +86,9 @@ def find(path, clean_side=None):
     """What is under `path`, a folder in one of the layouts above or a single image file, as a Found.
 
     clean_side: which half of a side-by-side file is clean, "left" or "right"; ignored where names tell the
-    pairs. DID-MDN's own folders are rain|clean as published. Raises UserError for a path that is missing,
-    empty, paired ambiguously or not at all, holds several sets of pairs, or no side-by-side files itself.
+    pairs. None: DID-MDN's own folders are rain|clean, as published. Raises UserError for a path that is
+    missing, empty, paired ambiguously or not at all, holds several sets of pairs, or no side-by-side files
+    itself.
     """
     path = Path(path)
     if not os.path.exists(path):

@@ -506,8 +506,8 @@ def find_photographs(folders: Iterable[str | Path]) -> list[Path]:
 
 
 def _side_by_side(folder: str | Path, clean_side: str) -> tuple[list[Path], str]:
-    """(the pairs, as of `find_photographs`; what seems wrong with their side, or ""). UserError where they
-    are no pairs, or pairs of two files.
+    """(the pairs' files, what seems wrong with their clean side, or ""). UserError where they are no pairs,
+    or pairs of two files.
     """
     found = find(folder, clean_side)
     if any(scene.clean and not scene.clean.side for scene in found.scenes):

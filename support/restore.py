@@ -67,7 +67,7 @@ def restore(
 
     Raises:
         UserError: a tile or overlap that is not allowed; NotFinite for a network whose output is not finite.
-        ValueError: `image` or `scale` is anything else, or `net` is in training mode.
+        ValueError: `image`, `scale` or `self_ensemble` is anything else, or `net` is in training mode.
         torch.cuda.OutOfMemoryError: not even tiles of `SMALLEST_TILE` fit.
     """
     if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
@@ -112,7 +112,7 @@ def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
 
 
 def _with_change(image: np.ndarray, copy: np.ndarray, restored: np.ndarray) -> np.ndarray:
-    """The image with the difference between its smaller copy and what became of that."""
+    """The image plus the change, enlarged, from its smaller `copy` to that copy `restored`."""
     height, width = image.shape[:2]
     result = cv2.resize(restored - copy.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
     result += image
@@ -249,7 +249,7 @@ def _forward(
 
 
 def _mean_of(count: int, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Over the 4 half turns and flips, or the 8 with quarter turns."""
+    """The mean output over the 4 half turns and flips, or the 8 with quarter turns."""
     total = torch.zeros_like(x)
     for turns in range(0, 4, 8 // count):
         turned = x.rot90(turns, (2, 3))

@@ -48,7 +48,7 @@ def noted(folder, file, name):
 
 
 def as_now(options):
-    """The options of a run as they would be given today: all validation scenes were None once."""
+    """The options of a run as they would be given today: for all validation scenes, 0 was None once."""
     return {name: 0 if name == "val_scenes" and value is None else value for name, value in options.items()}
 
 
