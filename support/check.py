@@ -156,7 +156,7 @@ def match(rainy, clean):
     """Correlation, -1 to 1, of what two HxWx3 uint8 RGB images show: their detail on a 32x32 grid.
 
     The grid averages the rain away; subtracting a blur leaves out what many pictures share, like a bright
-    sky. 1 where one of them is flat, since nothing can be told then.
+    sky. 1 where an image is flat, since nothing can be told then.
     """
     details = []
     for image in (rainy, clean):
@@ -235,7 +235,7 @@ def check(folder, found):
 
 
 def counts(folder, found):
-    """How many files there are, by density, and how many DID-MDN has where it is DID-MDN's layout."""
+    """How many files there are, by density, and, in DID-MDN's layout, how many DID-MDN has."""
     files = [*(half.path for scene in found.scenes for half in scene.rainy), *found.unpaired]
     folders = [Path(os.path.relpath(path, folder)).parts for path in files]
     by_density = Counter(d for parts in folders for d in DENSITIES if f"Rain_{d}" in parts)
@@ -287,7 +287,7 @@ def swapped(looks, folder):
 
 
 def side_by_side(looks):
-    """A note where single images look like pairs: which side is clean is a flag, so it is not acted upon."""
+    """A note where single images look like pairs: no more, since a flag tells which half is clean."""
     single = [look for look in looks if look.scene.clean is None]
     rain = [look.rain[0] for look in single if look.rain and MATCH <= look.match < 1]  # 1: one half is flat
     if len(rain) > len(single) / 2:
@@ -344,7 +344,7 @@ def _scores(looks):
 
 
 def _groups(looks):
-    """The looks of each background, in a list of lists; those that show none are left out."""
+    """The looks of each background, in a list of lists; looks without a thumbnail are left out."""
     looks = [look for look in looks if look.thumbnail is not None]
     firsts = same_pictures([look.thumbnail for look in looks]) if looks else []
     groups = {}
@@ -413,7 +413,7 @@ def get_args_parser():
         prog="dataset.py",
         description="Check a data set. Exit status: 0 good, 1 something is wrong, 2 no such data set.",
     )
-    parser.add_argument("folder", metavar="DIR", help="data set to check; DID-MDN's root is both its sets")
+    parser.add_argument("folder", metavar="DIR", help="data set to check; DID-MDN's root means both its sets")
     parser.add_argument(
         "test_folder",
         metavar="TEST_DIR",

@@ -271,7 +271,7 @@ class Experiment:
             ) from None
 
     def _open_folder(self, options):
-        """Make the folder, clear it of what is unfinished, and open what is written there; returns it."""
+        """Make the folder, clear it of unfinished files, and open log and TensorBoard in it; returns it."""
         self._make_folder()
         try:
             runs.remove_unfinished(self.folder)
@@ -318,7 +318,7 @@ class Experiment:
         """{part: its scenes} of --data, as `dataset.split` has them; with --cache decoded. Call it before
         `start`.
 
-        A resumed run keeps those that it was begun with, whatever files have come since.
+        A resumed run keeps the scenes that it was begun with, whatever files have come since.
         """
         args = self.args
         print(f"data: {' '.join(args.data)}", flush=True)
@@ -344,7 +344,7 @@ class Experiment:
         return hints
 
     def _decode_once(self, parts):
-        """Have the pictures of all parts as pixels on the disk."""
+        """Open the cache of the pictures of all parts, which are decoded now if it lacks them."""
         try:
             with stopped_by_sigterm():
                 scenes = [scene for scenes in parts.values() for scene in scenes]

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def keep_freed_memory():
-    """Have the C library keep what this process frees, in place of handing it back to the system.
+    """Have the C library keep what this process frees, instead of handing it back to the system.
 
     An activation of tens of megabytes is otherwise mapped anew at each step, and the system clears it page by
     page: a fifth of the time of a forward pass at 512x512. Larger ones are still handed back, so that large

@@ -103,7 +103,7 @@ class Gallery:
 
     def write(self, facts: Mapping[str, object], left_out: Sequence[str] = ()) -> Path:
         """Write the page, with a summary of all pictures; returns its path. Of more than `MOST` it shows
-        those with the least gain, or the first.
+        those with the least gain or, without scores, the first.
 
         Args:
             facts: what was run, in words: {"checkpoint": ..., "data": ...}.
@@ -178,8 +178,8 @@ def gain(row: Mapping, channels: str = "rgb") -> float:
 def montage(examples: Iterable[Example], path: str | Path, width: int = 480) -> None:
     """Write one picture: a row an example, columns rain, restored and ground truth, labelled, on white.
 
-    Scores, where given, are PSNR in dB and SSIM on RGB. The labels' font has no accents, which are left out,
-    and no other script than Latin, which is question marks.
+    Scores, where given, are PSNR in dB and SSIM on RGB. The labels' font is plain Latin: accents are left
+    out, and letters of other scripts become question marks.
 
     Args:
         path: its extension is the format.
@@ -225,7 +225,7 @@ def montage(examples: Iterable[Example], path: str | Path, width: int = 480) -> 
 
 
 def _fitting(shape, width):
-    """(height, width) of a picture of that shape in a column: as wide as that, or four times as high."""
+    """(height, width) of such a picture in a column: as wide as that, and at most four times as high."""
     scale = min(width / shape[1], 4 * width / shape[0])
     return tuple(max(1, round(scale * side)) for side in shape[:2])
 

@@ -59,7 +59,7 @@ class Recorded:
         return graph, own, outputs
 
     def warm_up(self, batch):
-        """Once as it is, on another stream: libraries choose their kernels when they are first called."""
+        """Run it once on another stream, not recorded: libraries choose their kernels when first called."""
         before = [tensor.clone() for tensor in self.changed]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -114,8 +114,8 @@ class Backward:
 
 
 def laid_out_as(weight, gradient):
-    """The gradient with the strides of its weight: a copy only where they say something else in memory. Those
-    of a dimension of size 1, as most weights have here, do not.
+    """The gradient with the strides of its weight: a copy only where its layout in memory really differs. The
+    strides of dimensions of size 1, which most weights have here, mean nothing.
     """
     pairs = zip(weight.shape, weight.stride(), gradient.stride(), strict=True)
     if all(size == 1 or ours == given for size, ours, given in pairs):

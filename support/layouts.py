@@ -48,8 +48,8 @@ class Half(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """name: its results are called so, and no other scene of its folder is; scenes of one name in several
-    folders count as one background. rainy: one Half a density; clean: a Half of the same size, or None for a
+    """name: of its results; unique in its folder, while scenes of one name in several folders count as one
+    background. rainy: one Half a density; clean: a Half of the same size, or None for a
     single image; densities: a name for each rainy Half, or () where there is only one.
     """
 
@@ -87,8 +87,8 @@ def find(path, clean_side=None):
 
     clean_side: which half of a side-by-side file is clean, "left" or "right"; ignored where names tell the
     pairs. None: DID-MDN's own folders are rain|clean, as published. Raises UserError for a path that is
-    missing, empty, paired ambiguously or not at all, holds several sets of pairs, or no side-by-side files
-    itself.
+    missing or empty, is paired ambiguously or not at all, holds several sets of pairs, or, with clean_side,
+    holds images only in folders below it.
     """
     path = Path(path)
     if not os.path.exists(path):

@@ -48,7 +48,7 @@ def noted(folder, file, name):
 
 
 def as_now(options):
-    """The options of a run as they would be given today: for all validation scenes, 0 was None once."""
+    """The options of a run as they would be given today: 0, all validation scenes, was None once."""
     return {name: 0 if name == "val_scenes" and value is None else value for name, value in options.items()}
 
 
@@ -122,7 +122,7 @@ def remove_unfinished(folder):
 
 
 def set_damaged_aside(folder):
-    """Rename a damaged last.pt, or the next save would keep it in the place of the whole one before."""
+    """Rename a damaged last.pt, else the next save would keep it in place of the whole last.prev.pt."""
     last = folder / LAST
     if last.exists():
         os.replace(last, folder / "last.damaged.pt")
