@@ -319,8 +319,8 @@ def find_pictures(args, path):
         print(f"{WIDE_RAIN}: then --scale {AUTO} finds it", flush=True)
     if unscored and (folders := layouts.truth_without_rain(path, found.scenes)):
         print(
-            f"{', '.join(folders)}: named like ground truth, but of no rainy folder beside it; to have "
-            "scores, name that one input",
+            f"{', '.join(folders)}: named like ground truth, but no rainy folder is beside it; to have "
+            "scores, name that folder input",
             flush=True,
         )
     if not unscored and (hint := distributed.from_main(partial(check.pair_hint, found.scenes))):

@@ -550,7 +550,7 @@ class Experiment:
         if batch.padded and not self.padded_mentioned:
             self.padded_mentioned = True
             log.warning(
-                "scene %s is smaller than --patch_size: such are padded by mirroring", batch.padded[0]
+                "scene %s is smaller than --patch_size: such scenes are padded by mirroring", batch.padded[0]
             )
         return batch
 

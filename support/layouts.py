@@ -49,8 +49,8 @@ class Half(NamedTuple):
 
 class Scene(NamedTuple):
     """name: of its results; unique in its folder, while scenes of one name in several folders count as one
-    background. rainy: one Half a density; clean: a Half of the same size, or None for a
-    single image; densities: a name for each rainy Half, or () where there is only one.
+    background. rainy: one Half a density; clean: a Half of the same size, or None for a single image;
+    densities: a name for each rainy Half, or () where there is only one.
     """
 
     name: str

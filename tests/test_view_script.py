@@ -764,7 +764,7 @@ def test_a_folder_of_truth_beside_none_of_rain_is_pointed_out(capsys):
     for folder in ("set/rainstreak", "set/gt"):
         write_image(f"{folder}/1.png", photograph(0)[:16, :16])
     assert view("--path set --result_path out") == 0
-    assert "gt: named like ground truth, but of no rainy folder beside it;" in capsys.readouterr().out
+    assert "gt: named like ground truth, but no rainy folder is beside it;" in capsys.readouterr().out
     assert view("--path set/gt --result_path out2") == 0  # on purpose
     assert "named like" not in capsys.readouterr().out
 
