@@ -404,7 +404,7 @@ def load_supernet(path):
     try:
         return filled(SearchNetwork, payload, path)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; a supernet needs the operations it was searched with") from None
+        raise CheckpointError(f"{error}; a supernet needs its search's operations in genotypes.py") from None
 
 
 if __name__ == "__main__":
