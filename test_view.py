@@ -98,9 +98,9 @@ def get_args_parser():
         "--scale",
         type=command.scale,
         default=1.0,
-        help="restore a copy shrunk to this scale, such as 0.5, and take from the picture what the copy "
-        f"loses: for rain wider than in training, as in large photographs; {AUTO} (not for a video): the one "
-        "of 1, 1/2, 1/4, ... that takes most away (default: 1)",
+        help="restore a copy shrunk to this scale, such as 0.5, and apply the change, enlarged, to the "
+        f"picture: for rain wider than in training, as in large photographs; {AUTO} (not for a video): the "
+        "one of 1, 1/2, 1/4, ... that changes most (default: 1)",
     )
     add(
         "--self_ensemble",
