@@ -19,7 +19,6 @@ from textwrap import shorten
 
 import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -35,7 +34,7 @@ from support.errors import Interrupted, UserError
 from support.fast import compile_edges, compile_network, keep_freed_memory, no_compiler
 from support.images import write_bytes
 from support.lock import lock_folder
-from support.logs import NoWriter, open_log
+from support.logs import NoWriter, open_log, open_writer
 from support.options import DEFAULT_DATA, DEMO_DATA, FREE_OPTIONS, MACHINE_OPTIONS, MOST_BAD
 from support.rain import demo_set
 from support.runs import BEST, LAST, PREVIOUS, STATES, SUMMARY, as_now, read_state, refuse_other_options
@@ -285,7 +284,7 @@ class Experiment:
             open_log(log, self.folder)
             # Events of an epoch's end stand at its last step: they are kept if the epoch has its scores.
             redone = self.step + (not self.unscored())
-            self.writer = SummaryWriter(self.folder, purge_step=redone if self.state else None)
+            self.writer = open_writer(self.folder, redone if self.state else None)
         except OSError as error:
             raise UserError(f"--save {self.folder}: cannot be written: {error.strerror}") from None
         return self.folder

@@ -1,9 +1,10 @@
-"""Where a run writes what it says: log lines beside a progress bar, log.txt, and nowhere for other ranks."""
+"""Where a run writes what it says: log lines beside a progress bar, log.txt, TensorBoard's events."""
 
 import logging
 import sys
 import threading
 from functools import partial
+from types import ModuleType
 
 from tqdm import tqdm
 
@@ -41,6 +42,16 @@ class TqdmHandler(logging.Handler):
             sys.stdout.flush()
         except BrokenPipeError:
             silence(sys.stdout)
+
+
+def open_writer(folder, purge_step):
+    """TensorBoard's writer of a run's folder, which hides older events from step `purge_step` on, if any."""
+    # As in TensorBoard's own build without TensorFlow. Where that is installed, its import takes seconds, it
+    # writes to the terminal, and its errors, such as that of a full disk, are no OSError.
+    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=purge_step)
 
 
 def open_log(log, folder):

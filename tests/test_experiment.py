@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +23,7 @@ from support import command, devices, experiment, options, runs
 from support.errors import Interrupted, UserError
 from support.experiment import Experiment
 from support.logs import FileHandler
-from tests.made import scalars
+from tests.made import ROOT, scalars
 
 
 def parser():
@@ -978,6 +979,18 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing_to_go_on_from_and_say
     with files_up_to(200_000), pytest.raises(UserError, match="; nothing is saved yet$"):
         run.save()
     assert not Path("run", "last.pt").exists()
+
+
+def test_events_are_written_without_tensorflow_where_that_is_installed(tmp_path):
+    """Its import takes seconds and prints lines, and on a full disk it raises errors of its own."""
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit('TensorFlow was imported')\n")
+    code = "from support.logs import open_writer; open_writer('run', None).add_scalar('loss', 0.5, 1)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert scalars(tmp_path / "run")["loss"] == [(1, 0.5)]
 
 
 @pytest.mark.parametrize("full", ["log.txt", "events"])

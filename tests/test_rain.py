@@ -148,6 +148,7 @@ def test_what_a_scene_draws_stays_within_its_style():
     mid = STYLES["long"]
     drawn = [draw_rain(np.random.default_rng(seed), "long") for seed in range(1000)]
     widest = np.exp(2 * 2.5 * mid.spread + 2 * 0.7 * mid.spread)  # bounded by two deviations each
+    widest *= 1 + 1e-12  # rounding, which differs from NumPy to NumPy
     assert all(mid.density / widest <= rain.density <= mid.density * widest for rain in drawn)
 
 
