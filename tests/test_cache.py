@@ -544,7 +544,10 @@ import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import train_model_batch
 from support import cache, command
-cache.read_image = lambda path: time.sleep(0.5)
+def read_image(path):
+    open("begun", "w").close()
+    time.sleep(0.5)
+cache.read_image = read_image
 command.run(train_model_batch.main, train_model_batch.get_args_parser())
 """
     flags = "--data pairs --clean_side left --arch genotype.json --channels 2 2 2 2 --device cpu --cache"
@@ -555,7 +558,10 @@ command.run(train_model_batch.main, train_model_batch.get_args_parser())
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: unfinished(folder))
+    wait_for(
+        (tmp_path / "begun").exists
+    )  # sooner, a signal may meet tqdm's bar half made, which prints lines
+    assert unfinished(folder)
     run.send_signal(number)
     error = run.communicate()[1]
     assert error.count("\n") == 1, error
