@@ -129,6 +129,12 @@ class Experiment:
                 )
             args.learning_rate_min = args.learning_rate
         self.folder = Path(args.save or distributed.agree(time.strftime(f"{self.kind}-EXP-%Y%m%d-%H%M%S")))
+        try:
+            str(self.folder).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"--save {self.folder}: its name is not UTF-8, which TensorBoard wants; choose another folder"
+            ) from None
         self._refuse_a_run()
         if not os.path.exists(self.folder / LOCK):  # else the files in it are of a run that was soon killed
             runs.refuse_others_files(self.folder)

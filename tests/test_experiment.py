@@ -503,6 +503,13 @@ def test_a_folder_that_cannot_be_made_is_named(folder):
         begun()
 
 
+def test_a_folder_whose_name_is_no_text_is_refused_before_it_is_made(folder):
+    name = os.fsdecode(b"d\xe9j\xe0")
+    with pytest.raises(UserError, match="--save d.j.: its name is not UTF-8"):
+        new("--save", name)
+    assert not os.path.exists(name)
+
+
 def test_log_and_events_tell_what_happened(folder):
     run, net = begun("--epochs", "2")
     train(run, net, scores_of=lambda epoch: scores(psnr=20 + epoch))
