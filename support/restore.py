@@ -70,6 +70,8 @@ def restore(
         ValueError: `image`, `scale` or `self_ensemble` is anything else, or `net` is in training mode.
         torch.cuda.OutOfMemoryError: not even tiles of `SMALLEST_TILE` fit.
     """
+    if not isinstance(image, np.ndarray):  # as None, which cv2.imread returns for no picture
+        raise ValueError(f"image is a {type(image).__name__}, not an array of HxWx3 uint8 or uint16")
     if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(f"image is {image.dtype} of shape {image.shape}; HxWx3 uint8 or uint16 is allowed")
     if net.training:

@@ -348,6 +348,12 @@ def test_anything_but_8_or_16_bit_rgb_is_refused(image):
         restore(Darken().eval(), image)
 
 
+@pytest.mark.parametrize("image", [None, "photo.jpg", [[[0, 0, 0]]]])  # cv2.imread returns None
+def test_what_is_no_array_is_named(image):
+    with pytest.raises(ValueError, match=f"image is a {type(image).__name__}, not an array of HxWx3"):
+        restore(Darken().eval(), image)
+
+
 @pytest.mark.parametrize(
     "flags", [{"tile": 100}, {"tile": 8}, {"tile": -8}, {"overlap": 12}, {"overlap": -8}]
 )
