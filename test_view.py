@@ -498,6 +498,8 @@ def restore_video(args, restore_one, path, out, choose_compiled_for):
     if "scale" not in args.given and height * width > WHOLE_PIXELS:
         print(f"{WIDE_RAIN}: then try --scale 0.5", flush=True)
     print("the sound is not carried over", end="")
+    if video.stretched:
+        print("; its pixels are not square, and come out square: it will look narrower or wider", end="")
     print("; the odd side gains a row or column" if height % 2 or width % 2 else "", flush=True)
     journal = Journal(out, {})
     check_nothing_lost(journal, [target.name])

@@ -31,7 +31,9 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MOST_METADATA = 2**28  # bytes, unpacked: colour profiles and the like
 MAX_PIXELS = 2**28  # 16,384 x 16,384: above a 200-megapixel camera's, below what a forged header asks for
 
-VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv")
+VIDEO_EXTENSIONS = tuple(".mp4 .avi .mov .mkv .m4v .mpg .mpeg .webm .wmv .mts .m2ts .ts .3gp".split())
+# The length that OpenCV tells of these may be the sound's, and after a cut it is that of what is left.
+_GUESSED = (".mpg", ".mpeg", ".wmv", ".mts", ".m2ts", ".ts")
 _CODECS = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}
 
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # as Pillow names them
@@ -584,7 +586,8 @@ class Video:
     """The frames of a video file: iterate over it once for HxWx3 uint8 RGB arrays.
 
     fps: frames a second, the mean where it varies; frames: how many the file promises, 0 where it does not
-    say; size: (height, width).
+    say; size: (height, width); stretched: whether its pixels are not square, as a DVD's, which the frames do
+    not say.
     Raises UserError for a file that is missing or no video, and, after its last frame, EndsEarly.
     """
 
@@ -601,13 +604,15 @@ class Video:
             int(self.capture.get(p)) for p in (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH)
         )
         self.size = height, width
+        across, down = (self.capture.get(p) for p in (cv2.CAP_PROP_SAR_NUM, cv2.CAP_PROP_SAR_DEN))
+        self.stretched = across != down and across > 0 and down > 0
         if not self.capture.isOpened() or self.fps <= 0 or not height * width:
             raise UserError(f"{path}: cannot be read as a video")
         if height * width > MAX_PIXELS:
             raise UserError(
                 f"{path}: frames of {width}x{height} pixels; at most {MAX_PIXELS} pixels are read"
             )
-        if self.path.suffix.lower() in (".mkv", ".webm"):
+        if self.path.suffix.lower() in (".mkv", ".webm", *_GUESSED):
             self._count()
 
     def _open(self):
@@ -616,7 +621,7 @@ class Video:
             self.capture = cv2.VideoCapture(os.path.abspath(self.path))
 
     def _count(self):
-        """Count the frames: Matroska has a length and a nominal rate, and OpenCV only multiplies the two."""
+        """Count the frames: these files have a length and a rate, and OpenCV only multiplies the two."""
         count, last, length = 0, 0.0, self.frames / self.fps
         with _quiet:
             while self.capture.grab():
@@ -657,8 +662,10 @@ def _is_cut(path):
     Matroska, RFC 8794); None where it does not say.
     """
     suffix, size = path.suffix.lower(), path.stat().st_size
+    if suffix in _GUESSED:  # what is there is all that it says
+        return False
     with open(path, "rb") as file:
-        if suffix in (".mp4", ".m4v", ".mov"):
+        if suffix in (".mp4", ".m4v", ".mov", ".3gp"):
             end = 0
             while end < size:
                 file.seek(end)

@@ -154,6 +154,21 @@ def test_a_video_whose_sound_goes_on_is_whole(tmp_path):
     assert (video.frames, len(list(video))) == (50, 50)
 
 
+def test_a_video_whose_length_is_that_of_its_sound_is_whole(tmp_path):
+    """As that of Windows Media, whose header gives it in units of 100 ns, and of MPEG's streams."""
+    path = tmp_path / "sound.wmv"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"WMV2"), 10, (64, 48))
+    for frame in frames(50, 48, 64):
+        writer.write(frame)
+    writer.release()
+    data = bytearray(path.read_bytes())
+    length = data.index(bytes.fromhex("A1DCAB8C47A9CF118EE400C00C205365")) + 64
+    data[length : length + 8] = struct.pack("<Q", struct.unpack("<Q", data[length : length + 8])[0] + 10**7)
+    path.write_bytes(data)
+    video = Video(path)
+    assert (video.frames, video.fps, len(list(video))) == (50, 10, 50)
+
+
 @pytest.mark.skipif(
     sys.platform != "linux", reason="names with a colon, or that are no text, are not allowed"
 )

@@ -880,6 +880,27 @@ def test_a_video_is_restored_frame_by_frame(network, capsys):
         view("--path film.webm --result_path out --skip_done")
 
 
+def test_a_video_whose_pixels_become_square_is_said(network, capsys):
+    write_video("film.mp4", [photograph(0, 32, 48)] * 3, 10)
+    film = bytearray(Path("film.mp4").read_bytes())
+    at = film.index(b"\0\0\1\x20") + 6  # MPEG-4's video object layer; in that byte its pixels' form
+    assert (film[at] >> 3) & 15 == 1, "1:1"
+    film[at] += 1 << 3
+    Path("film.mp4").write_bytes(film)
+    assert view("--path film.mp4 --result_path out") == 0
+    assert "not square" in capsys.readouterr().out
+    assert view("--path out/film.mp4 --result_path again") == 0
+    assert "not square" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".mts", ".3gp", ".MPG"])
+def test_a_video_is_told_by_any_of_the_usual_names(network, suffix):
+    write_video("film.mp4", [photograph(0, 32, 48)] * 3, 10)
+    Path("film.mp4").rename(f"film{suffix}")
+    assert view(f"--path film{suffix} --result_path out") == 0
+    assert Video(f"out/film{suffix}.mp4").frames == 3
+
+
 def test_a_scale_for_a_video_is_a_number(network, capsys, monkeypatch):
     monkeypatch.setattr(test_view, "WHOLE_PIXELS", 40 * 32)
     write_video("film.avi", [photograph(i, 32, 48) for i in range(2)], 10)
