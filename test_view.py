@@ -390,8 +390,8 @@ def check_montage(args, names):
     """UserError where --montage names a picture that is not among the names."""
     for name in args.montage or ():
         if name not in names:
-            there = ", ".join(list(names)[:3])
-            raise UserError(f"--montage {name}: no picture of that name; there are {there}, ...")
+            there = layouts.some(list(names))
+            raise UserError(f"--montage {name}: no picture of that name; there are {there}")
 
 
 def check_video(args, path):

@@ -642,7 +642,7 @@ def test_a_grey_picture_is_grey_where_it_is_scored_too(network, monkeypatch, lay
         ("--path pairs --ckt_path pairs", CheckpointError, "pairs: not a file"),
         ("--path pairs --ckt_path pairs/0.png", CheckpointError, "pairs/0.png: cannot be read"),
         ("--path pairs --device gpu", UserError, "--device gpu"),
-        ("--path pairs --montage 7", UserError, "--montage 7: no picture of that name; there are 0"),
+        ("--path pairs --montage 7", UserError, "--montage 7: no picture of that name; there are 0$"),
     ],
 )
 def test_mistakes_are_refused_and_no_result_folder_is_made(flags, error, words):
