@@ -15,7 +15,7 @@ from losses import architecture_regulariser, multi_to_one
 from model_search import SearchNetwork
 
 SCENES = torch.arange(2).repeat_interleave(2)
-RATE, MOMENTUM, DECAY = 0.01, 0.8, 3e-3  # at five times the rate some draws of the weights diverge
+RATE, MOMENTUM, DECAY = 0.01, 0.8, 0.1  # at five times the rate some draws of the weights diverge
 
 
 def make_batch(seed, dtype):
