@@ -33,7 +33,8 @@ MAX_PIXELS = 2**28  # 16,384 x 16,384: above a 200-megapixel camera's, below wha
 
 VIDEO_EXTENSIONS = tuple(".mp4 .avi .mov .mkv .m4v .mpg .mpeg .webm .wmv .mts .m2ts .ts .3gp".split())
 # The length that OpenCV tells of these may be the sound's, and after a cut it is that of what is left.
-_GUESSED = (".mpg", ".mpeg", ".wmv", ".mts", ".m2ts", ".ts")
+_STREAMS = (".mpg", ".mpeg", ".mts", ".m2ts", ".ts")
+_GUESSED = (*_STREAMS, ".wmv")
 _CODECS = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}
 
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # as Pillow names them
@@ -622,14 +623,18 @@ class Video:
 
     def _count(self):
         """Count the frames: these files have a length and a rate, and OpenCV only multiplies the two."""
-        count, last, length = 0, 0.0, self.frames / self.fps
+        times, length = [], self.frames / self.fps
         with _quiet:
             while self.capture.grab():
-                count, last = count + 1, self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-        if count > 1 and last > 0 and abs(count - self.frames) > 1:
-            end = last * count / (count - 1)  # of the last frame, if it is as long as the mean one
+                times.append(self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+        count, steps = len(times), np.diff(times)
+        # Where MPEG's streams were joined, or a frame tells no time, time jumps; none lasts a second there.
+        longest = 1 if self.path.suffix.lower() in _STREAMS else np.inf
+        steps = steps[(steps >= 0) & (steps < longest)]
+        if steps.sum() > 0 and abs(count - self.frames) > 1:
+            end = max(times) + steps.mean()  # of the last frame, if it is as long as the mean one
             if count > self.frames or end > 0.98 * length or _is_cut(self.path) is False:  # sound may go on
-                self.frames, self.fps = count, (count - 1) / last
+                self.frames, self.fps = count, float(1 / steps.mean())
         self.capture.release()
         self._open()
 

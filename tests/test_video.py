@@ -169,6 +169,22 @@ def test_a_video_whose_length_is_that_of_its_sound_is_whole(tmp_path):
     assert (video.frames, video.fps, len(list(video))) == (50, 10, 50)
 
 
+@pytest.mark.parametrize("suffix, rate", [(".ts", 10), (".mpg", 25)])
+def test_joined_streams_keep_their_rate(tmp_path, suffix, rate):
+    """As a camcorder's parts, one behind the other: the times begin again, and the length is that of one."""
+    path = tmp_path / f"part{suffix}"
+    code = cv2.VideoWriter_fourcc(*("mp4v" if suffix == ".ts" else "MPG1"))
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, code, rate, (64, 48))
+    for frame in frames(50, 48, 64):
+        writer.write(frame)
+    writer.release()
+    path.write_bytes(2 * path.read_bytes())
+    video = Video(path)
+    count = len(list(video))
+    assert count > 90 and abs(video.frames - count) <= 1
+    assert video.fps == pytest.approx(rate, rel=0.01)
+
+
 @pytest.mark.skipif(
     sys.platform != "linux", reason="names with a colon, or that are no text, are not allowed"
 )
