@@ -558,9 +558,8 @@ command.run(train_model_batch.main, train_model_batch.get_args_parser())
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(
-        (tmp_path / "begun").exists
-    )  # sooner, a signal may meet tqdm's bar half made, which prints lines
+    # Sooner, a signal may meet tqdm's bar half made, which prints lines.
+    wait_for((tmp_path / "begun").exists)
     assert unfinished(folder)
     run.send_signal(number)
     error = run.communicate()[1]
