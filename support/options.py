@@ -125,7 +125,7 @@ def add_arguments(parser):
     run.add_argument(
         "--sync_bn",
         action="store_true",
-        help="under torchrun: BatchNorm over the whole batch, not over each GPU's share by itself",
+        help="under torchrun: BatchNorm over the shares of all GPUs together, not over each by itself",
     )
     run.add_argument(
         "--deterministic",
