@@ -53,13 +53,13 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
         say(f"{root}: {len(found.scenes):,} {found.layout}")
         if found.unpaired:
             raise UserError(
-                f"{found.unpaired[0]}: has no partner{_and_more(found.unpaired)} ({found.layout}); add it, "
-                "or take the file away"
+                f"{found.unpaired[0]}: has no partner{_and_more(found.unpaired)} ({found.layout}); add the "
+                "partner, or remove this file"
             )
         if any(scene.clean is None for scene in found.scenes):
             raise UserError(
-                f"{root}: holds single images: pairs are told by folders such as input and target, or names "
-                "such as rain-1 and norain-1; or, side by side, by --clean_side left or right"
+                f"{root}: holds single images, not pairs; to mark pairs, use folders (such as input and "
+                "target) or names (such as rain-1 and norain-1); for side-by-side files give --clean_side"
             )
         if text := two_sets(root, found.scenes):
             raise UserError(f"{root}: {text}")
@@ -71,13 +71,13 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
         except UserError as error:
             bad.append(str(error))
     if bad:
-        others = f" ({len(bad)} are bad: python dataset.py DIR lists all)" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}; repair that, or take the scene away{others}")
+        others = f" ({len(bad)} scenes are bad: python dataset.py DIR lists all)" if len(bad) > 1 else ""
+        raise UserError(f"{bad[0]}; repair or remove this scene{others}")
     return scenes
 
 
 def _and_more(files):
-    return f" (and {len(files) - 1} more have none)" if len(files) > 1 else ""
+    return f" (nor have {len(files) - 1} more files)" if len(files) > 1 else ""
 
 
 # --- scenes to arrays ---------------------------------------------------------------------------------------
@@ -161,8 +161,8 @@ def split(scenes, seed=0):
     order = sorted(set(keys), key=digest)
     if len(order) < len(PARTS):
         raise UserError(
-            f"--data: {len(order)} different backgrounds found (scenes of one name count as one); the three "
-            "parts need at least 3"
+            f"--data: {len(order)} different backgrounds found (scenes of the same name count as one); the "
+            "split into three parts needs at least 3"
         )
     validation = max(1, round(PARTS["validation"] * len(order)))
     architecture = max(1, round(PARTS["architecture"] * len(order)))
@@ -367,8 +367,9 @@ class ScenePatches(Dataset):
                 self.bad[index] = True
             if len(bad) == GIVE_UP:
                 break
-        reason = f"{bad[0][1]}; and all of {len(bad)} scenes in a row" if bad else "--data: every scene"
-        raise UserError(f"{reason} cannot be read")
+        if not bad:
+            raise UserError("--data: no scene can be read any more")
+        raise UserError(f"{bad[0][1]}; {len(bad)} scenes in a row cannot be read")
 
 
 @lru_cache(maxsize=4)

@@ -179,7 +179,7 @@ def find(arch=None, flag="--arch"):
     known = named()
     if arch is None:
         if not known:
-            raise GenotypeError(f"{__file__}: holds no genotype yet; search one, or give {flag}")
+            raise GenotypeError(f"{__file__}: holds no genotype yet; search for one, or give {flag}")
         arch = list(known)[-1]
     arch = os.fspath(arch)
     if arch in known:
@@ -193,7 +193,8 @@ def find(arch=None, flag="--arch"):
     if not arch.endswith(".json"):
         newest = ", ".join(list(known)[-5:]) or "none yet"
         raise GenotypeError(
-            f"{flag} {arch}: no such genotype; there are {newest}; or give a run's genotype.json"
+            f"{flag} {arch}: no such genotype in {FILE.name} (newest: {newest}); give another name, "
+            "or a run's genotype.json"
         )
     return arch, read_json(arch)
 
@@ -239,7 +240,9 @@ def check_new_name(name, path=None):
     lock = _lock_of(path)
     writable = os.access(path.parent, os.W_OK) and os.access(path, os.W_OK)
     if not writable or (lock.exists() and not os.access(lock, os.W_OK)):
-        raise GenotypeError(f"--name {name}: {path} cannot be written; run in a copy that can be")
+        raise GenotypeError(
+            f"--name {name}: {path} cannot be written; run in a copy of the project that can be"
+        )
 
 
 def append(name, genotype, comment, path=None):

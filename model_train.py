@@ -43,8 +43,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RUN, SUPERNET = "manas-run-1", "manas-supernet-1"
 # What else this project writes, and what to do with it.
 OTHER_FORMATS = {
-    RUN: "is for --resume; give the best_psnr.pt beside it",
-    SUPERNET: "is a search's supernet; retrain its genotype: train_model_batch.py --arch",
+    RUN: "it is a run's state, for --resume; give the best_psnr.pt beside it",
+    SUPERNET: "it is a search's supernet; retrain its genotype with train_model_batch.py --arch",
 }
 
 
@@ -142,7 +142,7 @@ def widen(net, channels, seed=0):
     """
     factor = channels[0] // net.channels[0]
     if list(channels) != [factor * c for c in net.channels]:
-        raise ValueError(f"{' '.join(map(str, channels))} is no multiple of it")
+        raise ValueError(f"{' '.join(map(str, channels))} is no multiple of the network's channels")
     wide = DerainNetwork(net.genotype, channels, net.residual).to(next(net.parameters()))
     rng = torch.Generator().manual_seed(seed)
     state, expected = {}, wide.state_dict()
@@ -321,7 +321,8 @@ def rebuilt(payload, path):
         hint = OTHER_FORMATS.get(found) if isinstance(found, str) else None
         if payload and all(isinstance(value, torch.Tensor) for value in payload.values()):
             hint = (
-                "is a bare state_dict with no genotype; load it into its network, then use model_train.save"
+                "it is a bare state_dict with no genotype; load it into its network, then save that with "
+                "model_train.save"
             )
         hint = hint or f"give one of format {FORMAT}, such as best_psnr.pt"
         raise CheckpointError(
@@ -375,7 +376,7 @@ def _fitting(expected, weights, path):
         raise CheckpointError(f"{path}: some weights are there twice, with and without a prefix")
     counters = {name: torch.zeros_like(e, device="cpu") for name, e in expected.items() if not e.ndim}
     problems = [f"{name} is missing" for name in expected.keys() - plain.keys() - counters.keys()]
-    problems += [f"{name} is not part of it" for name in plain.keys() - expected.keys()]
+    problems += [f"{name} is not part of that network" for name in plain.keys() - expected.keys()]
     # In bytes: a view can claim any shape, and only the shape is checked against `expected`.
     held, claimed = {}, 0
     for name in sorted(expected.keys() & plain.keys()):
@@ -393,7 +394,7 @@ def _fitting(expected, weights, path):
             held[storage.data_ptr()] = storage.nbytes()
             claimed += weight.nbytes
     if not problems and claimed > sum(held.values()):
-        problems.append("it holds fewer values than they claim")
+        problems.append("the file holds fewer values than their shapes claim")
     if not problems:
         plain = counters | {name: weight.to(expected[name].dtype) for name, weight in plain.items()}
         for name, weight in plain.items():
@@ -425,14 +426,18 @@ def export(net, path):
 
     path = Path(path)
     if path.suffix not in (".onnx", ".pt2", ".pt"):
-        raise CheckpointError(f"{path}: name the file to write .onnx, .pt2 (torch.export) or .pt (float16)")
+        raise CheckpointError(
+            f"{path}: the file's name must end in .onnx, .pt2 (torch.export) or .pt (float16)"
+        )
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: there is no folder {path.parent}")
     if path.suffix == ".pt":
         save(net, path, half=True)
         return
     if net.training:
-        raise ValueError("net is in training mode, where it depends on the batch; call net.eval() first")
+        raise ValueError(
+            "net is in training mode, where its output depends on the batch; call net.eval() first"
+        )
     about = {
         "format": FORMAT,
         "genotype": json.dumps(net.genotype._asdict()),

@@ -286,8 +286,8 @@ OPERATIONS = {
     "CBAM": cbam,
 }
 assert tuple(OPERATIONS) == PRIMITIVES, (
-    "operations.OPERATIONS and genotypes.PRIMITIVES are to name the same in one order; in only one are "
-    f"{sorted({*OPERATIONS} ^ {*PRIMITIVES}) or 'none, so the order differs'}"
+    "operations.OPERATIONS and genotypes.PRIMITIVES must have the same names in the same order; in only one "
+    f"are {sorted({*OPERATIONS} ^ {*PRIMITIVES}) or 'none, so the order differs'}"
 )
 
 

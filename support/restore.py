@@ -75,7 +75,9 @@ def restore(
     if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(f"image is {image.dtype} of shape {image.shape}; HxWx3 uint8 or uint16 is allowed")
     if net.training:
-        raise ValueError("net is in training mode, where it depends on the batch; call net.eval() first")
+        raise ValueError(
+            "net is in training mode, where its output depends on the batch; call net.eval() first"
+        )
     if tile and (tile % 8 or tile < SMALLEST_TILE):
         raise UserError(f"tile is {tile}; 0 (never) or a multiple of 8 from {SMALLEST_TILE} on is allowed")
     if self_ensemble not in ENSEMBLES:

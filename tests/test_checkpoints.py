@@ -133,7 +133,7 @@ def test_channels_last_weights_are_taken(saved):
         (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "net.pt: "),
         (lambda w: w[:2], r"head.to_rgb.weight is \[2, 2, 1, 1\], not \[3, 2, 1, 1\]"),
         (lambda w: torch.zeros(1).expand(2**10, 2**10, 2**10, 2**10), r"head.to_rgb.weight is \[1024, 1024"),
-        (lambda w: torch.zeros(1).expand(w.shape), "fewer values than they claim"),
+        (lambda w: torch.zeros(1).expand(w.shape), "the file holds fewer values than their shapes claim"),
         (lambda w: w.double() * 1e300, "head.to_rgb.weight has values that are not finite"),
     ],
 )
@@ -399,7 +399,7 @@ def test_a_wider_network_computes_the_same_with_copies_that_part(training):
 def test_what_cannot_be_exported_is_one_line(saved, tmp_path, monkeypatch):
     _, path = saved
     net = model_train.load(path)
-    with pytest.raises(CheckpointError, match="net.txt: name the file"):
+    with pytest.raises(CheckpointError, match="net.txt: the file's name must end in"):
         model_train.export(net, tmp_path / "net.txt")
     with pytest.raises(CheckpointError, match="there is no folder"):
         model_train.export(net, tmp_path / "none" / "net.pt2")

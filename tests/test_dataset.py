@@ -1033,7 +1033,7 @@ def single_images(folder):
         (pair_of_two_sizes, ["1.png", "34x24", "32x24", "one size"]),
         (two_clean_of_one_name, ["target/1.", "two clean images"]),
         (three_folders, ["set", "input", "rainy", "target"]),
-        (pair_under_11_pixels, ["1.png", "40x10", "at least 11x11; repair that, or take the scene away"]),
+        (pair_under_11_pixels, ["1.png", "40x10", "at least 11x11; repair or remove this scene"]),
         (single_images, ["set", "single images", "--clean_side"]),
     ],
 )
@@ -1049,7 +1049,7 @@ def test_how_many_scenes_are_bad_is_said_at_once(tmp_path):
     pair_folders(tmp_path)
     for i in (0, 2):
         write_image(tmp_path / "input" / f"{i}.png", photograph(i, HEIGHT, WIDTH + 2))
-    with pytest.raises(UserError, match=r"/0\.png: .*\(2 are bad: python dataset.py DIR lists all\)$"):
+    with pytest.raises(UserError, match=r"/0\.png: .*\(2 scenes are bad: python dataset.py DIR lists all\)$"):
         find_training([tmp_path])
 
 
@@ -1144,11 +1144,11 @@ def test_where_nothing_can_be_read_any_more_there_is_no_endless_search(tmp_path,
     scenes = find_training([write_pairs(tmp_path, 7)], ["left"])
     for file in tmp_path.iterdir():
         file.unlink()
-    with pytest.raises(UserError, match=r"\.png: .*all of 7 scenes in a row cannot be read"):
+    with pytest.raises(UserError, match=r"\.png: .*; 7 scenes in a row cannot be read"):
         batches(scenes, 1, workers)
-    with pytest.raises(UserError, match=f"all of {dataset.GIVE_UP} scenes in a row"):
+    with pytest.raises(UserError, match=f"; {dataset.GIVE_UP} scenes in a row cannot be read"):
         batches(dataset.GIVE_UP * scenes, 1, workers)
-    with pytest.raises(UserError, match="every scene cannot be read"):
+    with pytest.raises(UserError, match="--data: no scene can be read any more"):
         batches(scenes, 1, workers, bad={scene.key for scene in scenes})
 
 
