@@ -59,7 +59,7 @@ from support.restore import (
 
 DEFAULT_PATH = f"{DEFAULT_DATA}/{layouts.TEST}"
 SHIPPED = model_train.SHIPPED
-WIDE_RAIN = "above a megapixel rain may be wider than any that the network was trained on, and stay"
+WIDE_RAIN = "above a megapixel, rain may be wider than any that the network was trained on, and remain"
 COMPILED_FROM = 300_000_000  # pixels
 MOST_COMPILED = 8  # sizes: what PyTorch allows
 TABLES = ("results.csv", "results.json", "result_full.txt")
@@ -142,7 +142,7 @@ def main(args):
     distributed.start()
     keep_freed_memory()
     if args.demo and args.path is not None:
-        raise UserError("--demo: takes its own pictures; leave out --demo or --path")
+        raise UserError("--demo: the demo has its own pictures; leave out --demo or --path")
     checkpoint = choose_checkpoint(args)
     device = devices.pick_device(args.device)
     if args.amp and (why := devices.slow_half(device, torch.get_autocast_dtype(device.type))):
@@ -155,7 +155,7 @@ def main(args):
     choose_compiled_for = partial(choose_compiled, args, device, compiled)
     path, out = choose_path(args), Path(args.result_path)
     if out.suffix.lower() in {*images.EXTENSIONS, *images.VIDEO_EXTENSIONS} and not out.is_dir():
-        raise UserError(f"--result_path {out}: is to be a folder, in which results keep their names")
+        raise UserError(f"--result_path {out}: must be a folder, where each result has its picture's name")
     images.check_folder(out)
     if path.suffix.lower() in images.VIDEO_EXTENSIONS and not path.is_dir():
         check_video(args, path)
@@ -213,7 +213,7 @@ def begin(journal, fresh):
     """Open the journal, and remove the tables of an earlier run: new ones come at the end."""
     if distributed.is_main() and journal.is_there() and (fresh or journal.has_others()):
         print(
-            f"{journal.out}: holds results of an earlier run, too; the tables will be of this one alone",
+            f"{journal.out}: holds results of an earlier run, too; the tables will cover this run alone",
             flush=True,
         )
     journal.begin(fresh)
@@ -267,12 +267,14 @@ def choose_checkpoint(args):
     print(f"checkpoint: {checkpoint}", flush=True)
     of_a_demo = not args.ckt_path and runs.noted(checkpoint.parent, "options.json", "demo")
     if of_a_demo and not takes_demo(args):
-        print(f"that is a demo's, which was hardly trained: --ckt_path {SHIPPED} is better", flush=True)
+        print(f"that network is a demo's, hardly trained: --ckt_path {SHIPPED} is better", flush=True)
     folder = checkpoint.resolve().parent
     is_upright = folder == SHIPPED.parent.resolve() or runs.noted(folder, "options.json", "upright")
     if args.self_ensemble == 8 and is_upright:
         print(
-            "--self_ensemble 8: it has seen no quarter turns (--upright): 4 is better, and faster", flush=True
+            "--self_ensemble 8: the network saw no quarter turns in training (--upright); "
+            "4 is better, and faster",
+            flush=True,
         )
     return checkpoint
 
@@ -289,7 +291,9 @@ def choose_path(args):
         if os.path.isdir(path / layouts.TEST):
             return path / layouts.TEST
         if os.path.isdir(path / layouts.TRAINING):
-            raise UserError(f"--path {path}: holds training scenes alone; give {path / layouts.TRAINING}")
+            raise UserError(
+                f"--path {path}: holds training scenes alone; to restore them give {path / layouts.TRAINING}"
+            )
         return path
     if not takes_demo(args):
         return Path(DEFAULT_PATH)
@@ -307,7 +311,7 @@ def find_pictures(args, path):
     except UserError as error:
         kinds = images.look_around(path)[0]
         if {*kinds} & {*images.VIDEO_EXTENSIONS} and not images.list_images(path, recursive=True):
-            raise UserError(f"{error}; give a video in it as --path") from None
+            raise UserError(f"{error}; to restore a video in it, give that as --path") from None
         raise
     alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
     unscored = bool(found.scenes) and all(scene.clean is None for scene in found.scenes)
@@ -316,18 +320,18 @@ def find_pictures(args, path):
     if unscored and (hint := distributed.from_main(partial(check.single_hint, found.scenes))):
         print(hint, flush=True)
     if unscored and "scale" not in args.given and distributed.from_main(partial(has_large, found.scenes)):
-        print(f"{WIDE_RAIN}: then --scale {AUTO} finds it", flush=True)
+        print(f"{WIDE_RAIN}; if it does, try --scale {AUTO}", flush=True)
     if unscored and (folders := layouts.truth_without_rain(path, found.scenes)):
         print(
             f"{', '.join(folders)}: named like ground truth, but no rainy folder is beside it; to have "
-            "scores, name that folder input",
+            "scores, put the rainy pictures into a folder named input beside it",
             flush=True,
         )
     if not unscored and (hint := distributed.from_main(partial(check.pair_hint, found.scenes))):
         print(f"{path}: {hint}", flush=True)
     others, closed = images.look_around(path)
     if others:
-        video = "; give a video as --path" if {*others} & {*images.VIDEO_EXTENSIONS} else ""
+        video = "; to restore a video, give it as --path" if {*others} & {*images.VIDEO_EXTENSIONS} else ""
         print(f"left alone: files of other kinds ({', '.join(others)}){video}", flush=True)
     return found, closed
 
@@ -381,7 +385,8 @@ def to_do(args, tasks, files, journal):
     for result in (task.result for task in remaining):
         if result in others and os.path.exists(journal.out / result):
             raise UserError(
-                f"--skip_done: {journal.out / result} is of {others[result]}; give another --result_path"
+                f"--skip_done: {journal.out / result} is a result of {others[result]}; give another "
+                "--result_path"
             )
     return [task._replace(number=number) for number, task in enumerate(remaining, start=first)]
 
@@ -401,7 +406,9 @@ def check_video(args, path):
     for name in sorted({"clean_side", "montage", "skip_done"} & args.given):
         raise UserError(f"--{name}: is for pictures, and {path} is a video; leave it out")
     if args.scale == AUTO:
-        raise UserError(f"--scale {AUTO}: might change from frame to frame of {path}; give a number, as 0.5")
+        raise UserError(
+            f"--scale {AUTO}: the scale might change from frame to frame of {path}; give a number"
+        )
 
 
 def check_apart(source, out, within):
@@ -420,8 +427,8 @@ def check_no_original(tasks, out):
     for target in (out / task.result for task in tasks):
         if (original := originals.get(_which(target))) is not None:
             raise UserError(
-                f"--result_path {out}: {target} is {original}, a picture to restore, whose place a "
-                "result would take; give another folder"
+                f"--result_path {out}: {target} is {original}, an input picture, which a result "
+                "would replace; give another folder"
             )
 
 
@@ -432,8 +439,8 @@ def check_nothing_lost(journal, names):
     for file in (journal.out / name for name in names):
         if os.path.lexists(file) and not os.path.isdir(file):
             raise UserError(
-                f"--result_path {journal.out}: {file} is no result of an earlier run, and one would take its "
-                "place; give another folder"
+                f"--result_path {journal.out}: {file} is no result of an earlier run, and a result would "
+                "replace it; give another folder"
             )
 
 
@@ -454,12 +461,12 @@ def choose_compiled(args, device, net, sizes):
     if args.compile == "off":
         return
     if args.compile == "auto" and device.type != "cpu":
-        why_not = f"on {device.type} it is not known to pay"
+        why_not = f"it is not known to pay on {device.type}"
     else:
         why_not = no_compiler(device)
     if not why_not:
         net.shapes = distributed.from_main(partial(worth_compiling, args, sizes))
-        why_not = f"it pays from {COMPILED_FROM // 10**6} megapixels of one size on"
+        why_not = f"no size has the {COMPILED_FROM // 10**6} megapixels from which it pays"
     shapes = " ".join(f"{width}x{height}" for height, width in sorted(net.shapes))
     if shapes:
         print(f"compiled, which takes minutes at first: {shapes}", flush=True)
@@ -496,11 +503,11 @@ def restore_video(args, restore_one, path, out, choose_compiled_for):
     height, width = video.size
     print(f"data: {path}: a video of {video.frames} frames of {width}x{height}, {video.fps:g} a second")
     if "scale" not in args.given and height * width > WHOLE_PIXELS:
-        print(f"{WIDE_RAIN}: then try --scale 0.5", flush=True)
-    print("the sound is not carried over", end="")
+        print(f"{WIDE_RAIN}; if it does, try --scale 0.5", flush=True)
+    print("the result has no sound", end="")
     if video.stretched:
-        print("; its pixels are not square, and come out square: it will look narrower or wider", end="")
-    print("; the odd side gains a row or column" if height % 2 or width % 2 else "", flush=True)
+        print(", and its pixels are square, which the film's are not: it looks narrower or wider", end="")
+    print(", and an odd width or height grows by one pixel" if height % 2 or width % 2 else "", flush=True)
     journal = Journal(out, {})
     check_nothing_lost(journal, [target.name])
     choose_compiled_for([video.size] * video.frames)
@@ -596,7 +603,7 @@ def view(restore_one, tasks, gallery, journal):
         picture, file = pictures[half], gallery.out / result
         if result.parts[0] in (FOLDER, MONTAGE):
             raise UserError(
-                f"{half.path}: its result would take the name of the gallery's {result}; rename it"
+                f"{half.path}: its result would have the name of the gallery's {result}; rename the picture"
             )
         start = time.perf_counter()
         restored = naming(half.path, restore_one, picture.rgb)

@@ -238,7 +238,7 @@ def test_what_was_done_of_other_data_is_not_replaced(folder):
     flags = "--clean_side left --result_path out --skip_done --path"
     assert view(f"{flags} a") == 0
     before = content("out")
-    with pytest.raises(UserError, match=r"--skip_done: out/0\.png is of .*/a; give another --result_path"):
+    with pytest.raises(UserError, match=r"--skip_done: out/0\.png is a result of .*/a; give another --re"):
         view(f"{flags} b")
     assert content("out") == before
     shutil.rmtree("a")
@@ -253,7 +253,7 @@ def test_what_was_done_of_other_data_is_not_replaced(folder):
 def test_that_tables_will_not_have_what_was_done_otherwise_is_said(folder, capsys):
     write_pairs(Path("a"), 1)
     write_pairs(Path("b/other"), 1)
-    words = "out: holds results of an earlier run, too; the tables will be of this one alone"
+    words = "out: holds results of an earlier run, too; the tables will cover this run alone"
     flags = "--clean_side left --result_path out --skip_done --path"
     said = []
     for more in ("a", "a", "a --tile 64", "b/other/0.png"):

@@ -194,7 +194,7 @@ def test_files_that_look_like_pairs_side_by_side_are_restored_whole_and_the_flag
 
 def test_results_go_to_a_folder_and_not_to_a_file(network):
     write_image("a.png", photograph(0))
-    with pytest.raises(UserError, match="--result_path b.png: is to be a folder"):
+    with pytest.raises(UserError, match="--result_path b.png: must be a folder"):
         view("--path a.png --result_path b.png")
 
 
@@ -210,7 +210,8 @@ def test_rain_on_the_clean_side_is_said(folder, capsys):
 def test_a_folder_that_holds_training_scenes_alone_is_told_apart(folder):
     write_network("net.pt")
     write_scenes(folder / "set", 1)
-    with pytest.raises(UserError, match="--path set: holds training scenes alone; give set/DID-MDN-training"):
+    words = "--path set: holds training scenes alone; to restore them give set/DID-MDN-training"
+    with pytest.raises(UserError, match=words):
         view("--path set --result_path out")
 
 
@@ -234,7 +235,7 @@ def test_a_folder_without_ground_truth_is_restored_and_not_scored(network, capsy
         Path("photos", name).touch()
     assert view("--path photos --result_path out") == 0
     said = capsys.readouterr().out
-    assert "left alone: files of other kinds (.heic, .mp4); give a video as --path\n" in said
+    assert "left alone: files of other kinds (.heic, .mp4); to restore a video, give it as --path\n" in said
     assert "PSNR" not in said
     assert pictures() == {"a.png", "deep/b.jpg"}
     output = read_image("out/a.png").astype(int)
@@ -265,7 +266,10 @@ def test_a_name_that_is_the_gallery_s_own_is_refused(network, capsys):
     assert read_image("out/deep/gallery/a.png").shape == photograph(0).shape
     error = capsys.readouterr().err
     assert "2 could not be used" in error
-    assert "photos/montage.png: its result would take the name of the gallery's montage.png" in error
+    assert (
+        "photos/montage.png: its result would have the name of the gallery's montage.png; rename the picture"
+        in error
+    )
 
 
 def test_a_single_file_is_restored_in_its_own_kind(network):
@@ -327,7 +331,7 @@ def test_of_large_photographs_alone_it_is_said_that_wide_rain_stays(network, cap
         ("--path pairs --clean_side left", False),
     ):
         assert view(f"{flags} --result_path out") == 0
-        assert ("--scale auto finds it" in capsys.readouterr().out) == said, flags
+        assert ("and remain; if it does, try --scale auto" in capsys.readouterr().out) == said, flags
 
 
 def test_equal_and_tiny_pictures_are_left_out_of_the_means_and_counted(network):
@@ -637,7 +641,11 @@ def test_a_grey_picture_is_grey_where_it_is_scored_too(network, monkeypatch, lay
     [
         ("--path nowhere", UserError, "nowhere: no such file or folder"),
         ("--path empty", UserError, "empty: no images .* found$"),
-        ("--path films", UserError, "films: no images .* found; give a video in it as --path"),
+        (
+            "--path films",
+            UserError,
+            "films: no images .* found; to restore a video in it, give that as --pat",
+        ),
         ("--path pairs --ckt_path gone.pt", CheckpointError, "gone.pt: no such checkpoint"),
         ("--path pairs --ckt_path pairs", CheckpointError, "pairs: not a file"),
         ("--path pairs --ckt_path pairs/0.png", CheckpointError, "pairs/0.png: cannot be read"),
@@ -757,7 +765,7 @@ def test_quarter_turns_of_a_network_that_was_not_trained_on_them_are_warned_of(
     Path("net.pt").rename("run/net.pt")
     Path("run/options.json").write_text(json.dumps({"upright": upright}))
     view(f"--path photo.png --ckt_path run/net.pt --result_path out --self_ensemble {number}")
-    assert capsys.readouterr().out.count("--self_ensemble 8: it has seen no quarter turns") == lines
+    assert capsys.readouterr().out.count("--self_ensemble 8: the network saw no quarter turns") == lines
 
 
 def test_a_folder_of_truth_beside_none_of_rain_is_pointed_out(capsys):
@@ -783,7 +791,7 @@ def test_a_demos_network_is_not_taken_for_a_picture_without_a_word(network, caps
     args = test_view.get_args_parser().parse_args("--result_path scored --device cpu".split())
     assert test_view.main(args) == 0  # nor is DID-MDN scored with it
     assert f"hardly trained: --ckt_path {test_view.SHIPPED} is" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--demo: takes its own pictures; leave out --demo or --path"):
+    with pytest.raises(UserError, match="--demo: the demo has its own pictures; leave out --demo or --path"):
         view("--path photo.png --demo")
 
 
@@ -870,7 +878,7 @@ def test_a_video_is_restored_frame_by_frame(network, capsys):
     assert (result.fps, result.frames, result.size) == (10, 4, (32, 48))
     for before, after in zip(source, result, strict=True):
         assert np.abs(restored(network, before).astype(int) - after).mean() < 6  # the codec's loss
-    assert "sound is not carried over" in capsys.readouterr().out
+    assert "the result has no sound" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds the video"):
         view("--path film.avi --result_path .")
     Path("film.avi").rename("film.webm")
@@ -888,9 +896,9 @@ def test_a_video_whose_pixels_become_square_is_said(network, capsys):
     film[at] += 1 << 3
     Path("film.mp4").write_bytes(film)
     assert view("--path film.mp4 --result_path out") == 0
-    assert "not square" in capsys.readouterr().out
+    assert "its pixels are square" in capsys.readouterr().out
     assert view("--path out/film.mp4 --result_path again") == 0
-    assert "not square" not in capsys.readouterr().out
+    assert "its pixels are square" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", [".mts", ".3gp", ".MPG"])
@@ -904,12 +912,13 @@ def test_a_video_is_told_by_any_of_the_usual_names(network, suffix):
 def test_a_scale_for_a_video_is_a_number(network, capsys, monkeypatch):
     monkeypatch.setattr(test_view, "WHOLE_PIXELS", 40 * 32)
     write_video("film.avi", [photograph(i, 32, 48) for i in range(2)], 10)
-    with pytest.raises(UserError, match="--scale auto: might change from frame to frame of film.avi; give a"):
+    words = "--scale auto: the scale might change from frame to frame of film.avi; give a number"
+    with pytest.raises(UserError, match=words):
         view("--path film.avi --result_path out --scale auto")
     assert not Path("out").exists()
     for flags, said in (("--scale 0.5", False), ("", True)):
         assert view(f"--path film.avi --result_path out {flags}") == 0
-        assert ("then try --scale 0.5" in capsys.readouterr().out) == said
+        assert ("; if it does, try --scale 0.5" in capsys.readouterr().out) == said
 
 
 def test_a_video_that_ends_early_is_reported_with_status_1(network, capsys, monkeypatch):
