@@ -133,7 +133,7 @@ def main(args):
     run.describe()
     if args.warmup_steps >= run.steps_in_all:
         log.warning(
-            "--warmup_steps %d: the run has %d steps, so its rate does not rise to --learning_rate",
+            "--warmup_steps %d: the run has only %d steps, so its rate does not reach --learning_rate",
             args.warmup_steps,
             run.steps_in_all,
         )
@@ -235,15 +235,17 @@ def fine_tuned(run):
     args = run.args
     net = model_train.load(args.weights)
     if args.arch and genotypes.find(args.arch)[1] != net.genotype:
-        raise UserError(f"--arch {args.arch}: not the genotype of --weights {args.weights}; leave one out")
+        raise UserError(
+            f"--arch {args.arch}: not the genotype of --weights {args.weights}; leave one of them out"
+        )
     if "channels" in run.given and args.channels != list(net.channels):
         try:
             net = model_train.widen(net, args.channels, args.seed)
         except ValueError as error:
             widths = " ".join(map(str, net.channels))
             raise UserError(
-                f"--channels: --weights {args.weights} has {widths}; leave one out, or give a multiple: "
-                f"{error}"
+                f"--channels: --weights {args.weights} has {widths}; leave one of these flags out, or give a "
+                f"multiple: {error}"
             ) from None
     if "residual" in run.given and not net.residual:
         raise UserError(f"--residual: --weights {args.weights} was trained without it; leave one out")

@@ -148,7 +148,7 @@ def main(args):
     args.name = args.name or distributed.agree(time.strftime("search_%Y%m%d_%H%M%S"))
     collapse = runs.noted(run.folder, runs.SUMMARY, "collapse")
     if args.resume is not None and args.stop_on_collapse and collapse:
-        raise UserError(f"--resume {run.folder}: this search has ended, collapsed: {collapse}")
+        raise UserError(f"--resume {run.folder}: this search has ended, since it collapsed: {collapse}")
     ended = args.resume is not None and (run.done() or args.stop_on_collapse)
     may_be_its_own = ended and (run.folder / "genotype.json").exists()  # the name: taken just before the stop
     if not (args.demo or may_be_its_own):
@@ -255,10 +255,15 @@ def conclude(run, net, health, validation, searched):
     if args.stop_on_collapse and health.collapse:
         if not health.healthy:
             run.finish(collapse=health.collapse)
-            log.error("stopped, collapsed: %s; no epoch was healthy: no genotype is kept", health.collapse)
+            log.error(
+                "stopped, since the search collapsed: %s; no epoch was healthy, so no genotype is kept",
+                health.collapse,
+            )
             return 1
         last = health.healthy[-1]
-        log.warning("stopped, collapsed: %s; epoch %d's genotype is kept", health.collapse, last)
+        log.warning(
+            "stopped, since the search collapsed: %s; epoch %d's genotype is kept", health.collapse, last
+        )
         genotype = genotypes.read_json(run.folder / f"genotype_{last:03d}.json")
         origin += f"; collapsed, genotype of epoch {last}"
     genotypes.write_json(genotype, run.folder / "genotype.json")
@@ -289,7 +294,7 @@ def add_to_vocabulary(run, genotype, origin):
     stem = run.args.name
     numbered = [f"{stem}_{number}" for number in range(2, 100)] if DEFAULT_NAME.fullmatch(stem) else []
     again = shlex.join(["--resume", str(run.folder)])
-    found = f"{run.folder}/genotype.json is what it found"
+    found = f"the genotype found is in {run.folder}/genotype.json"
     for name in (stem, *numbered):
         try:
             genotypes.append(name, genotype, origin)
@@ -297,8 +302,8 @@ def add_to_vocabulary(run, genotype, origin):
         except genotypes.NameTaken as error:
             taken = error
         except genotypes.GenotypeError as error:  # such as: the file is being edited
-            raise genotypes.GenotypeError(f"{error}, then {again}; {found}") from None
-    raise UserError(f"{taken}: {again} --name OTHER; {found}")
+            raise genotypes.GenotypeError(f"{error}, then go on with {again}; {found}") from None
+    raise UserError(f"{taken}, with {again} --name OTHER; {found}")
 
 
 def provenance(run):
@@ -365,7 +370,7 @@ def write_random(args):
     """Add --random genotypes to genotypes.py, to be retrained like any that was searched; opens no data."""
     surplus = args.given - {"random", "name", "seed"}
     if surplus:
-        raise UserError(f"--random: takes --name and --seed alone, not --{sorted(surplus)[0]}")
+        raise UserError(f"--random: goes with --name and --seed alone, so leave out --{sorted(surplus)[0]}")
     stem = args.name or f"random_s{args.seed}"
     digits = max(2, len(str(args.random - 1)))
     origin = f"drawn at random, not searched; seed {args.seed}, commit {experiment.commit()}"

@@ -20,7 +20,9 @@ def pick_device(name=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if distributed.launched() and name.partition(":")[0] != "cpu":
         if name != "cuda":
-            raise UserError(f"--device {name}: torchrun's processes run on cuda, each on its own GPU, or cpu")
+            raise UserError(
+                f"--device {name}: under torchrun give cuda, each process having its own GPU, or cpu"
+            )
         name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
@@ -32,7 +34,7 @@ def pick_device(name=None):
         if why.startswith("Could not run"):  # not built in; a list of all that are follows
             why = why.partition(". ")[0]
         if why.startswith("Expected one of"):  # twenty kinds
-            why = "PyTorch has no such device; cpu, cuda, cuda:1 and mps are some"
+            why = "PyTorch has no such device; give cpu, cuda, cuda:1 or mps"
         raise UserError(f"--device {name}: not available here ({why})") from None
     return device
 
@@ -61,11 +63,11 @@ def slow_half(device, kind=torch.bfloat16):
     not known to.
     """
     if device.type == "cuda" and kind == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
-        return "this GPU is older than bfloat16, which is slower than float32 on it; leave it out"
+        return "this GPU is older than bfloat16, which is slower than float32 on it; leave --amp out"
     x86 = platform.machine() in ("x86_64", "AMD64")
     if device.type != "cpu" or not x86 or torch.backends.cpu.get_cpu_capability() == "AVX512":
         return None
-    return "this processor has no AVX-512, so bfloat16 is several times slower than float32; leave it out"
+    return "this processor has no AVX-512, so bfloat16 is several times slower than float32; leave --amp out"
 
 
 def device_name(device):

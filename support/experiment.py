@@ -47,7 +47,7 @@ RATE_FROM = 10  # steps: in the first ones kernels are chosen, compiled or recor
 STARTS = {
     "arch_start": "NOTHING IS SEARCHED",
     "internal_start": "no internal loss",
-    "freeze_start": "BatchNorm's statistics are never kept",
+    "freeze_start": "BatchNorm's statistics are never frozen",
 }
 log = logging.getLogger("manas")
 
@@ -111,10 +111,12 @@ class Experiment:
         self.steps_in_all = self.args.epochs * self.args.steps_per_epoch
         self.clock = time.monotonic()
         if self.state and self.done() and (self.folder / SUMMARY).exists():
-            more = "; a larger --max_minutes goes on" if self.step < self.steps_in_all else ""
+            more = "; to go on, give a larger --max_minutes" if self.step < self.steps_in_all else ""
             weights = shlex.quote(f"{self.folder}/{BEST['psnr']}")
-            more += f"; train on with --weights {weights}" if self.kind == "eval" else ""
-            raise UserError(f"--resume {self.folder}: this run has finished, with step {self.step}{more}")
+            more += (
+                f"; to train further, begin a new run with --weights {weights}" if self.kind == "eval" else ""
+            )
+            raise UserError(f"--resume {self.folder}: this run has finished, after step {self.step}{more}")
         self._check_division()
         distributed.barrier()  # rank 0 does not touch the folder while others still look at it
 
@@ -124,8 +126,8 @@ class Experiment:
         if args.learning_rate_min > args.learning_rate:
             if "learning_rate_min" in self.given:
                 raise UserError(
-                    f"--learning_rate_min {args.learning_rate_min:g}: the rate falls to it from "
-                    f"--learning_rate, which is {args.learning_rate:g}; give less"
+                    f"--learning_rate_min {args.learning_rate_min:g}: the rate falls from --learning_rate, "
+                    f"{args.learning_rate:g}, to this; give no more than that"
                 )
             args.learning_rate_min = args.learning_rate
         self.folder = Path(args.save or distributed.agree(time.strftime(f"{self.kind}-EXP-%Y%m%d-%H%M%S")))
@@ -164,7 +166,7 @@ class Experiment:
         """Find the folder and state of a run that was begun; its options are returned."""
         if args.resume and args.save and Path(args.resume) != Path(args.save):
             raise UserError(
-                f"--save {args.save}: --resume {args.resume} goes on in its own folder; leave it out"
+                f"--save {args.save}: --resume {args.resume} goes on in its own folder; leave --save out"
             )
         self.folder = Path(args.resume or args.save or runs.last(self.kind) or f"{self.kind}-EXP-*")
         if any(os.path.exists(self.folder / file) for file in (LOCK, *STATES)):  # no lock file into another
@@ -189,8 +191,8 @@ class Experiment:
             return
         if missing := [folder for folder in data if not Path(folder).exists()]:
             raise UserError(
-                f"{missing[0]}: no such file or folder: the --data of this run; resume it in the folder "
-                "where it was begun, or, where the data has moved, put a link (ln -s) in its place"
+                f"{missing[0]}: no such file or folder, but this run's --data; resume in the folder where "
+                "the run was begun, or, if the data has moved, put a link (ln -s) in its place"
             )
         scenes = state["scenes"].items()
         self.scenes = {part: [dataset.from_plain(fields) for fields in plain] for part, plain in scenes}
@@ -209,7 +211,7 @@ class Experiment:
             return filled(make, options | {"weights": self.state["parts"]["net"]}, self.state_file)
         except CheckpointError as error:
             previous = self.folder / PREVIOUS
-            remedy = f"; or take that file away, to go on from {previous}" if previous.exists() else ""
+            remedy = f"; or remove that file, to go on from {previous}" if previous.exists() else ""
             raise CheckpointError(f"{error}; begin a new run{remedy}") from None
 
     def _check_division(self):
@@ -261,7 +263,10 @@ class Experiment:
         """A best network whose file was taken away is no longer to be beaten: the next one has its place."""
         kept = [name for name, value in self.best.items() if math.isfinite(value)]
         for name in distributed.agree([name for name in kept if not (self.folder / BEST[name]).exists()]):
-            log.warning("%s is gone; the next epoch's network has its place", self.folder / BEST[name])
+            log.warning(
+                "%s is gone; the next epoch's network takes its place, whatever it scores",
+                self.folder / BEST[name],
+            )
             self.best[name] = math.inf if name == "loss" else -math.inf
 
     def _load(self, name, part):
@@ -271,8 +276,8 @@ class Experiment:
             raise
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{self.folder}: its {name} does not fit this code (was an operation added to the search "
-                f"space?); begin a new run: {shorten(str(error), 200)}"
+                f"{self.folder}: the saved {name} does not fit this code (was an operation added to the "
+                f"search space?); begin a new run: {shorten(str(error), 200)}"
             ) from None
 
     def _open_folder(self, options):
@@ -355,7 +360,7 @@ class Experiment:
                 scenes = [scene for scenes in parts.values() for scene in scenes]
                 self.cache = open_cache(scenes, self.args.data, self.args.cache)
         except KeyboardInterrupt:
-            raise Interrupted("stopped while decoding; what was not finished of the cache is gone") from None
+            raise Interrupted("stopped while decoding; cache files that were not finished are gone") from None
 
     def describe(self):
         """Log over how many processes the run is spread, and how many scenes each part of the split has."""
@@ -428,7 +433,7 @@ class Experiment:
         else:
             why = no_compiler(self.device)
         if why:
-            log.warning("--compile: %s; the run goes on without", why)
+            log.warning("--compile: %s; the run goes on without it", why)
         elif self.kind == "eval":
             compile_network(net, self.device)
         else:
@@ -479,7 +484,7 @@ class Experiment:
             yield (self.step - self.unscored()) // self.args.steps_per_epoch + 1
         if self.step == 0:
             minutes = f"--max_minutes {self.args.max_minutes:g}"
-            self.give_up(f"{minutes}: over before the first step", more=" --max_minutes MORE")
+            self.give_up(f"{minutes}: the time was over before the first step", more=" --max_minutes MORE")
 
     def steps(self, epoch):
         """The steps that remain of an epoch, with a progress bar; saves and stops between them."""
@@ -571,7 +576,7 @@ class Experiment:
         if count > MOST_BAD * len(files) and not self.args.allow_bad:
             self.give_up(
                 f"{'; '.join([*reasons][:3])}: {count} of {len(files)} files cannot be read, more than "
-                f"{MOST_BAD:.0%}; --allow_bad does without them"
+                f"{MOST_BAD:.0%}; --allow_bad goes on without them"
             )
         for why in reasons:
             log.warning("left out from now on: %s", why)
@@ -599,8 +604,8 @@ class Experiment:
         log.warning("step %d skipped: %s; its files: %s", self.step + 1, found, " ".join(files))
         if self.in_a_row[kind] >= self.args.max_bad_steps:
             raise UserError(
-                f"--max_bad_steps: {self.in_a_row[kind]} in a row were not finite ({found}; log.txt names "
-                f"their files); {self.folder / LAST} is that of step {self.saved}; {self.how_to_go_on()}"
+                f"--max_bad_steps: {self.in_a_row[kind]} steps in a row were not finite ({found}; log.txt "
+                f"names their files); {self.folder / LAST} is from step {self.saved}; {self.how_to_go_on()}"
             )
         return False
 
@@ -738,7 +743,8 @@ class Experiment:
         )
         if self.begun_with and self.best["psnr"] == self.begun_with["psnr"]:
             log.warning(
-                "no epoch scored a better psnr than the weights begun with: %s has them", BEST["psnr"]
+                "no epoch scored a better psnr than the weights that the run began with: %s holds those",
+                BEST["psnr"],
             )
         if self.skipped or self.bad:
             log.warning("in all %d steps skipped and %d scenes left out", self.skipped, len(self.bad))

@@ -66,13 +66,13 @@ def no_compiler(device):
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     headers = Path(sysconfig.get_path("include"))
     if device.type not in ("cpu", "cuda"):
-        return f"it is not for {device.type}"
+        return f"torch.compile is not used on {device.type}"
     if not _runs(compiler):
-        return f"there is no C++ compiler that runs, {compiler}"
+        return f"the C++ compiler {compiler} is missing or does not run"
     if not (headers / "Python.h").exists():
         return f"there is no Python.h in {headers}; install Python's development files"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "there is no package triton"
+        return "the package triton is not installed"
     return None
 
 

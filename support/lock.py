@@ -29,7 +29,9 @@ def lock_folder(folder, name, flag):
             msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError):
         handle.close()
-        raise UserError(f"{folder}: another process runs in it; stop that one, or choose another") from None
+        raise UserError(
+            f"{folder}: another process runs in this folder; stop it, or choose another folder"
+        ) from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # file systems without locks
             raise

@@ -71,7 +71,7 @@ def refuse_others_files(folder):
     for pattern in ("options.json", "log.txt", "genotype.json", "genotype_*.json", "genotype.svg"):
         for file in sorted(glob.glob(os.path.join(glob.escape(folder), pattern))):
             if os.path.isfile(file):
-                raise UserError(f"--save {folder}: {file} would be replaced; choose another folder")
+                raise UserError(f"--save {folder}: the run would replace {file}; choose another folder")
 
 
 def read_state(folder, kind):
@@ -97,11 +97,13 @@ def _read_state(path, kind):
         raise UserError(f"{path}: not the checkpoint of a {kind} of this project")
     for name, type_ in NEEDED.items():
         if not isinstance(state.get(name), type_):
-            raise CheckpointError(f"{path}: no whole state of a run: its {name} is {brief(state.get(name))}")
+            raise CheckpointError(
+                f"{path}: not the whole state of a run: its {name} is {brief(state.get(name))}"
+            )
     if not isinstance(state["parts"].get("net"), dict):
-        raise CheckpointError(f"{path}: no whole state of a run: it has no network")
+        raise CheckpointError(f"{path}: not the whole state of a run: it has no network")
     if not isinstance(state.get("best", {}), dict):
-        raise CheckpointError(f"{path}: no whole state of a run: its best is {brief(state['best'])}")
+        raise CheckpointError(f"{path}: not the whole state of a run: its best is {brief(state['best'])}")
     return state
 
 

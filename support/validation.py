@@ -17,7 +17,7 @@ def means(measured, bad=()):
     measured, bad: of `measure`.
     """
     if not measured:
-        raise UserError(f"{bad[0][1] if bad else '--data'}; no validation picture can be read any more")
+        raise UserError(f"{bad[0][1] + ';' if bad else '--data:'} no validation picture can be read any more")
     psnr, similarity, loss = zip(*measured, strict=True)
     scores = {"psnr": torch.cat(psnr), "ssim": torch.cat(similarity), "loss": torch.stack(loss)}
     return {name: value.mean().item() for name, value in scores.items()}

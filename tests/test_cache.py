@@ -567,7 +567,7 @@ command.run(train_model_batch.main, train_model_batch.get_args_parser())
     line = error.rstrip("\n")
     assert run.returncode == 130
     assert line == (
-        "train_model_batch.py: stopped while decoding; what was not finished of the cache is gone"
+        "train_model_batch.py: stopped while decoding; cache files that were not finished are gone"
     )
     assert sorted(path.name for path in folder.iterdir()) == [f"{i}.png" for i in range(6)]
     assert not list(tmp_path.glob("eval-EXP*"))

@@ -270,7 +270,7 @@ def test_a_search_without_a_compiler_that_runs_says_so_and_goes_on(folder, monke
     monkeypatch.setattr(experiment, "compile_edges", None)
     write_scenes(folder / "data", 24)
     train_search_batch.main(train_search_batch.get_args_parser().parse_args(f"{TINY} --demo".split()))
-    line = f"--compile: there is no C++ compiler that runs, {compiler}; the run goes on without"
+    line = f"--compile: the C++ compiler {compiler} is missing or does not run; the run goes on without it"
     assert Path("run", "log.txt").read_text().count(line) == 1
 
 
@@ -326,10 +326,14 @@ def test_validation_is_not_compiled(how, folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "missing, line", [("g++", "no C\\+\\+ compiler"), ("Python.h", "no Python.h in /nowhere")]
+    "missing, line",
+    [
+        ("g++", "the C\\+\\+ compiler \\S+ is missing or does not run"),
+        ("Python.h", "no Python.h in /nowhere"),
+    ],
 )
 def test_what_compiling_lacks_is_named(missing, line, monkeypatch):
-    assert no_compiler(torch.device("mps")) == "it is not for mps"
+    assert no_compiler(torch.device("mps")) == "torch.compile is not used on mps"
     if missing == "g++":
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv("PATH", "/nowhere")
@@ -508,4 +512,7 @@ def test_results_say_what_was_compiled_and_what_was_asked_for_without_a_compiler
     assert view("--path pairs --clean_side left --compile on") == (0, ["32x24"])
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert view("--path pairs --clean_side left --compile on") == (0, [])
-    assert "not compiled: there is no C++ compiler that runs, no-such-compiler\n" in capsys.readouterr().out
+    assert (
+        "not compiled: the C++ compiler no-such-compiler is missing or does not run\n"
+        in capsys.readouterr().out
+    )

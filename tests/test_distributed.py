@@ -287,7 +287,7 @@ def test_each_process_of_torchrun_has_the_gpu_of_its_number_on_its_machine(monke
     assert chosen == 2 * [torch.device("cuda:1")]
     assert devices.pick_device("cpu") == torch.device("cpu")
     for name in ("cuda:1", "mps"):
-        with pytest.raises(UserError, match=f"--device {name}: torchrun's processes run on cuda"):
+        with pytest.raises(UserError, match=f"--device {name}: under torchrun give cuda"):
             devices.pick_device(name)
 
 

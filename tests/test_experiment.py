@@ -245,7 +245,7 @@ def test_max_minutes_counts_across_resumes(clock, folder):
 def test_a_budget_that_is_over_before_the_first_step_is_refused_and_can_be_given_again(clock, folder):
     run, net = begun("--max_minutes", "1")
     clock.seconds += 61  # as for decoding
-    with pytest.raises(UserError, match="--max_minutes 1: over before the first step; .*MORE$"):
+    with pytest.raises(UserError, match="--max_minutes 1: the time was over before the first step; .*MORE$"):
         train(run, net)
     assert not Path("run", "summary.json").exists()
     run = resumed("--resume", "run", "--max_minutes", "2")
@@ -296,7 +296,7 @@ def test_a_run_without_any_score_says_null_for_the_best(folder):
 def test_the_last_rate_is_not_above_the_first(folder):
     assert new("--learning_rate", "1e-3").args.learning_rate_min == 1e-3
     assert new("--learning_rate", "0.1").args.learning_rate_min == 0.01
-    with pytest.raises(UserError, match=r"--learning_rate_min 0\.2: .* --learning_rate, which is 0\.1"):
+    with pytest.raises(UserError, match=r"--learning_rate_min 0\.2: .* --learning_rate, 0\.1, to this"):
         new("--learning_rate_min", "0.2")
 
 
@@ -435,7 +435,9 @@ def test_a_demo_s_network_is_trained_in_a_demo():
 def test_files_of_no_run_are_not_replaced(file, folder):
     Path("run").mkdir()
     Path("run", file).write_text("mine")
-    with pytest.raises(UserError, match=f"--save run: run/{file} would be replaced; choose another folder"):
+    with pytest.raises(
+        UserError, match=f"--save run: the run would replace run/{file}; choose another folder"
+    ):
         new("--save", "run")
     assert [(path.name, path.read_text()) for path in Path("run").iterdir()] == [(file, "mine")]
 
@@ -444,7 +446,7 @@ def test_files_of_no_run_are_not_replaced(file, folder):
 def test_files_of_no_run_are_not_replaced_whatever_the_folder_is_called(folder_name, file, folder):
     Path(folder_name).mkdir()
     Path(folder_name, file).write_text("mine")
-    with pytest.raises(UserError, match=re.escape(f"{folder_name}/{file} would be replaced")):
+    with pytest.raises(UserError, match=re.escape(f"the run would replace {folder_name}/{file};")):
         new("--save", folder_name)
 
 
@@ -734,7 +736,10 @@ def test_a_run_that_has_finished_says_so_when_it_is_resumed(folder):
     run.start(net=net)
     assert train(run, net) == {}
     run.finish()
-    with pytest.raises(UserError, match="finished, with step 2; train on with --weights run/best_psnr.pt"):
+    with pytest.raises(
+        UserError,
+        match="finished, after step 2; to train further, begin a new run with --weights run/best_psnr.pt",
+    ):
         resumed("--resume", "run")
 
 
@@ -764,7 +769,9 @@ def test_asked_twice_a_run_ends_at_once_but_torchrun_asks_twice_by_itself(launch
 def test_a_state_of_other_tensors_is_refused_by_name(folder):
     stopped(0)
     run = resumed("--resume", "run")
-    with pytest.raises(UserError, match="run: its net does not fit this code .*; begin a new run: ") as error:
+    with pytest.raises(
+        UserError, match="run: the saved net does not fit this code .*; begin a new run: "
+    ) as error:
         run.start(net=nn.Sequential(*(nn.Linear(2, 1) for _ in range(99))))
     assert "Missing key" in str(error.value) and len(str(error.value)) < 400
 

@@ -206,7 +206,7 @@ def test_two_runs_at_once_do_not_share_a_folder_of_results(folder):
     )
     with other:
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(UserError, match="out: another process runs in it"):
+        with pytest.raises(UserError, match="out: another process runs in this folder"):
             view("--path pairs --clean_side left --result_path out")
         other.stdin.close()
     assert view("--path pairs --clean_side left --result_path out") == 0

@@ -248,7 +248,7 @@ def test_a_folder_in_which_another_process_runs_is_refused(processes, stage, fol
     assert here.recv()
     script = SCRIPTS[stage]
     for flags in (FLAGS[stage], "--resume run --device cpu"):
-        with session(), pytest.raises(UserError, match="run: another process runs in it"):
+        with session(), pytest.raises(UserError, match="run: another process runs in this folder"):
             script.main(script.get_args_parser().parse_args(f"{flags} --workers 0".split()))
     assert [path.name for path in (folder / "run").iterdir()] == ["run.lock"]
     other.kill()  # which needs no cleaning up after it

@@ -491,13 +491,15 @@ def test_a_collapsed_search_ends_with_its_last_healthy_genotype(vocabulary, monk
         with pytest.raises(ZeroDivisionError):
             search("--resume run")
     assert search("--resume run") == 0
-    with pytest.raises(UserError, match="--resume run: this search has ended, collapsed: 27 of 27 edges"):
+    with pytest.raises(
+        UserError, match="--resume run: this search has ended, since it collapsed: 27 of 27 edges"
+    ):
         search("--resume run")
 
     log = Path("run", "log.txt").read_text()
     said = "27 of 27 edges are skip_connect or none"
     assert log.count(f"COLLAPSED in epoch 2: {said}") == 1
-    assert f"stopped, collapsed: {said}; epoch 1's genotype is kept" in log
+    assert f"stopped, since the search collapsed: {said}; epoch 1's genotype is kept" in log
     assert state("run")["step"] == 2
     healthy = genotypes.read_json("run/genotype_001.json")
     assert genotypes.read_json("run/genotype.json") == healthy
@@ -526,7 +528,7 @@ def test_a_search_that_was_never_healthy_leaves_no_genotype(vocabulary, monkeypa
     lines = Path("run", "log.txt").read_text().splitlines()
     (named,) = [line for line in lines if "COLLAPSED" in line]
     assert "COLLAPSED in epoch 2: beta's entropy has stood still for 1 epochs" in named
-    assert "no epoch was healthy: no genotype is kept" in lines[-1]
+    assert "no epoch was healthy, so no genotype is kept" in lines[-1]
     assert state("run")["step"] == 2
     assert not Path("run", "genotype.json").exists()
     assert vocabulary.read_bytes() == before
@@ -638,7 +640,7 @@ def test_random_genotypes_are_written_with_their_origin_and_no_data_is_opened(vo
     after = vocabulary.read_bytes()
     with pytest.raises(GenotypeError, match="random_s5_00: already taken"):
         search_random("--random 3 --seed 5")
-    with pytest.raises(UserError, match="--random: .*not --data"):
+    with pytest.raises(UserError, match="--random: .*leave out --data"):
         search_random("--random 3 --data nowhere")
     assert vocabulary.read_bytes() == after
     search_random("--random 101 --name chance")
@@ -696,7 +698,7 @@ def test_bad_architecture_steps_in_a_row_stop_the_search_though_the_weights_go_o
     write_pairs(Path("pairs"), 6)
     spoil(monkeypatch, dataset, [1, 2], loader=2)
     flags = f"--data pairs --clean_side left {TINY} --arch_start 1 --name found --save run"
-    with pytest.raises(UserError, match=r"--max_bad_steps: 2 in a row were not finite \(arch_loss nan"):
+    with pytest.raises(UserError, match=r"--max_bad_steps: 2 steps in a row were not finite \(arch_loss nan"):
         search(f"{flags} --max_bad_steps 2")
     for name, value in state("run")["parts"]["net"].items():
         assert torch.isfinite(value).all(), name
@@ -728,9 +730,8 @@ def test_searches_begun_in_the_same_second_all_keep_what_they_found(vocabulary):
     assert [add(name, seed) for seed in (0, 1, 2)] == [name, f"{name}_2", f"{name}_3"]
     text = vocabulary.read_text(encoding="utf-8")
     assert add(name, 1) == f"{name}_2"  # killed right after it, and resumed
-    with pytest.raises(
-        UserError, match=f"{name}_2: already taken .*: --resume run --name OTHER; run/genotype"
-    ):
+    again = "--resume run --name OTHER; the genotype found is in run/genotype.json"
+    with pytest.raises(UserError, match=f"{name}_2: already taken .*, with {again}"):
         add(f"{name}_2", 3)
     with pytest.raises(GenotypeError, match="--name not-a-name: not a Python identifier"):
         add("not-a-name", 3)

@@ -278,7 +278,7 @@ def test_a_log_says_by_what_command_and_code_a_run_was_made(data, monkeypatch):
     assert "command: train_model_batch.py --data 'my pairs'\n" in log
     commit = "[0-9a-f+]+" if (ROOT / ".git").exists() else "unknown"  # as in an unzipped download
     assert re.search(rf"by .*, commit {commit}, torch {re.escape(torch.__version__)}\n", log)
-    assert "--warmup_steps 100: the run has 1 steps, so its rate does not rise to --learning_rate" in log
+    assert "--warmup_steps 100: the run has only 1 steps, so its rate does not reach --learning_rate" in log
     (line,) = re.findall(r"options: (.*)", log)
     given = train_model_batch.get_args_parser().parse_args(shlex.split(line))
     options = json.loads(Path("run", "options.json").read_text())
@@ -326,7 +326,7 @@ def test_fine_tuning_is_gentle_and_keeps_the_checkpoint_where_nothing_is_better(
     log = Path("worse", "log.txt").read_text()
     before = json.loads(Path("worse", "summary.json").read_text())["begun_with"]
     assert f"before the first step  validation psnr {before['psnr']:.4f} ssim" in log
-    assert log.count("no epoch scored a better psnr than the weights begun with") == 1
+    assert log.count("no epoch scored a better psnr than the weights that the run began with") == 1
     assert state("worse")["begun_with"] == before
 
     train(f"{flags} --save run")
@@ -383,7 +383,7 @@ def test_another_genotype_than_that_of_the_weights_is_refused(data):
 def test_other_widths_than_those_of_the_weights_are_refused(data):
     trained_network(channels=(2, 4, 6, 4))
     flags = f"--data pairs --clean_side left --weights trained.pt {ONE_STEP} --save run"
-    with pytest.raises(UserError, match=r"--channels: --weights trained\.pt has 2 4 6 4; leave one out"):
+    with pytest.raises(UserError, match=r"--channels: --weights trained\.pt has 2 4 6 4; leave one of"):
         train(flags)
     assert not Path("run").exists()
     train(flags.replace("--channels 4 4 4 4", "--channels 2 4 6 4"))
@@ -505,7 +505,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_state_intact(data, mo
         train(f"{flags} --save whole")
     with monkeypatch.context() as patch:
         spoil(patch, dataset, [1, 3, 4])  # the first is not in a row with the others
-        said = r"--max_bad_steps: 2 in a row .*last\.pt is that of step 2; .*--resume"
+        said = r"--max_bad_steps: 2 steps in a row .*last\.pt is from step 2; .*--resume"
         with pytest.raises(UserError, match=said):
             train(f"{flags} --save run")
     assert state("run")["step"] == 2
@@ -593,10 +593,10 @@ def read_whole(file):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda state: state.pop("options"), "no whole state of a run: its options is None"),
-        (lambda state: state.update(step="x"), "no whole state of a run: its step is 'x'"),
-        (lambda state: state.update(best=None), "no whole state of a run: its best is None"),
-        (lambda state: state["parts"].pop("net"), "no whole state of a run: it has no network"),
+        (lambda state: state.pop("options"), "not the whole state of a run: its options is None"),
+        (lambda state: state.update(step="x"), "not the whole state of a run: its step is 'x'"),
+        (lambda state: state.update(best=None), "not the whole state of a run: its best is None"),
+        (lambda state: state["parts"].pop("net"), "not the whole state of a run: it has no network"),
         (lambda state: state["parts"].update(net={"x": 1}), "holds no weights; begin a new run$"),
         (
             lambda state: state["options"].update(channels=[10**5] * 4),
@@ -626,11 +626,11 @@ def test_a_spoiled_part_of_a_state_is_named_and_the_state_before_is_pointed_to(d
     Path("run", "summary.json").unlink()
     whole = state("run")
     torch.save(whole | {"parts": whole["parts"] | {"optimizer": {}}}, "run/last.pt")
-    with pytest.raises(UserError, match="^run: its optimizer does not fit this code "):
+    with pytest.raises(UserError, match="^run: the saved optimizer does not fit this code "):
         train("--resume run")
     next(iter(whole["parts"]["net"].values())).fill_(torch.nan)
     torch.save(whole, "run/last.pt")
-    said = r"not finite; begin a new run; or take that file away, to go on from run/last\.prev\.pt$"
+    said = r"not finite; begin a new run; or remove that file, to go on from run/last\.prev\.pt$"
     with pytest.raises(CheckpointError, match=said):
         train("--resume run")
     Path("run", "last.pt").unlink()
@@ -673,7 +673,7 @@ def test_validation_does_without_a_file_that_breaks_but_not_without_all(data, mo
     write_pairs(data / "pairs", 30)
     break_file(monkeypatch, first, draw=1)
     break_file(monkeypatch, others[0], draw=1)
-    with pytest.raises(UserError, match="no validation picture can be read any more; saved after step 2"):
+    with pytest.raises(UserError, match="; no validation picture can be read any more; saved after step 2"):
         train(f"{PAIRS} {TINY} --allow_bad --save other")
 
 
