@@ -773,7 +773,7 @@ def conclude(rows, workers):
         for name in [step for step in steps if step in rows]:
             eaten = rows[name]["images_per_second"] / DENSITIES
             slower = "loader" if loaded < eaten else "step"
-            print(f"  {name} eats {eaten:.1f} scenes a second: a run waits for the {slower}")
+            print(f"  {name} uses {eaten:.1f} scenes a second: a run waits for the {slower}")
 
 
 def json_value(value):

@@ -131,7 +131,7 @@ def open_cache(scenes, folders, place=""):
     where a file that is needed cannot be written, or has no room.
     """
     if fcntl is None:
-        raise UserError("--cache: needs a system with file locks, as Linux, macOS or WSL; leave it out")
+        raise UserError("--cache: needs a system with file locks, such as Linux, macOS or WSL; leave it out")
     halves = {path if path.is_dir() else path.parent: [] for path in map(Path, folders)}
     for half in dict.fromkeys(half for scene in scenes for half in scene.halves):
         halves[next(root for root in halves if half.path.is_relative_to(root))].append(half)
@@ -192,14 +192,15 @@ def _check_room(needed):
         if wanted > free:
             old = [f"{path} ({_stamp(path)[0]:,} bytes, out of date)" for path in paths if path.exists()]
             raise UserError(
-                f"--cache: {wanted:,} bytes are needed in {paths[0].parent}, {free:,} are free; make room"
-                f"{', as by removing ' if old else ''}{', '.join(old)}, or give --cache DIR on another disk"
+                f"--cache: {wanted:,} bytes are needed in {paths[0].parent}, but {free:,} are free; "
+                f"make room{', such as by removing ' if old else ''}{', '.join(old)}, or give --cache DIR on "
+                "another disk"
             )
 
 
 def _cannot_write(path, error):
     return UserError(
-        f"{path}: cannot be written: {error.strerror}; --cache DIR puts it into a folder where it can"
+        f"{path}: cannot be written: {error.strerror}; give --cache DIR, a folder that can be written"
     )
 
 
@@ -225,7 +226,7 @@ def _read(path, root, halves):
         return Cache({}, {})
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read: {error.strerror}; --cache DIR uses another folder"
+            f"{path}: cannot be read: {error.strerror}; give --cache DIR, another folder"
         ) from None
     return Cache(kept, {path: tail})
 

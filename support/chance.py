@@ -75,11 +75,11 @@ def main(args):
     for group, patterns in (("random", args.random), ("searched", args.searched)):
         for name in dict.fromkeys(name for pattern in patterns for name in matching(pattern)):
             if name in groups:
-                raise UserError(f"--searched {name}: is among --random, too; narrow one of them")
+                raise UserError(f"--searched {name}: matches --random, too; narrow one of the two patterns")
             groups[name] = group
     flags = train_model_batch.get_args_parser().parse_args(args.flags)
     if ours := sorted(flags.given & {"arch", "seed", "save", "resume"}):
-        raise UserError(f"--{ours[0]}: differs from run to run, so leave it out after --")
+        raise UserError(f"--{ours[0]}: is set here for each run, so leave it out after --")
     supernet = load_supernet(args.supernet) if args.supernet else None  # before hours of training
     seeds = dict.fromkeys(args.seeds)  # seed by seed, so that a comparison cut short is a fair one
     runs = {(name, seed): Path(args.runs, f"{name}-s{seed}") for seed in seeds for name in groups}
@@ -140,7 +140,7 @@ def check_alike(runs):
             continue
         if genotypes.read_json(folder / "genotype.json") != genotypes.find(name)[1]:
             raise UserError(
-                f"{folder}: is of another genotype called {name}; take it away, or give other --runs"
+                f"{folder}: holds a run of another genotype called {name}; remove it, or give other --runs"
             )
         own = options_of(folder)
         first, expected = first or folder, expected or own
@@ -148,7 +148,7 @@ def check_alike(runs):
             if own[option] != expected[option]:
                 raise UserError(
                     f"{folder}: was trained with --{option} {own[option]}, {first} with {expected[option]}; "
-                    "take one of them away, or give other --runs"
+                    "remove one of the two, or give other --runs"
                 )
 
 
@@ -164,7 +164,7 @@ def read_json(path):
         if not isinstance(found, dict):
             raise ValueError(f"holds {genotypes.brief(found)}")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); take its folder away to train it anew") from None
+        raise UserError(f"{path}: cannot be read ({error}); remove its folder to train anew") from None
     return found
 
 

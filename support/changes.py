@@ -72,7 +72,9 @@ def main(args):
             compare(scene, args, nets, device, changes, unusable)
         except UserError as error:
             count = len(scene.rainy)
-            unusable.append(f"{error}{f'; so all {count} of its scene are left out' if count > 1 else ''}")
+            unusable.append(
+                f"{error}{f'; so all {count} pictures of its scene are left out' if count > 1 else ''}"
+            )
         except MAYBE_OUT_OF_MEMORY as error:
             if not is_out_of_memory(error):
                 raise

@@ -46,9 +46,9 @@ NAMED = 5  # files a line
 # with a match above .9 and a rain score above .2; of BSDS500's photographs none does.
 HINT_FROM = 8
 HINT_MATCH, HINT_RAIN = 0.6, 0.15
-CLEAN_DIFFERS = "clean half differs from the other densities'"
-OTHER_PICTURE = "rain over another picture than the clean one"
-EQUAL = "no rain, equal to the clean one"
+CLEAN_DIFFERS = "the clean half differs from that of the other densities"
+OTHER_PICTURE = "the rainy and the clean image show different pictures"
+EQUAL = "the rainy image equals the clean one"
 DID_MDN = {TRAINING: 4000, TEST: 1200}  # scenes of three densities; pairs
 
 
@@ -302,7 +302,7 @@ def untrainable(folder, found, looks):
     elif text := two_sets(folder, found.scenes):
         yield Finding(f"not to be trained on: {text}", wrong=False)
     elif (number := len(_groups(looks))) < len(PARTS):
-        text = f"different backgrounds: {number}; training splits them into {len(PARTS)} parts, so not enough"
+        text = f"different backgrounds: {number}; training needs {len(PARTS)}, one for each part of its split"
         yield Finding(text, wrong=False)
 
 
@@ -317,7 +317,7 @@ def duplicates(looks):
     copies = [some([look.scene.name for look in group], NAMED, " = ") for group in groups if len(group) > 1]
     if copies:
         text = f"{len(groups):,} different backgrounds in {sum(map(len, groups)):,} scenes: {_list(copies)}"
-        yield Finding(f"{text}; a split keeps copies together", wrong=False)
+        yield Finding(f"{text}; training keeps copies in the same part", wrong=False)
 
 
 def overlap(training, test):
@@ -383,7 +383,7 @@ def pair_hint(scenes, flag="--clean_side"):
     faults = Counter(kind for look in looks for kind, _ in look.faults)
     for kind in (OTHER_PICTURE, EQUAL):
         if faults[kind] > images / 2:
-            return f"{kind}, {faults[kind]} of {images} images looked at; python dataset.py looks at all"
+            return f"{kind}, in {faults[kind]} of {images} images looked at; python dataset.py looks at all"
     return wrong_side(looks, flag)
 
 

@@ -241,8 +241,8 @@ def _out_of_memory(error, usage):
 def _lost_worker(error, usage):
     """One line on a process of the loader that was killed, mostly for want of memory."""
     what = str(error).partition(". ")[0].rstrip(".")
-    again = "; what was saved goes on with --resume" if "--resume" in usage else ""
-    return f"{what}, as where memory or /dev/shm is full; fewer --workers need less{again}"
+    again = "; to go on from what was saved, use --resume" if "--resume" in usage else ""
+    return f"{what}, as happens where memory or /dev/shm is full; fewer --workers need less{again}"
 
 
 def _full_disk(error):

@@ -311,7 +311,9 @@ def _summary(rows):
         lines.append(f"<tr>{''.join(cells)}</tr>")
     note = "<p>Means over the pictures; PSNR in dB."
     if left_out:
-        note += f" {left_out} values are not in them: the PSNR of equal pictures, the SSIM of tiny ones."
+        note += (
+            f" {left_out} values are not in these means: the PSNR of equal pictures, the SSIM of tiny ones."
+        )
     return f"<div class=wide><table>{''.join(lines)}</table></div>{note}</p>"
 
 

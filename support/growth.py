@@ -127,7 +127,9 @@ def main(args):
     for file in filter(None, (args.json, args.svg)):
         images.check_folder(Path(file).parent)
     if args.json and args.rows and not args.source and os.path.exists(args.json):
-        raise UserError(f"--json {args.json}: has rows already; --from {args.json} keeps those, or remove it")
+        raise UserError(
+            f"--json {args.json}: holds rows already; keep them by --from {args.json}, or remove it"
+        )
     rows = args.rows or ([] if args.source else [row for row in ROWS if row != "memory"])
     facts = {
         "machine": devices.device_name(args.device),
@@ -143,7 +145,7 @@ def main(args):
             by_row[point["row"]].append(point)
         differing = [name for name, value in facts.items() if measured["facts"].get(name) != value]
         if rows and differing:
-            raise UserError(f"--from {args.source}: was measured with other {differing[0]}; measure all rows")
+            raise UserError(f"--from {args.source}: was measured with other {differing[0]}; leave --from out")
         facts = measured["facts"]
     print(", ".join(f"{name}: {value}" for name, value in facts.items()), end="\n\n")
     print(f"{'row':9} {'curve':11} {'against':>11} {'seconds':>9} {'MB':>7} {'scenes/s':>8}")
@@ -232,7 +234,7 @@ def by_parts(args):
         for scenes in (released // parts for parts in PARTS):
             if scenes * a_scene > 1000 * args.most_gb:
                 print(
-                    f"{name}, {scenes} scenes: left out, takes over --most_gb {args.most_gb:g}",
+                    f"{name}, {scenes} scenes: left out, since it takes more than --most_gb {args.most_gb:g}",
                     file=sys.stderr,
                 )
                 continue
@@ -549,7 +551,7 @@ def _label(page, x, ends, bottom):
 def _legend(page, x, y, facts):
     widths = " ".join(map(str, facts["channels"]))
     lines = (
-        "Both axes are logarithmic, but that of workers. The number at the end of a",
+        "Both axes are logarithmic, except that of workers. The number at the end of a",
         "curve of seconds or memory is its slope: the cost grows as that power.",
         "Dashed: slope 1, which is linear; 2 for seconds against channels. The other",
         f"numbers are the last values. Steps: channels {widths}, patches of 64²,",

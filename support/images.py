@@ -104,7 +104,9 @@ def load(path: str | Path) -> Picture:
 def _picture(path: str | Path, data: bytes, header: _Header) -> Picture:
     pixels = _decode(path, data, header)
     if pixels.shape[:2] != header.size:
-        raise UserError(f"{path}: is damaged: its header promises {header.size}, it holds {pixels.shape[:2]}")
+        raise UserError(
+            f"{path}: is damaged: its header promises {header.size}, but it holds {pixels.shape[:2]}"
+        )
     if pixels.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{path}: has samples of {pixels.dtype}; convert it to 8 or 16 bits first")
     if pixels.ndim == 2:
@@ -411,8 +413,8 @@ def _decode(path: str | Path, data: bytes, header: _Header) -> np.ndarray:
         return _decode_with_pillow(path, data)
     if header.odd:
         raise UserError(
-            f"{path}: a {header.bits}-bit TIFF with white as zero, or a plane for each colour, is not read; "
-            f"convert it"
+            f"{path}: is a {header.bits}-bit TIFF with white as zero or a plane for each colour, which "
+            "cannot be read; convert it"
         )
     if header.format == "JPEG":
         _check_coded_pixels(path, data)
@@ -552,10 +554,10 @@ def _encode(path: Path, image: np.ndarray, quality: int) -> bytes:
         given = f"{image.dtype} of shape {image.shape}"
         raise ValueError(f"image is {given}; HxW, HxWx3 or HxWx4 of uint8 or uint16 is allowed")
     if image.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
-        log.warning("%s: %s holds 8 bits a channel, the picture's 16 are rounded", path, suffix)
+        log.warning("%s: %s holds 8 bits a channel, so the picture's 16 bits are rounded", path, suffix)
         image = to_8_bits(image)
     if channels == 4 and suffix in (".jpg", ".jpeg"):
-        log.warning("%s: %s holds no alpha, the picture's is left out", path, suffix)
+        log.warning("%s: %s holds no alpha, so the picture's is left out", path, suffix)
         image, channels = image[..., :3], 3
     if channels > 1:
         image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR if channels == 3 else cv2.COLOR_RGBA2BGRA)
@@ -611,7 +613,7 @@ class Video:
             raise UserError(f"{path}: cannot be read as a video")
         if height * width > MAX_PIXELS:
             raise UserError(
-                f"{path}: frames of {width}x{height} pixels; at most {MAX_PIXELS} pixels are read"
+                f"{path}: has frames of {width}x{height} pixels; at most {MAX_PIXELS} pixels can be read"
             )
         if self.path.suffix.lower() in (".mkv", ".webm", *_GUESSED):
             self._count()

@@ -103,14 +103,16 @@ def find(path, clean_side=None):
         if not found.scenes:
             one, *others = (file.relative_to(path) for file in found.unpaired)  # the clean ones come last
             if other := next((file for file in others if file.parts[0] != one.parts[0]), None):
-                raise UserError(f"{path}: no two names make a pair, as {one} and {other}; name pairs alike")
+                raise UserError(
+                    f"{path}: no two names make a pair: {one} and {other} differ; name pairs alike"
+                )
         return found
     if Path(os.path.abspath(path)).name == TEST:  # also of "."
         clean_side = clean_side or "right"
     files = list_images(path, recursive=clean_side is None)
     below = files or list_images(path, recursive=True)
     if (clean_side is None or not files) and (sets := _sets(path, below)):
-        raise UserError(f"{path}: holds sets of pairs, {some(sets)}; give them one by one")
+        raise UserError(f"{path}: holds several sets of pairs, {some(sets)}; give those folders one by one")
     if any(CLEAN_NAME.search(file.stem) for file in below) and (found := _told_by_name(path)):
         return found
     if found := _frames(path, below):
@@ -134,7 +136,9 @@ def with_sides(paths, clean_sides):
         return list(zip(paths, sides, strict=True))
     if len(sides) > 1:
         folders = "1 folder" if len(paths) == 1 else f"{len(paths)} folders"
-        raise UserError(f"--clean_side: {len(sides)} given for {folders}; give one, or one a folder")
+        raise UserError(
+            f"--clean_side: {len(sides)} given for {folders}; give one side, or one for each folder"
+        )
     return [(path, None if _is_did_mdn(path) else sides[0]) for path in paths]
 
 
@@ -148,7 +152,9 @@ def _is_did_mdn(path):
 def only_below(path, files):
     """The UserError that says where the images `files` are, none of which is in the folder `path` itself."""
     folders = sorted({str(file.parent.relative_to(path)) for file in files})
-    return UserError(f"{path}: holds no images itself, but {some(folders)} do; give them one by one")
+    return UserError(
+        f"{path}: holds no images itself, but its folders {some(folders)} do; give those one by one"
+    )
 
 
 def some(names, most=3, joint=", "):
@@ -202,7 +208,7 @@ def _in_folders(path):
                 return None
             names = ", ".join(sorted(child.name for child in [*rainy, *clean]))
             raise UserError(
-                f"{path}: cannot tell which folders make the pairs among {names}; keep two of them"
+                f"{path}: cannot tell which two of these folders hold the pairs: {names}; keep only those two"
             )
         keys = [
             {file: _pair_key(file, folder) for file in list_images(folder, recursive=True)}
@@ -262,7 +268,7 @@ def two_sets(path, scenes):
     )
     if not (training and test):
         return ""
-    return f"holds pairs in {some(training)} and in {some(test)}; give those to train on alone"
+    return f"holds pairs in {some(training)} and in {some(test)}; give only the folder to train on"
 
 
 def truth_without_rain(path, scenes):
@@ -327,7 +333,9 @@ def _paired(layout, root, rainy, clean):
     by_key = {}
     for file, key in clean.items():
         if key in by_key:
-            raise UserError(f"{file}: two clean images of one name ({by_key[key].name}); rename one")
+            raise UserError(
+                f"{file}: has the same name as another clean image, {by_key[key].name}; rename one"
+            )
         by_key[key] = file
     for file, key in clean.items():  # 1gt.png of 1.png
         by_key.setdefault(re.sub(r"(?<=\d)gt$", "", key), file)

@@ -241,8 +241,8 @@ def borrow_in_turn(
         if rain is not None:
             yield rain
     raise UserError(
-        f"--rain_of {pairs[0].parent}: of {len(pairs)} pairs too few have {TONES_NEEDED} of 16 ranges of "
-        f"values in their clean half; {len(DENSITIES)} such are needed"
+        f"--rain_of {pairs[0].parent}: too few of {len(pairs)} pairs have a clean half with "
+        f"{TONES_NEEDED} of 16 ranges of values; {len(DENSITIES)} such pairs are needed"
     )
 
 
@@ -309,13 +309,17 @@ def write_scenes(
         if (out / part).exists():
             raise UserError(f"{out}: already holds {part}; give another folder, or remove that one")
     if (rain_of is None) != (rain_side is None):
-        raise UserError("--rain_of, --rain_side: give both or none; the side is the clean half's")
+        raise UserError(
+            "--rain_of, --rain_side: give both or neither; the side is that of the pairs' clean half"
+        )
     if rain_of is not None and angle is not None:
-        raise UserError("--angle, --rain_of: moved rain falls as it fell in its pairs; give one of the two")
+        raise UserError("--angle, --rain_of: rain moved from pairs keeps its angle; give one of the two")
     named = list(_name(photographs).items())
     wanted = test + (scenes or 1)
     if len(named) < wanted:
-        raise UserError(f"{len(named)} photographs found; {wanted} are needed, {test} of them to test on")
+        raise UserError(
+            f"{len(named)} photographs found, but {wanted} are needed, {test} of them for the test part"
+        )
     picked = [named[i] for i in np.random.default_rng(seed).permutation(len(named))]
     picked = picked[: test + scenes if scenes else None]
     if rain_of is None:
@@ -474,7 +478,7 @@ def demo_set(folder: str | Path) -> Path:
                 for part in parts:
                     shutil.rmtree(part, ignore_errors=True)
         elif any(part.exists() for part in parts):
-            raise UserError(f"{folder}: holds a data set other than the demo set; give another folder")
+            raise UserError(f"{folder}: holds a data set other than the demo set; move it elsewhere")
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(marker, _DEMO_UNFINISHED.encode())
         for file in _DEMO_TRAINING:
@@ -528,7 +532,8 @@ def _hints(args) -> Iterator[str]:
         if hint := check.pair_hint(photographs) if args.clean_side else check.single_hint(photographs):
             yield f"{folder}: {hint}"
         if below := len(list_images(folder, recursive=True)) - len(photographs):
-            yield f"{folder}: {below:,} pictures in folders below it are left out; give these, too, if meant"
+            hint = "to use them, give those folders, too"
+            yield f"{folder}: {below:,} pictures in folders below it are left out; {hint}"
     if args.rain_of and args.rain_side and args.angle is None:  # else it is an error
         _, hint = _side_by_side(args.rain_of, args.rain_side)
         if hint:
@@ -595,7 +600,7 @@ def main(args) -> int:
     failures = write_scenes(photographs, args.out_dir, **options)
     if any((Path(args.out_dir) / part).exists() for part in (TRAINING, TEST)):
         look = shlex.join(["python", "dataset.py", args.out_dir])
-        print(f"scenes are in {args.out_dir}; to look them over: {look}")
+        print(f"scenes are in {args.out_dir}; to check them: {look}")
     return 1 if failures else 0
 
 

@@ -160,8 +160,8 @@ def test_the_table_says_what_unrolling_costs_and_what_a_run_waits_for(capsys):
     benchmark.conclude(rows, workers=2)
     text = capsys.readouterr().out
     assert "unrolled : first order = 4.50 (plain 3.00), in memory 1.50" in text
-    assert "weight_step eats 10.0 scenes a second: a run waits for the step" in text
-    assert "training_step eats 30.0 scenes a second: a run waits for the loader" in text
+    assert "weight_step uses 10.0 scenes a second: a run waits for the step" in text
+    assert "training_step uses 30.0 scenes a second: a run waits for the loader" in text
 
 
 def test_in_half_precision_a_picture_differs_but_by_no_more_than_is_allowed(capsys, monkeypatch):
@@ -196,7 +196,7 @@ def test_what_was_not_compiled_is_not_measured_as_if_it_were(monkeypatch):
     with pytest.raises(benchmark.UserError, match="--compile: compiling failed"):
         benchmark.main(parse(*flags))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(benchmark.UserError, match="--compile: there is no C"):
+    with pytest.raises(benchmark.UserError, match="--compile: the C[+][+] compiler no-such-compiler is"):
         benchmark.main(parse(*flags))
 
 

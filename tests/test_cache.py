@@ -585,7 +585,9 @@ def test_a_disk_without_room_is_said_before_anything_is_decoded(tmp_path, decode
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(UserError) as error:
         open_cache(scenes, [folder, other])
-    assert f"--cache: {needed:,} bytes are needed in {folder}, {needed - 1:,} are free" in str(error.value)
+    assert f"--cache: {needed:,} bytes are needed in {folder}, but {needed - 1:,} are free" in str(
+        error.value
+    )
     assert not decoded and not unfinished(folder) and not kept_file(folder).exists()
     left = folder / ".decoded.cache.unfinished"
     left.write_bytes(bytes(1000))  # by a run that was killed, and to be written over
@@ -645,7 +647,7 @@ def test_a_read_only_folder_is_named_with_the_way_out_and_its_cache_is_used(publ
         return receiver.recv()
 
     said = answer()
-    assert said.startswith(f"{kept_file(folder)}: cannot be written: Permission denied; --cache DIR ")
+    assert said.startswith(f"{kept_file(folder)}: cannot be written: Permission denied; give --cache DIR, ")
     open_cache(scenes, [folder])
     kept_file(folder).chmod(0o644)
     assert answer() == "whole"
@@ -664,7 +666,7 @@ def test_a_folder_for_the_caches_leaves_the_data_alone(tmp_path, monkeypatch, de
     relative = find_training(["pairs"], ["left"])
     assert open_cache(relative, ["pairs"], "new/folder").get([relative[0].clean]) is not None
     assert not decoded
-    with pytest.raises(UserError, match="cannot be read: Not a directory; --cache DIR"):
+    with pytest.raises(UserError, match="cannot be read: Not a directory; give --cache DIR, another folder"):
         open_cache(scenes[:6], [folder], str(folder / "0.png"))
 
 

@@ -43,7 +43,7 @@ def test_every_genotype_is_trained_alike_and_once(folder, monkeypatch, capsys):
     assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")} == summaries
     with pytest.raises(UserError, match="--steps_per_epoch 3: the run in .* was begun with 2"):
         compare(command.replace("--steps_per_epoch 2", "--steps_per_epoch 3"))
-    with pytest.raises(UserError, match="--seed: differs from run to run, so leave it out after --"):
+    with pytest.raises(UserError, match="--seed: is set here for each run, so leave it out after --"):
         compare(f"{command} --seed 3")
     again = capsys.readouterr().out
     assert again.strip() in first  # read from the summaries, the table is the same
@@ -77,16 +77,14 @@ def test_runs_that_are_not_alike_are_not_compared(folder, monkeypatch, capsys):
     assert "random_0-s0: no epoch had a score that is a number; random_0 is left out" in said.err
     assert "found" in said.out and "random_0" not in said.out
     summary.write_text(kept[:9])
-    with pytest.raises(
-        UserError, match=r"random_0-s0.summary\.json: cannot be read .*; take its folder away"
-    ):
+    with pytest.raises(UserError, match=r"random_0-s0.summary\.json: cannot be read .*; remove its folder"):
         compare(command)
     summary.write_text(kept)
     for path in (folder / "runs").glob("*/options.json"):  # as they were written once
         path.write_text(json.dumps(json.loads(path.read_text()) | {"val_scenes": None}))
     assert compare(command.replace("--val_scenes 1", "--val_scenes 0")) == 0
     monkeypatch.setattr(genotypes, "random_0", random_genotype(9))
-    with pytest.raises(UserError, match="random_0-s0: is of another genotype called random_0"):
+    with pytest.raises(UserError, match="random_0-s0: holds a run of another genotype called random_0"):
         compare(command)
 
 
@@ -109,7 +107,7 @@ def test_runs_of_older_code_and_another_machine_are_read_as_they_would_be_begun_
     with pytest.raises(UserError, match=r"--psnr_weight 0.5: the run in .* was begun with 0\.0"):
         compare(f"{command} --psnr_weight 0.5")
     files[0].write_text("[]")
-    with pytest.raises(UserError, match=r"options\.json: cannot be read \(holds \[\]\); take its folder"):
+    with pytest.raises(UserError, match=r"options\.json: cannot be read \(holds \[\]\); remove its folder"):
         compare(command)
 
 
@@ -258,7 +256,7 @@ def test_an_unknown_name_is_an_error():
 def test_a_genotype_is_searched_or_random_and_not_both(monkeypatch):
     for seed, name in enumerate(("found_0", "found_1", "random_0")):
         monkeypatch.setattr(genotypes, name, random_genotype(seed), raising=False)
-    with pytest.raises(UserError, match="--searched found_0: is among --random, too"):
+    with pytest.raises(UserError, match="--searched found_0: matches --random, too"):
         compare("--searched found_* --random *_0 --runs runs -- --data nowhere")
 
 
@@ -267,5 +265,5 @@ def test_a_flag_that_is_each_runs_own_is_refused(monkeypatch, flag):
     for seed, name in enumerate(("found", "random_0")):
         monkeypatch.setattr(genotypes, name, random_genotype(seed), raising=False)
     monkeypatch.setattr(chance, "retrain", lambda *_: 1 / 0)
-    with pytest.raises(UserError, match=f"--{flag}: differs from run to run, so leave it out after --"):
+    with pytest.raises(UserError, match=f"--{flag}: is set here for each run, so leave it out after --"):
         compare(f"--searched found --random random_0 --runs runs -- --data nowhere --{flag} found")

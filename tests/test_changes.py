@@ -100,7 +100,7 @@ def test_a_bad_file_of_a_scene_says_what_it_costs(checkpoints, tmp_path, capsys)
     bad.write_bytes(b"no picture")
     status, said = change([tmp_path, "--ckt_path", checkpoints[1]], capsys)
     assert status == 1 and "3 pictures" in said.out
-    assert f"{bad}: " in said.err and "; so all 3 of its scene are left out" in said.err
+    assert f"{bad}: " in said.err and "; so all 3 pictures of its scene are left out" in said.err
 
 
 def test_a_picture_too_large_for_the_memory_is_named_and_the_rest_is_reported(

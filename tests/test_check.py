@@ -125,7 +125,7 @@ def test_a_hint_is_given_where_most_pairs_are_bad_and_not_of_one(tmp_path):
         write_image(tmp_path / f"{i}.png", np.hstack([photograph(i), rain_on(photograph(i + 10), 1)]))
         said.append(check.pair_hint(find(tmp_path, "left").scenes))
     assert said[:2] == ["", ""]
-    assert said[2] == f"{check.OTHER_PICTURE}, 3 of 4 images looked at; python dataset.py looks at all"
+    assert said[2] == f"{check.OTHER_PICTURE}, in 3 of 4 images looked at; python dataset.py looks at all"
 
 
 def test_flat_pictures_are_not_noted_as_pairs(tmp_path, run):
@@ -154,7 +154,9 @@ def test_halves_that_are_alike_without_rain_on_either_are_not_taken_for_pairs(tm
 
 def test_what_is_good_but_cannot_be_trained_on_is_noted(tmp_path, run):
     status, report = run(write_pairs(tmp_path, 2), "--clean_side", "left")
-    assert status == 0 and "different backgrounds: 2; training splits them into 3 parts" in report
+    assert (
+        status == 0 and "different backgrounds: 2; training needs 3, one for each part of its split" in report
+    )
     status, report = run(write_pairs(tmp_path, 3), "--clean_side", "left")
     assert status == 0 and "training" not in report
     status, report = run(write_pairs(tmp_path, 3))
@@ -167,7 +169,7 @@ def test_pictures_without_rain_are_noted_and_wrong_where_they_are_most(tmp_path,
         clean = read_image(tmp_path / f"{i}.png")[:, :32]
         write_image(tmp_path / f"{i}.png", np.hstack([clean, clean]))
         found, said = run(tmp_path, "--clean_side", "left")
-        assert f"no rain, equal to the clean one ({count}): 0.png" in said
+        assert f"the rainy image equals the clean one ({count}): 0.png" in said
         assert found == status
 
 
@@ -198,7 +200,9 @@ def test_training_and_test_pairs_in_one_folder_are_noted(tmp_path, run):
             write_image(tmp_path / part / f"{kind}-1.png", picture)
     status, report = run(tmp_path)
     assert status == 0
-    assert "not to be trained on: holds pairs in train and in test; give those to train on alone" in report
+    assert (
+        "not to be trained on: holds pairs in train and in test; give only the folder to train on" in report
+    )
 
 
 def test_a_folder_that_cannot_be_read_is_wrong_and_named(tmp_path, run, closed):
@@ -256,7 +260,7 @@ def too_small(folder):
 def other_content(folder):
     write_pairs(folder, 6)
     write_image(folder / "4.png", np.hstack([photograph(4), rain_on(photograph(5), 1)]))
-    return ["over another picture", "(1): 4.png"]
+    return ["the rainy and the clean image show different pictures", "(1): 4.png"]
 
 
 def swapped(folder):

@@ -298,8 +298,8 @@ def test_a_loader_process_that_is_killed_is_one_line(capsys, monkeypatch):
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
-        r"train\.py: error: DataLoader worker \(pid\W.*\d\)? .*, as where memory or /dev/shm is full; "
-        r"fewer --workers need less; what was saved goes on with --resume",
+        r"train\.py: error: DataLoader worker \(pid\W.*\d\)? .*, as happens where memory or "
+        r"/dev/shm is full; fewer --workers need less; to go on from what was saved, use --resume",
         line,
     )
 

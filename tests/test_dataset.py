@@ -310,7 +310,7 @@ def test_test_pairs_are_not_trained_on(tmp_path, layout):
         write_image(tmp_path / f"{name}.png", photograph(0))
     assert len(find(tmp_path).scenes) == 2
     with pytest.raises(
-        UserError, match=r"holds pairs in .*train.* and in .*(test|val).*; give those to train"
+        UserError, match=r"holds pairs in .*train.* and in .*(test|val).*; give only the folder to train on"
     ):
         find_training([tmp_path])
 
@@ -328,14 +328,15 @@ def test_test_pairs_are_told_in_capitals_too(tmp_path, training, test):
     for folder in (training, test):
         for name in ("rain-1", "norain-1"):
             write_image(tmp_path / folder / f"{name}.png", photograph(0))
-    with pytest.raises(UserError, match=f"holds pairs in {training} and in {test}; give those to train"):
+    words = f"holds pairs in {training} and in {test}; give only the folder to train on"
+    with pytest.raises(UserError, match=words):
         find_training([tmp_path])
 
 
 def test_where_no_names_make_a_pair_two_of_them_are_shown(tmp_path):
     for name in ("input/rain-001", "target/norain-1"):
         write_image(tmp_path / f"{name}.png", photograph(0))
-    words = r"no two names make a pair, as input/rain-001.png and target/norain-1.png; name pairs alike$"
+    words = r"no two names make a pair: input/rain-001.png and target/norain-1.png differ; name pairs alike$"
     with pytest.raises(UserError, match=words):
         find(tmp_path)
 
@@ -347,9 +348,9 @@ def test_a_side_for_a_folder_without_pictures_of_its_own(tmp_path):
     write_pairs(tmp_path / "sides" / "training", 1)
     write_pairs(tmp_path / "sides" / "test_syn", 1)
     assert find(tmp_path / "names", "left").layout == "pairs told by their names"
-    with pytest.raises(UserError, match="holds sets of pairs, a; give them one by one"):
+    with pytest.raises(UserError, match="holds several sets of pairs, a; give those folders one by one"):
         find(tmp_path / "sets", "left")
-    words = "sides: holds no images itself, but test_syn, training do; give them one by one"
+    words = "sides: holds no images itself, but its folders test_syn, training do; give those one by one"
     with pytest.raises(UserError, match=words):
         find(tmp_path / "sides", "left")
 
@@ -410,7 +411,9 @@ def test_a_folder_of_sets_is_refused_by_their_names(tmp_path):
     pairs = "A/input/1 A/target/1 b/B/rain/heavy/1 b/B/norain/1 c/in/1_s80_a04 c/gt/1"
     for name in (*pairs.split(), "C/input/1", "1", "norain-1"):
         write_image(tmp_path / f"{name}.png", photograph(0))
-    with pytest.raises(UserError, match=r"holds sets of pairs, A, b/B, c; give them one by one$"):
+    with pytest.raises(
+        UserError, match=r"holds several sets of pairs, A, b/B, c; give those folders one by one$"
+    ):
         find(tmp_path)
     (scene,) = find(tmp_path / "b" / "B").scenes
     assert scene.clean.path == tmp_path / "b/B/norain/1.png"
@@ -1031,7 +1034,7 @@ def single_images(folder):
         (rainy_without_clean, ["input/1.png", "no partner"]),
         (clean_without_rainy, ["target/1.png", "no partner"]),
         (pair_of_two_sizes, ["1.png", "34x24", "32x24", "one size"]),
-        (two_clean_of_one_name, ["target/1.", "two clean images"]),
+        (two_clean_of_one_name, ["target/1.", "has the same name as another clean image, 1."]),
         (three_folders, ["set", "input", "rainy", "target"]),
         (pair_under_11_pixels, ["1.png", "40x10", "at least 11x11; repair or remove this scene"]),
         (single_images, ["set", "single images", "--clean_side"]),

@@ -160,7 +160,7 @@ def test_the_summary_has_the_gain_on_rgb_and_on_y_and_counts_what_is_in_no_mean(
     table = re.search("<table>.*</table>", source).group()
     assert re.findall(r">\+(\d+\.\d\d) dB<", table) == [f"{mean:.2f}" for mean in means]
     # The PSNR of the equal pictures, in RGB and Y, and the SSIM of output and input.
-    assert "6 values are not in them" in source
+    assert "6 values are not in these means" in source
 
 
 @pytest.mark.parametrize("truth", [True, False])

@@ -317,7 +317,7 @@ def test_one_row_is_measured_anew_and_the_others_are_kept(points, monkeypatch, t
     with pytest.raises(ZeroDivisionError):
         growth.main(parse("--rows", "batch", "patch", "--from", str(file), "--json", str(file)))
     assert growth.read(file)["points"] == [p if p["row"] != "batch" else new for p in measured["points"]]
-    with pytest.raises(UserError, match="measured with other threads"):
+    with pytest.raises(UserError, match="measured with other threads; leave --from out"):
         growth.main(parse("--rows", "batch", "--from", str(file), "--threads", "2"))
 
 
@@ -336,7 +336,10 @@ def test_one_row_is_measured_anew_and_the_others_are_kept(points, monkeypatch, t
         ("--from word.json", "--from word.json: no file that --json wrote"),
         ("--from zero.json", "--from zero.json: no file that --json wrote"),
         ("--from row.json", "--from row.json: no file that --json wrote"),
-        ("--rows pixels --json made.json", "--json made.json: has rows already; --from made.json keeps"),
+        (
+            "--rows pixels --json made.json",
+            "--json made.json: holds rows already; keep them by --from made.json",
+        ),
         ("--from made.json --svg made.json/a.svg", "made.json"),
     ],
 )

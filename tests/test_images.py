@@ -511,7 +511,7 @@ def test_16_bit_tiffs_that_opencv_misreads_are_refused(tmp_path, tag, value):
     assert np.array_equal(load(path).rgb[..., 0], picture[..., 0])
     samples = picture.transpose(2, 0, 1) if tag == "planarconfig" else picture[..., 0]
     write_tiff(path, samples, **{tag: value})
-    with pytest.raises(UserError, match=r"x\.tif: a 16-bit TIFF with white as zero, or a plane"):
+    with pytest.raises(UserError, match=r"x\.tif: is a 16-bit TIFF with white as zero or a plane"):
         load(path)
 
 

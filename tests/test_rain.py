@@ -356,7 +356,7 @@ def test_rain_is_not_moved_from_pairs_that_are_not_side_by_side(photographs, tmp
     for pairs, told in (
         ("named", "holds pairs told by their names; side by side pairs in one folder are needed"),
         ("folders", "holds pairs in input/ and target/; side by side pairs in one folder are needed"),
-        ("folders/input", "not side by side pairs: rain over another picture than the clean one"),
+        ("folders/input", "not side by side pairs: the rainy and the clean image show different pictures"),
     ):
         flags = ("--rain_of", tmp_path / pairs, "--rain_side", "left")
         done = at_the_command_line(support.rain, photographs, tmp_path / "out", *flags)
@@ -385,7 +385,7 @@ def test_mistakes_with_the_rain_of_pairs(photographs, tmp_path):
         (["--rain_of", photographs, "--style", "mixed", "--rain_side", "left"], "--style"),
         (["--rain_of", tmp_path / "none", "--rain_side", "left"], str(tmp_path / "none")),
         (["--rain_of", photographs, "--rain_side", "left"], "not side by side pairs"),
-        (["--rain_of", tmp_path / "dark", "--rain_side", "left"], "of 3 pairs too few"),
+        (["--rain_of", tmp_path / "dark", "--rain_side", "left"], "too few of 3 pairs"),
         (["--rain_of", photographs, "--rain_side", "left", "--angle", 75], "--angle"),
         (["--angle", 91], "--angle"),
     ):
@@ -532,7 +532,9 @@ def test_what_seems_wrong_with_photographs_and_pairs_is_said(tmp_path, capsys):
         assert main(get_args_parser().parse_args(args)) == 0
         assert hint in capsys.readouterr().err
         shutil.rmtree(tmp_path / "out")
-    with pytest.raises(UserError, match=r"holds no images itself, but p do; give them one by one"):
+    with pytest.raises(
+        UserError, match=r"holds no images itself, but its folders p do; give those one by one"
+    ):
         (tmp_path / "above").mkdir()
         demo.rename(tmp_path / "above" / "p")
         find_photographs([tmp_path / "above"])
@@ -628,7 +630,7 @@ def test_demo_set_leaves_other_data_alone(tmp_path):
     theirs = tmp_path / "DID-MDN-test" / "1.jpg"
     theirs.parent.mkdir()
     theirs.write_bytes(b"theirs")
-    with pytest.raises(UserError, match="other than the demo set"):
+    with pytest.raises(UserError, match="other than the demo set; move it elsewhere"):
         demo_set(tmp_path)
     assert files(tmp_path) == ["DID-MDN-test/1.jpg"]
 

@@ -263,7 +263,10 @@ def test_rain_on_the_clean_side_is_said_by_folder(data, capsys):
 
 def test_pairs_that_do_not_belong_together_are_said(data, capsys):
     """And those that are the same picture twice."""
-    for folder, first, hint in (("other", 1, "rain over another picture"), ("same", 0, "no rain, equal to")):
+    for folder, first, hint in (
+        ("other", 1, "the rainy and the clean image show different pictures, in 6 of 6"),
+        ("same", 0, "the rainy image equals the clean one, in 6 of 6"),
+    ):
         for i in range(6):
             write_image(Path(folder, "target", f"{i}.png"), photograph(i, 64, 64))
             write_image(Path(folder, "input", f"{i}.png"), photograph((i + first) % 6, 64, 64))
