@@ -241,7 +241,9 @@ def conclude(gallery, facts, failures, stopped, status, montage_of):
         attempts.append(lambda: said.append(f"look at them: {gallery.write(shown, left_out)}"))
         if montage_of is not None:
             there = {row["name"] for row in rows}
-            failures += [f"--montage {name}: is not restored" for name in montage_of if name not in there]
+            failures += [
+                f"--montage {name}: that picture was not restored" for name in montage_of if name not in there
+            ]
             wanted = [name for name in montage_of if name in there]
             if wanted or not montage_of:
                 attempts.append(lambda: montage(gallery.examples(wanted), out / MONTAGE))

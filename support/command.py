@@ -235,7 +235,7 @@ def _out_of_memory(error, usage):
     what = str(error).partition(" GPU ")[0]
     what = what.rpartition("DefaultCPUAllocator: ")[2].partition(" Error code ")[0]
     flags = [flag for flag in THRIFTY if flag in usage]
-    return f"{(what or 'out of memory').rstrip('.')}. To need less, see {', '.join(flags) or '--help'}"
+    return f"{(what or 'out of memory').rstrip('.')}. To use less memory, see {', '.join(flags) or '--help'}"
 
 
 def _lost_worker(error, usage):

@@ -295,7 +295,7 @@ def main(args):
     name, genotype = genotypes.find(args.arch, flag="arch")
     out = Path(args.out or f"{Path(name).stem}.svg")
     if out.suffix.lower() != ".svg":
-        raise UserError(f"{out}: pictures of architectures are .svg files; give a name that ends so")
+        raise UserError(f"{out}: pictures of architectures are .svg files; give a name that ends in .svg")
     draw_genotype(genotype, out, name, args.channels)
     print(out)
 

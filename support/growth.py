@@ -291,7 +291,8 @@ def alone(args, make, repeats=None):
             return pool.submit(measure, make, args.device, args.threads, repeats).result()
         except BrokenProcessPool:
             raise UserError(
-                "a point's process was killed, as for lack of memory; try smaller --channels or other --rows"
+                "the process that measured a point was killed, perhaps for lack of memory; try smaller "
+                "--channels or other --rows"
             ) from None
 
 

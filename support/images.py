@@ -548,7 +548,9 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def _encode(path: Path, image: np.ndarray, quality: int) -> bytes:
     suffix = path.suffix.lower()
     if suffix not in EXTENSIONS:
-        raise UserError(f"{path}: {suffix or 'no'} extension; give one of {' '.join(EXTENSIONS)}")
+        raise UserError(
+            f"{path}: cannot be written with {suffix or 'no'} extension; give one of {' '.join(EXTENSIONS)}"
+        )
     channels = image.shape[2] if image.ndim == 3 else 1
     if image.ndim not in (2, 3) or channels not in (1, 3, 4) or image.dtype not in (np.uint8, np.uint16):
         given = f"{image.dtype} of shape {image.shape}"

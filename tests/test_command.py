@@ -171,7 +171,7 @@ def test_no_memory_is_one_line_that_names_what_needs_less(capsys, monkeypatch, e
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"train.py: error: {said}")
-    assert line.endswith(". To need less, see --batch_size")
+    assert line.endswith(". To use less memory, see --batch_size")
 
 
 def test_where_compiling_fails_the_traceback_comes_with_what_to_do(capsys, monkeypatch):

@@ -158,7 +158,7 @@ def test_a_point_is_measured_in_a_process_of_its_own_whose_death_is_told():
     args.device = torch.device("cpu")
     point = growth.alone(args, growth.a_step(args, "training", 1, patch_size=16))
     assert point["mb"] > 0 and 0 < point["seconds"] < math.inf
-    with pytest.raises(UserError, match="killed, as for lack of memory"):
+    with pytest.raises(UserError, match="killed, perhaps for lack of memory"):
         growth.alone(args, os.abort)
 
 

@@ -604,8 +604,8 @@ def test_results_are_as_readable_as_other_new_files(tmp_path):
 def test_what_cannot_be_written_is_refused_with_the_path(tmp_path):
     (tmp_path / "file").touch()
     for name, found in (
-        ("x.gif", r"x\.gif: \.gif extension; give one of \.jpg"),
-        ("x", "x: no extension"),
+        ("x.gif", r"x\.gif: cannot be written with \.gif extension; give one of \.jpg"),
+        ("x", "x: cannot be written with no extension"),
         ("file/x.png", "cannot be written"),
     ):
         with pytest.raises(UserError, match=found):

@@ -404,7 +404,9 @@ def test_a_bad_file_of_a_scene_names_the_pictures_that_it_costs(network, capsys)
     bad, montage = capsys.readouterr().err.splitlines()[1:]
     assert "Rain_Medium/train2018new/1.png: is empty" in bad
     assert bad.endswith("; so Heavy/1, Medium/1, Light/1 are not restored")
-    assert montage == "  --montage Light/1: is not restored" and Path("out/montage.png").exists()
+    assert (
+        montage == "  --montage Light/1: that picture was not restored" and Path("out/montage.png").exists()
+    )
 
 
 def test_a_picture_without_a_partner_is_reported_and_the_rest_goes_on(network, capsys):
@@ -863,7 +865,7 @@ def test_a_montage_of_a_bad_picture_is_no_other_picture_left_out(network, capsys
     write_pairs(Path("pairs"), 2)
     Path("pairs/1.png").write_bytes(b"")
     assert view("--path pairs --clean_side left --result_path out --montage 0 1") == 1
-    assert "--montage 1: is not restored" in capsys.readouterr().err
+    assert "--montage 1: that picture was not restored" in capsys.readouterr().err
     assert [
         "pairs/1.png" in line for line in json.loads(Path("out/results.json").read_text())["left_out"]
     ] == [True]
