@@ -317,7 +317,7 @@ def duplicates(looks):
     copies = [some([look.scene.name for look in group], NAMED, " = ") for group in groups if len(group) > 1]
     if copies:
         text = f"{len(groups):,} different backgrounds in {sum(map(len, groups)):,} scenes: {_list(copies)}"
-        yield Finding(f"{text}; training keeps copies in the same part", wrong=False)
+        yield Finding(f"{text}; when training splits them, copies stay in one part", wrong=False)
 
 
 def overlap(training, test):

@@ -21,7 +21,7 @@ def pick_device(name=None):
     if distributed.launched() and name.partition(":")[0] != "cpu":
         if name != "cuda":
             raise UserError(
-                f"--device {name}: under torchrun give cuda, each process having its own GPU, or cpu"
+                f"--device {name}: under torchrun give cuda (each process has its own GPU) or cpu"
             )
         name = f"cuda:{distributed.local_rank()}"
     try:

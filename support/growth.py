@@ -128,7 +128,7 @@ def main(args):
         images.check_folder(Path(file).parent)
     if args.json and args.rows and not args.source and os.path.exists(args.json):
         raise UserError(
-            f"--json {args.json}: holds rows already; keep them by --from {args.json}, or remove it"
+            f"--json {args.json}: holds rows already; give --from {args.json} to keep them, or remove it"
         )
     rows = args.rows or ([] if args.source else [row for row in ROWS if row != "memory"])
     facts = {

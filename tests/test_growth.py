@@ -338,7 +338,7 @@ def test_one_row_is_measured_anew_and_the_others_are_kept(points, monkeypatch, t
         ("--from row.json", "--from row.json: no file that --json wrote"),
         (
             "--rows pixels --json made.json",
-            "--json made.json: holds rows already; keep them by --from made.json",
+            "--json made.json: holds rows already; give --from made.json to keep them",
         ),
         ("--from made.json --svg made.json/a.svg", "made.json"),
     ],
