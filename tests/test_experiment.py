@@ -998,7 +998,11 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing_to_go_on_from_and_say
 def test_events_are_written_without_tensorflow_where_that_is_installed(tmp_path):
     """Its import takes seconds and prints lines, and on a full disk it raises errors of its own."""
     (tmp_path / "tensorflow.py").write_text("raise SystemExit('TensorFlow was imported')\n")
-    code = "from support.logs import open_writer; open_writer('run', None).add_scalar('loss', 0.5, 1)"
+    code = """
+from support.logs import open_writer
+with open_writer("run", None) as writer:
+    writer.add_scalar("loss", 0.5, 1)
+"""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
