@@ -40,7 +40,7 @@ def get_args_parser():
         default="rainy",
         help="which one of a pair (default: %(default)s)",
     )
-    parser.add_argument("--every", type=positive, default=1, metavar="N", help="each N-th scene alone")
+    parser.add_argument("--every", type=positive, default=1, metavar="N", help="only each N-th scene")
     parser.add_argument(
         "--worst", type=natural, default=1, metavar="N", help="worst pictures to name (default: %(default)s)"
     )

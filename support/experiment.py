@@ -32,7 +32,7 @@ from support.command import announce_demo, script, stopped_by_sigterm
 from support.devices import be_deterministic, pick_device, slow_half
 from support.errors import Interrupted, UserError
 from support.fast import compile_edges, compile_network, keep_freed_memory, no_compiler
-from support.images import write_bytes
+from support.images import is_utf8, write_bytes
 from support.lock import lock_folder
 from support.logs import NoWriter, open_log, open_writer
 from support.options import DEFAULT_DATA, DEMO_DATA, FREE_OPTIONS, MACHINE_OPTIONS, MOST_BAD
@@ -131,12 +131,10 @@ class Experiment:
                 )
             args.learning_rate_min = args.learning_rate
         self.folder = Path(args.save or distributed.agree(time.strftime(f"{self.kind}-EXP-%Y%m%d-%H%M%S")))
-        try:
-            str(self.folder).encode()
-        except UnicodeEncodeError:
+        if not is_utf8(self.folder):
             raise UserError(
                 f"--save {self.folder}: its name is not UTF-8, which TensorBoard wants; choose another folder"
-            ) from None
+            )
         self._refuse_a_run()
         if not os.path.exists(self.folder / LOCK):  # else the files in it are of a run that was soon killed
             runs.refuse_others_files(self.folder)

@@ -698,11 +698,18 @@ def _is_cut(path):
 
 
 def _check_name(path):
-    """UserError for a name that OpenCV's videos, which want UTF-8, crash on."""
+    """UserError for a name that OpenCV's videos crash on."""
+    if not is_utf8(os.path.abspath(path)):
+        raise UserError(f"{path}: its name is not UTF-8, which a video's has to be; rename it")
+
+
+def is_utf8(path: str | Path) -> bool:
+    """Whether a path is text in UTF-8, as OpenCV's videos and TensorBoard want it."""
     try:
-        os.path.abspath(path).encode()
+        os.fspath(path).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{path}: its name is not UTF-8, which a video's has to be; rename it") from None
+        return False
+    return True
 
 
 def video_name(path: str | Path) -> Path:

@@ -147,9 +147,12 @@ def test_half_of_mixed_scenes_are_did_mdns_and_one_in_ten_is_veiled():
 def test_what_a_scene_draws_stays_within_its_style():
     mid = STYLES["long"]
     drawn = [draw_rain(np.random.default_rng(seed), "long") for seed in range(1000)]
-    widest = np.exp(2 * 2.5 * mid.spread + 2 * 0.7 * mid.spread)  # bounded by two deviations each
-    widest *= 1 + 1e-12  # rounding, which differs from NumPy to NumPy
-    assert all(mid.density / widest <= rain.density <= mid.density * widest for rain in drawn)
+    # Both factors are bounded by two deviations; the bounds are rounded as what is drawn is.
+    least, most = (
+        mid.density / float(np.exp(0.7 * mid.spread * -two)) * float(np.exp(2.5 * mid.spread * two))
+        for two in (-2.0, 2.0)
+    )
+    assert all(least <= rain.density <= most for rain in drawn)
 
 
 def plain_rain(near):

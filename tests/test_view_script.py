@@ -646,7 +646,7 @@ def test_a_grey_picture_is_grey_where_it_is_scored_too(network, monkeypatch, lay
         (
             "--path films",
             UserError,
-            "films: no images .* found; to restore a video in it, give that as --pat",
+            "films: no images .* found; to restore a video in it, give that as --path",
         ),
         ("--path pairs --ckt_path gone.pt", CheckpointError, "gone.pt: no such checkpoint"),
         ("--path pairs --ckt_path pairs", CheckpointError, "pairs: not a file"),
