@@ -80,6 +80,7 @@ class _Header(NamedTuple):
     size: tuple[int, int]  # height, width, upright
     orientation: int  # 1 to 8; 1 is upright
     odd: bool  # a TIFF with white as zero, or a plane a colour: where they have 16 bits, OpenCV misreads them
+    clear: int | None  # the level of a grey PNG, at its own depth, that is transparent
     frames: int  # pages of a TIFF, frames of an animation; what else a JPEG file may hold does not count
 
 
@@ -110,10 +111,19 @@ def _picture(path: str | Path, data: bytes, header: _Header) -> Picture:
     if pixels.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{path}: has samples of {pixels.dtype}; convert it to 8 or 16 bits first")
     if pixels.ndim == 2:
-        return Picture(cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB), grey=True)
+        alpha = None if header.clear is None else _alpha_of_grey(pixels, header.clear, bits=data[24])
+        return Picture(cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB), alpha, grey=True)
     if pixels.shape[2] == 3:
         return Picture(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
     return Picture(cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB), pixels[..., 3].copy(), grey=header.mode == "LA")
+
+
+def _alpha_of_grey(pixels: np.ndarray, clear: int, bits: int) -> np.ndarray:
+    """0 where a PNG has its transparent level, of so many bits, which OpenCV drops."""
+    most = np.iinfo(pixels.dtype).max
+    # As OpenCV expands 1, 2 and 4 bits to 8. For a single bit, newer Pillow says 255 already.
+    level = min(clear * most // (2**bits - 1), most)
+    return np.where(pixels == level, 0, most).astype(pixels.dtype)
 
 
 @lru_cache(maxsize=1000)
@@ -338,13 +348,15 @@ def _parse_header(image: Image.Image) -> _Header:
     orientation = tags.get(_ORIENTATION)
     if orientation not in range(1, 9):
         orientation = 1
+    deep_grey = image.format == "PNG" and image.tile[0][3] == "LA;16B"  # whose mode is RGBA
     return _Header(
         format="JPEG" if image.format == "MPO" else image.format,  # more JPEGs follow; the first is read
-        mode=image.mode,
+        mode="LA" if deep_grey else image.mode,
         bits=tags.get(_BITS, (1,))[0] if tiff else None,
         size=(width, height) if orientation >= 5 else (height, width),
         orientation=orientation,
         odd=tiff and (tags.get(_PHOTOMETRIC) == 0 or (tags.get(_PLANES) == 2 and tags.get(_SAMPLES, 1) > 1)),
+        clear=image.info.get("transparency") if image.mode in _GREY else None,
         frames=1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1),
     )
 

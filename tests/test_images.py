@@ -93,6 +93,32 @@ def tiff16(rgb: np.ndarray, orientation: int) -> bytes:
     return struct.pack("<2sHIHHH", b"II", 42, 14 + rgb.nbytes, 16, 16, 16) + rgb.tobytes() + directory
 
 
+def chunk(name: bytes, content: bytes) -> bytes:
+    """Of a PNG."""
+    checksum = zlib.crc32(name + content)
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+
+def png(samples: np.ndarray, bits: int, clear: int | None = None) -> bytes:
+    """HxW grey or HxWx2 grey with alpha, written out by hand: no writer at hand has all depths of these.
+
+    clear: the grey level that is transparent.
+    """
+    height, width = samples.shape[:2]
+    kind = 0 if samples.ndim == 2 else 4
+    rows = samples.reshape(height, -1, 1) >> np.arange(bits)[::-1] & 1
+    filtered = np.pad(np.packbits(rows.reshape(height, -1), axis=1), ((0, 0), (1, 0)))
+    return b"".join(
+        (
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)),
+            b"" if clear is None else chunk(b"tRNS", struct.pack(">H", clear)),
+            chunk(b"IDAT", zlib.compress(filtered.tobytes())),
+            chunk(b"IEND", b""),
+        )
+    )
+
+
 # --- there and back -----------------------------------------------------------------------------------------
 
 
@@ -176,6 +202,29 @@ def test_grey_with_alpha_comes_back_as_grey_colours_with_alpha(tmp_path):
         assert np.array_equal(picture.rgb, np.dstack([grey_alpha[..., 0]] * 3))
         save(tmp_path / f"out{name}", picture)
         assert np.array_equal(load(tmp_path / f"out{name}").rgb, picture.rgb)
+
+
+def test_16_bit_grey_with_alpha_comes_back_as_grey_colours_with_alpha(tmp_path):
+    grey_alpha = noise((12, 15, 2), np.uint16)
+    (tmp_path / "x.png").write_bytes(png(grey_alpha, 16))
+    picture = load(tmp_path / "x.png")
+    assert picture.grey and images.is_grey(tmp_path / "x.png")
+    assert np.array_equal(picture.rgb, np.dstack([grey_alpha[..., 0]] * 3))
+    assert np.array_equal(picture.alpha, grey_alpha[..., 1])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_level_becomes_alpha(tmp_path, bits):
+    dtype, most = (np.uint16, 65535) if bits == 16 else (np.uint8, 255)
+    grey = noise((12, 15), dtype) >> most.bit_length() - bits
+    for clear in (int(grey[3, 4]), 0, 2**bits - 1):
+        (tmp_path / "x.png").write_bytes(png(grey, bits, clear))
+        picture = load(tmp_path / "x.png")
+        assert picture.grey and picture.alpha.dtype == dtype
+        assert np.array_equal(picture.rgb[..., 0], grey * (most // (2**bits - 1)))
+        assert np.array_equal(picture.alpha, np.where(grey == clear, 0, most))
+        save(tmp_path / "out.png", picture)
+        assert np.array_equal(load(tmp_path / "out.png").alpha, picture.alpha)
 
 
 def test_what_is_grey_by_its_first_bytes_is_grey_when_read(tmp_path):
@@ -474,18 +523,15 @@ def test_a_png_with_a_flipped_bit_is_refused(tmp_path):
 
 def test_a_wrong_checksum_of_what_is_not_pixels_is_no_damage(tmp_path):
     data = encoded(smooth(), "PNG")
-    note = struct.pack(">I", 3) + b"tEXta\0b" + struct.pack(">I", zlib.crc32(b"tEXta\0b") ^ 1)
+    note = bytearray(chunk(b"tEXt", b"a\0b"))
+    note[-1] ^= 1
     (tmp_path / "x.png").write_bytes(data[:-12] + note + data[-12:])
     assert np.array_equal(load(tmp_path / "x.png").rgb, smooth())
 
 
 def test_absurd_sizes_are_refused_from_the_header(tmp_path):
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    chunks = b""
-    for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
-        chunks += (
-            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-        )
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     refused(tmp_path / "bomb.png", "100000x100000 pixels")
 
