@@ -315,6 +315,8 @@ def find_pictures(args, path):
         if {*kinds} & {*images.VIDEO_EXTENSIONS} and not images.list_images(path, recursive=True):
             raise UserError(f"{error}; to restore a video in it, give that as --path") from None
         raise
+    if path.is_file():  # the only one, so a bad one is a mistake, found before earlier tables are removed
+        dataset.read_scene(found.scenes[0])
     alone = f"; {len(found.unpaired)} files have no partner" if found.unpaired else ""
     unscored = bool(found.scenes) and all(scene.clean is None for scene in found.scenes)
     truth = "; without ground truth, so nothing is scored" if unscored else ""

@@ -381,6 +381,22 @@ def test_a_bad_file_is_reported_and_the_rest_goes_on(network, capsys):
     assert "63" in lines[2] and "odd" in lines[2]
 
 
+def test_a_bad_file_given_alone_is_a_mistake_that_costs_no_earlier_result(network, monkeypatch):
+    write_image("photo.bmp", photograph(0))
+    assert view("--path photo.bmp --result_path out") == 0
+    before = {file: file.stat().st_mtime_ns for file in Path("out").rglob("*")}
+    Path("photo.bmp").write_bytes(Path("photo.bmp").read_bytes()[:-300])
+    write_image("odd.png", photograph(0, 24, 63))
+    monkeypatch.setattr(test_view, "restore", pytest.fail)
+    for flags, words in (
+        ("--path photo.bmp", "photo.bmp: is truncated"),
+        ("--path odd.png --clean_side left", "odd.png: side by side, but its width of 63 is odd"),
+    ):
+        with pytest.raises(UserError, match=words):
+            view(f"{flags} --result_path out")
+        assert {file: file.stat().st_mtime_ns for file in Path("out").rglob("*")} == before
+
+
 def test_a_picture_or_video_of_which_the_network_makes_none_is_named(network, capsys):
     for weight in network.parameters():
         if weight.ndim == 1:  # of BatchNorm
