@@ -63,7 +63,7 @@ WIDE_RAIN = "above a megapixel, rain may be wider than any that the network was 
 COMPILED_FROM = 300_000_000  # pixels
 MOST_COMPILED = 8  # sizes: what PyTorch allows
 TABLES = ("results.csv", "results.json", "result_full.txt")
-COLUMNS = ("name", "density", "height", "width", "seconds", *METRICS, *(f"input_{m}" for m in METRICS))
+COLUMNS = (*"name density height width scale seconds".split(), *METRICS, *(f"input_{m}" for m in METRICS))
 
 
 def get_args_parser():
@@ -609,13 +609,15 @@ def view(restore_one, tasks, gallery, journal):
             raise UserError(
                 f"{half.path}: its result would have the name of the gallery's {result}; rename the picture"
             )
+        scales = []
         start = time.perf_counter()
-        restored = naming(half.path, restore_one, picture.rgb)
+        restored = naming(half.path, partial(restore_one, tell_scale=scales.append), picture.rgb)
         seconds = time.perf_counter() - start
         if picture.grey:
             restored = images.in_grey(restored)
         height, width = restored.shape[:2]
-        row = {"name": name, "density": density, "height": height, "width": width, "seconds": seconds}
+        row = {"name": name, "density": density, "height": height, "width": width}
+        row |= {"scale": f"{scales[0]:g}", "seconds": seconds}  # the scale as the flag takes it
         if clean is not None:
             row |= score(restored, clean)
             row |= {f"input_{metric}": value for metric, value in score(picture.rgb, clean).items()}

@@ -38,6 +38,7 @@ def restore(
     self_ensemble: int = 0,
     amp: bool | torch.dtype = False,
     scale: float | str = 1.0,
+    tell_scale: Callable[[float], object] | None = None,
 ) -> np.ndarray:
     """Restore one picture.
 
@@ -61,6 +62,7 @@ def restore(
         scale: of the copy that the network restores, above 0 and up to 1; or "auto": the one of 1, 1/2, 1/4
             and so on (`scales`) at which it changes most, which is a third more work; on a dry picture that
             is the most harmful one.
+        tell_scale: called with the scale whose change was taken.
 
     Returns:
         the output, clamped to [0, 1] and rounded to the bits of `image`: same shape and type.
@@ -99,7 +101,9 @@ def restore(
         output = _in_tiles_that_fit(run, small, tile, overlap)
         changed = cv2.absdiff(small, output).mean() if len(tried) > 1 else 0.0
         if changed > most:
-            most, copy, restored = changed, small, output
+            most, taken, copy, restored = changed, each, small, output
+    if tell_scale:
+        tell_scale(taken)
     return restored if copy is image else _with_change(image, copy, restored)
 
 

@@ -160,6 +160,19 @@ def test_what_was_restored_without_a_truth_is_scored_when_there_is_one(folder, m
     assert len(restored) == len(rows) == 3 and all(row["psnr_rgb"] for row in rows)
 
 
+def test_what_was_done_before_rows_had_a_scale_stays_done(folder, monkeypatch):
+    write_pairs(Path("pairs"), 2)
+    flags = "--path pairs --clean_side left --result_path out --skip_done"
+    assert view(flags) == 0
+    journal = Path("out", ".done.0.jsonl")
+    journal.write_text(journal.read_text().replace('"scale": "1", ', "", 1))
+    restored = count_restored(monkeypatch)
+    assert view(flags) == 0
+    assert not restored
+    rows = content("out")["results.csv"]
+    assert [row["scale"] for row in rows] == ["", "1"] and all(row["psnr_rgb"] for row in rows)
+
+
 def test_a_picture_that_is_touched_while_others_are_restored_stays_in_the_tables(folder, monkeypatch):
     write_pairs(Path("pairs"), 3)
     restore = test_view.restore

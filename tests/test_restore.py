@@ -289,10 +289,14 @@ def test_the_scale_is_chosen_by_what_changes_most(monkeypatch):
     smooth = nn.AvgPool2d(3, 1, 1, count_include_pad=False).eval()  # it takes away what is a pixel wide
     for size, chosen in ((1, 1), (2, 0.5), (4, 0.25)):
         image = np.kron(picture(128 // size, 128 // size), np.ones((size, size, 1), np.uint8))
-        outputs = {scale: restore(smooth, image, scale=scale) for scale in (1, 0.5, 0.25, "auto")}
-        assert [scale for scale in (1, 0.5, 0.25) if np.array_equal(outputs["auto"], outputs[scale])] == [
-            chosen
-        ]
+        told = []
+        outputs = {scale: restore(smooth, image, scale=scale) for scale in (1, 0.5, 0.25)}
+        outputs["auto"] = restore(smooth, image, scale="auto", tell_scale=told.append)
+        assert (
+            [scale for scale in (1, 0.5, 0.25) if np.array_equal(outputs["auto"], outputs[scale])]
+            == [chosen]
+            == told
+        )
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import torch
 
 import dataset
 import model_train
+import support.restore
 import test_view
 from model_train import CheckpointError, DerainNetwork
 from support import check, options
@@ -307,6 +308,22 @@ def test_a_scale_is_used_and_named(network, capsys):
     assert np.array_equal(read_image("out/0.png"), expected)
     assert not np.array_equal(expected, restore(for_inference(network), rainy))
     assert "scores of net.pt, scale 0.5, on the 8-bit pictures" in capsys.readouterr().out
+
+
+def test_the_scale_of_each_picture_is_in_the_table(network, monkeypatch):
+    """With a network that takes away what is a pixel wide, of noise whose grains are 1, 2 and 4 wide."""
+    monkeypatch.setattr(support.restore, "_forward", lambda net, patch, *_: cv2.blur(patch, (3, 3)) / 255)
+    monkeypatch.setattr(support.restore, "LEAST_COPY", 32 * 32)
+    for size in (1, 2, 4):
+        grains = np.random.default_rng(0).integers(0, 256, (128 // size, 128 // size, 3), np.uint8)
+        write_image(f"photos/{size}.png", grains.repeat(size, 0).repeat(size, 1))
+    for flag, expected in (
+        ("", ["1", "1", "1"]),
+        ("--scale 0.3", ["0.3", "0.3", "0.3"]),
+        ("--scale auto", ["1", "0.5", "0.25"]),
+    ):
+        assert view(f"--path photos --result_path out {flag}") == 0
+        assert [row["scale"] for row in table().values()] == expected
 
 
 @pytest.mark.parametrize("number", ["0", "1.5", "-1", "nan", "half"])
@@ -624,9 +641,14 @@ def test_a_picture_too_large_for_the_memory_is_reported_and_the_rest_goes_on(net
         view("--path pairs --clean_side left --result_path other")
 
 
+def in_colour(net, rgb, tell_scale, **options):
+    tell_scale(1)
+    return rgb // np.uint8([1, 2, 3])
+
+
 def test_a_grey_picture_is_grey_in_the_gallery_too(network, monkeypatch):
     cv2.imwrite("grey.png", photograph(0)[..., 0])
-    monkeypatch.setattr(test_view, "restore", lambda net, rgb, **options: rgb // np.uint8([1, 2, 3]))
+    monkeypatch.setattr(test_view, "restore", in_colour)
     assert view("--path grey.png --result_path out") == 0
     saved, shown = read_image("out/grey.png"), read_image("out/gallery/00001-restored.jpg")
     assert np.ptp(saved, 2).max() == 0
@@ -643,7 +665,7 @@ def test_a_grey_picture_is_grey_where_it_is_scored_too(network, monkeypatch, lay
     else:
         flags = "--path set --clean_side right"
         write_image("set/a.png", np.hstack([rainy, clean]))
-    monkeypatch.setattr(test_view, "restore", lambda net, rgb, **options: rgb // np.uint8([1, 2, 3]))
+    monkeypatch.setattr(test_view, "restore", in_colour)
     assert view(f"{flags} --result_path out") == 0
     saved = load("out/a.png")
     assert saved.grey
