@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -459,8 +460,14 @@ def batches(
 
     clean_inputs, upright: as in `ScenePatches`. bad: keys of scenes to leave out. cache: a
     support.cache.Cache, or None; it changes nothing but the speed. rank, ranks: give part number `rank` of
-    each batch, cut in `ranks` parts. Raises UserError when scene after scene cannot be read.
+    each batch, cut in `ranks` parts. Raises, with a batch, UserError when scene after scene cannot be read,
+    and ValueError for no scenes and for a size that is no whole number from 1.
     """
+    if not scenes:
+        raise ValueError("scenes is empty; one or more are allowed")
+    for name, size in (("patch_size", patch_size), ("batch_size", batch_size)):
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(f"{name} is {size!r}; a whole number from 1 is allowed")
     loader = DataLoader(
         ScenePatches(scenes, patch_size, seed, clean_inputs, bad, cache, upright),
         batch_sampler=Draws(batch_size, first_step, rank, ranks),

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from itertools import product
+from numbers import Integral, Real
 
 import cv2
 import numpy as np
@@ -80,14 +81,14 @@ def restore(
         raise ValueError(
             "net is in training mode, where its output depends on the batch; call net.eval() first"
         )
-    if tile and (tile % 8 or tile < SMALLEST_TILE):
-        raise UserError(f"tile is {tile}; 0 (never) or a multiple of 8 from {SMALLEST_TILE} on is allowed")
+    if not (tile is None or _is_multiple_of_8(tile) and (tile == 0 or tile >= SMALLEST_TILE)):
+        raise UserError(f"tile is {tile!r}; 0 (never) or a multiple of 8 from {SMALLEST_TILE} on is allowed")
     if self_ensemble not in ENSEMBLES:
         raise ValueError(f"self_ensemble is {self_ensemble}; one of {ENSEMBLES} is allowed")
-    if overlap % 8 or overlap < 0:
-        raise UserError(f"overlap is {overlap}; 0 or a positive multiple of 8 is allowed")
-    if scale != AUTO and (isinstance(scale, str) or not 0 < scale <= 1):
-        raise ValueError(f"scale is {scale}; {AUTO!r} or a number above 0 and up to 1 is allowed")
+    if not _is_multiple_of_8(overlap) or overlap < 0:
+        raise UserError(f"overlap is {overlap!r}; 0 or a positive multiple of 8 is allowed")
+    if not (0 < scale <= 1 if isinstance(scale, Real) else scale == AUTO):
+        raise ValueError(f"scale is {scale!r}; {AUTO!r} or a number above 0 and up to 1 is allowed")
 
     def run(patch: np.ndarray) -> np.ndarray:
         return _forward(net, patch, torch.device(device), self_ensemble, amp)
@@ -264,6 +265,10 @@ def _mean_of(count: int, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
         total += net(turned).float().rot90(-turns, (2, 3))
         total += net(turned.flip(3)).float().flip(3).rot90(-turns, (2, 3))
     return total / count
+
+
+def _is_multiple_of_8(value: object) -> bool:
+    return isinstance(value, Integral) and value % 8 == 0
 
 
 def _multiple_of_8(size: int) -> int:

@@ -1,6 +1,7 @@
 """From files to batches: the layouts, the parts, the draws, and what is said of files that are no good."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -1153,6 +1154,17 @@ def test_where_nothing_can_be_read_any_more_there_is_no_endless_search(tmp_path,
         batches(dataset.GIVE_UP * scenes, 1, workers)
     with pytest.raises(UserError, match="--data: no scene can be read any more"):
         batches(scenes, 1, workers, bad={scene.key for scene in scenes})
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, None, "a", math.nan])
+@pytest.mark.parametrize("name", ["patch_size", "batch_size"])
+def test_a_size_that_is_none_and_no_scenes_are_refused(name, size):
+    sizes = {"patch_size": 16, "batch_size": 2}
+    scene = dataset.Scene("a", (dataset.Half(Path("a.png")),), dataset.Half(Path("b.png")))
+    with pytest.raises(ValueError, match=f"{name} is {size!r}; a whole number from 1 is allowed"):
+        next(dataset.batches([scene], **sizes | {name: size}, seed=0, device="cpu"))
+    with pytest.raises(ValueError, match="scenes is empty"):
+        next(dataset.batches([], **sizes, seed=0, device="cpu"))
 
 
 def test_validation_leaves_out_what_cannot_be_read(tmp_path):

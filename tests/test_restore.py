@@ -1,6 +1,7 @@
 """Restoring one picture: tiles and seams, memory, bits, self-ensemble, precision."""
 
 import logging
+import re
 
 import cv2
 import numpy as np
@@ -308,7 +309,7 @@ def test_no_scale_is_tried_that_leaves_less_than_a_training_picture(size, expect
     assert scales(*size, 0.3) == [0.3]
 
 
-@pytest.mark.parametrize("scale", [0, -1, 1.5, float("nan"), "0.5"])
+@pytest.mark.parametrize("scale", [0, -1, 1.5, float("nan"), "0.5", None, [1]])
 def test_a_scale_that_is_none_is_refused(scale):
     with pytest.raises(ValueError, match="scale is .* allowed"):
         restore(Darken().eval(), picture(16, 16), scale=scale)
@@ -359,11 +360,15 @@ def test_what_is_no_array_is_named(image):
 
 
 @pytest.mark.parametrize(
-    "flags", [{"tile": 100}, {"tile": 8}, {"tile": -8}, {"overlap": 12}, {"overlap": -8}]
+    "flags",
+    [
+        *({"tile": tile} for tile in (100, 8, -8, float("nan"), "a", 64.0, [])),
+        *({"overlap": overlap} for overlap in (12, -8, None, "a")),
+    ],
 )
 def test_tiles_off_the_grid_are_refused_with_what_is_allowed(flags):
     (name, value), *_ = flags.items()
-    with pytest.raises(UserError, match=rf"{name} is {value}; .*multiple of 8.* allowed"):
+    with pytest.raises(UserError, match=rf"{name} is {re.escape(repr(value))}; .*multiple of 8.* allowed"):
         restore(Darken().eval(), picture(16, 16), **flags)
 
 
