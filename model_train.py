@@ -319,12 +319,16 @@ def rebuilt(payload, path):
     found = payload.get("format")
     if not isinstance(found, str) or found != FORMAT:
         hint = OTHER_FORMATS.get(found) if isinstance(found, str) else None
-        if payload and all(isinstance(value, torch.Tensor) for value in payload.values()):
+        nested = [key for key, value in payload.items() if _is_state_dict(value)]
+        if _is_state_dict(payload):
             hint = (
                 "it is a bare state_dict with no genotype; load it into its network, then save that with "
                 "model_train.save"
             )
         hint = hint or f"give one of format {FORMAT}, such as best_psnr.pt"
+        if nested and found is None:
+            keys, key = genotypes.brief([*payload]), genotypes.brief(nested[0])
+            hint = f"it looks like another project's, with the keys {keys} and weights under {key}; {hint}"
         raise CheckpointError(
             f"{path}: not a checkpoint of a derain network (format {genotypes.brief(found)}): {hint}"
         )
@@ -333,6 +337,10 @@ def rebuilt(payload, path):
     except genotypes.GenotypeError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return filled(partial(DerainNetwork, genotype), payload, path)
+
+
+def _is_state_dict(value):
+    return isinstance(value, dict) and value and all(isinstance(w, torch.Tensor) for w in value.values())
 
 
 def filled(make, payload, path):

@@ -241,7 +241,9 @@ def test_view_says_in_one_line_what_a_file_is_that_is_no_network(tmp_path, monke
     Bomb.target = tmp_path / "ran"
     torch.save({"format": Bomb()}, "code.pt")
     torch.save({"format": Bomb()}, "legacy.pt", _use_new_zipfile_serialization=False)
-    torch.save(torch.nn.Conv2d(3, 3, 3).state_dict(), "state.pt")
+    convolution = torch.nn.Conv2d(3, 3, 3).state_dict()
+    torch.save(convolution, "state.pt")
+    torch.save({"epoch": 3, "state_dict": convolution}, "nested.pt")
     save_supernet(SearchNetwork((2, 2, 2, 2)), "supernet.pt")
     torch.save({"format": experiment.RUN, "kind": "eval"}, "last.pt")
     expected = {
@@ -254,6 +256,7 @@ def test_view_says_in_one_line_what_a_file_is_that_is_no_network(tmp_path, monke
         "code": "cannot be read",
         "legacy": "cannot be read",
         "state": "bare state_dict",
+        "nested": "another project's, with the keys ['epoch', 'state_dict'] and weights under 'state_dict'",
         "supernet": "train_model_batch.py --arch",
         "last": "--resume; give the best_psnr.pt",
     }
