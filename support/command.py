@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -185,12 +186,21 @@ def stopped_by_sigterm():
         _end_at_once_when_asked_again()
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = heed_signals(stop)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def heed_signals(handler):
+    """Have SIGINT and SIGTERM call a handler; returns {number: the handler before}. Python allows that in the
+    main thread alone: in another, such as a notebook's or a window's worker, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def finish_first():
@@ -202,8 +212,7 @@ def finish_first():
         _end_at_once_when_asked_again()
 
     if signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, leave)
+        heed_signals(leave)
 
 
 def _end_at_once_when_asked_again():

@@ -28,7 +28,7 @@ from support import distributed, layouts, runs
 from support.buffers import Buffers
 from support.cache import open_cache
 from support.check import pair_hint
-from support.command import announce_demo, script, stopped_by_sigterm
+from support.command import announce_demo, heed_signals, script, stopped_by_sigterm
 from support.devices import be_deterministic, pick_device, slow_half
 from support.errors import Interrupted, UserError
 from support.fast import compile_edges, compile_network, keep_freed_memory, no_compiler
@@ -255,7 +255,7 @@ class Experiment:
         if self.args.amp and (why := slow_half(self.device)):
             log.warning("--amp: %s", why)
         self.buffers = Buffers(parts["net"])
-        self.handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = heed_signals(self._stop)
 
     def _forget_what_is_gone(self):
         """A best network whose file was taken away is no longer to be beaten: the next one has its place."""

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,6 +74,13 @@ def trained_network(path="trained.pt", seed=1, channels=(4, 4, 4, 4), residual=T
 
 
 # --- what it trains and keeps ---
+
+
+def test_it_trains_in_another_thread_too_where_no_signal_can_be_caught(data):
+    """As in a notebook's or a window's worker; --cache catches signals by itself."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, f"{PAIRS} {ONE_STEP} --cache --save run").result() == 0
+    assert Path("run/best_psnr.pt").exists()
 
 
 def test_scenes_and_pairs_train_a_network_that_loads(data):

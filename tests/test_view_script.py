@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -1049,6 +1050,20 @@ def test_a_video_is_not_overwritten_through_a_link(network):
     with pytest.raises(UserError, match="holds the video to restore"):
         view("--path todo/film.avi --result_path real")
     assert Path("real/film.avi").read_bytes() == before
+
+
+def test_it_restores_in_another_thread_too_and_leaves_signals_alone():
+    """As in a worker of a program with a window, which has its own handlers."""
+    own = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        write_image("a.png", photograph(1))
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(view, "--path a.png --result_path out").result() == 0
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    finally:
+        signal.signal(signal.SIGTERM, own)
+    assert pictures() == {"a.png"}
 
 
 def test_a_ground_truth_is_not_overwritten_through_a_link(network):
