@@ -145,7 +145,10 @@ def main(args):
             by_row[point["row"]].append(point)
         differing = [name for name, value in facts.items() if measured["facts"].get(name) != value]
         if rows and differing:
-            raise UserError(f"--from {args.source}: was measured with other {differing[0]}; leave --from out")
+            raise UserError(
+                f"--from {args.source}: was measured with other {differing[0]}; leave --from out, and have "
+                "--json write a new file"
+            )
         facts = measured["facts"]
     print(", ".join(f"{name}: {value}" for name, value in facts.items()), end="\n\n")
     print(f"{'row':9} {'curve':11} {'against':>11} {'seconds':>9} {'MB':>7} {'scenes/s':>8}")

@@ -317,7 +317,8 @@ def test_one_row_is_measured_anew_and_the_others_are_kept(points, monkeypatch, t
     with pytest.raises(ZeroDivisionError):
         growth.main(parse("--rows", "batch", "patch", "--from", str(file), "--json", str(file)))
     assert growth.read(file)["points"] == [p if p["row"] != "batch" else new for p in measured["points"]]
-    with pytest.raises(UserError, match="measured with other threads; leave --from out"):
+    # Else the file is refused for having rows, and --from advised again.
+    with pytest.raises(UserError, match="other threads; leave --from out, and have --json write a new file"):
         growth.main(parse("--rows", "batch", "--from", str(file), "--threads", "2"))
 
 
