@@ -391,10 +391,10 @@ class Experiment:
             start = getattr(self.args, name, 0) or 0
             if start > last and name not in self.unreached and (several or name != "internal_start"):
                 self.unreached.add(name)
-                when = f"not reached at this rate: --max_minutes ends the run in epoch {last}"
-                if last == self.args.epochs:
-                    when = "after the last epoch"
-                log.warning("--%s %d is %s: %s", name, start, when, what)
+                when = "the last epoch"
+                if last < self.args.epochs:
+                    when = f"epoch {last}, in which --max_minutes ends the run at this rate"
+                log.warning("--%s %d is after %s: %s", name, start, when, what)
 
     def batches(self, scenes, first_step=0):
         """`dataset.batches` of these scenes, from the present step on or, if that is later, `first_step`."""

@@ -266,7 +266,7 @@ def test_what_a_budget_will_not_come_to_is_said_after_the_first_epoch(clock, fol
 
     assert list(train(run, net, five_seconds)) == [1, 2, 3, 4]
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
-        "--arch_start 5 is not reached at this rate: --max_minutes ends the run in epoch 4: "
+        "--arch_start 5 is after epoch 4, in which --max_minutes ends the run at this rate: "
         "NOTHING IS SEARCHED"
     ]
 

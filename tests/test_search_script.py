@@ -385,7 +385,7 @@ def test_a_search_that_never_searches_says_so_and_keeps_no_genotype(vocabulary, 
     monkeypatch.setattr(Experiment, "progress", lambda run: float(run.step))
     assert search(f"--data pairs --clean_side left {flags}") == 1
     assert state("2")["step"] == 1
-    assert "--arch_start 2 is not reached at this rate" in Path("2", "log.txt").read_text()
+    assert "--arch_start 2 is after epoch 1, in which --max_minutes ends" in Path("2", "log.txt").read_text()
     for run in ("run", "2"):
         assert "NOTHING WAS SEARCHED in " in Path(run, "log.txt").read_text()
         assert not Path(run, "genotype.json").exists()
