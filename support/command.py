@@ -170,6 +170,8 @@ def run(main, parser):
         silence(sys.stdout)
         sys.exit(141)
     except OSError as error:
+        if error.errno == errno.EMFILE:
+            sys.exit(_report(parser, f"error: {_too_many_files(error)}", 2))
         if error.errno not in FULL_DISK:
             raise
         sys.exit(_report(parser, f"error: {_full_disk(error)}", 2))
@@ -259,6 +261,11 @@ def _full_disk(error):
         return f"a file cannot be written: {error.strerror}"
     free = shutil.disk_usage(Path(error.filename).absolute().parent).free
     return f"{error.filename}: cannot be written: {error.strerror}; {free:,} bytes are free"
+
+
+def _too_many_files(error):
+    what = "a file" if error.filename is None else f"{error.filename}:"
+    return f"{what} cannot be opened: {error.strerror}; allow more, as with ulimit -n 1024"
 
 
 def _report(parser, text, status):

@@ -1,5 +1,6 @@
 """The command line of every script: its flags, their errors, its exit status."""
 
+import errno
 import importlib
 import logging
 import os
@@ -219,6 +220,21 @@ def test_sigterm_stops_as_ctrl_c_does_and_a_second_one_only_where_torchrun_does_
         main()
     assert written == ["tables"] * by_torchrun
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize(("name", "said"), [((), "a file cannot"), (("a.png",), "a.png: cannot")])
+def test_too_many_open_files_are_one_line_that_says_what_to_do(name, said, capsys, monkeypatch):
+    def main(args):
+        raise OSError(errno.EMFILE, "Too many open files", *name)
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        command.run(main, command.Parser(prog="train.py"))
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line == f"train.py: error: {said} be opened: Too many open files; allow more, as with ulimit -n 1024"
+    )
 
 
 @pytest.fixture
