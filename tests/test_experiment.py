@@ -1,5 +1,6 @@
 """A run of either training script: its options, its clock, what it keeps, and how it goes on."""
 
+import gc
 import json
 import logging
 import math
@@ -751,6 +752,20 @@ def test_signals_do_what_they_did_before_once_a_run_has_finished(folder):
     train(run, net)
     run.finish()
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_that_is_gone_has_closed_its_lock_file(finished, folder):
+    """Else Python tells of it, where such warnings are asked for."""
+    run = new("--save", "run")
+    run._make_folder()
+    if finished:
+        run.start(net=network())
+        run.finish()
+    lock = run.lock
+    del run
+    gc.collect()
+    assert lock.closed
 
 
 @pytest.mark.parametrize("launched", [False, True])
