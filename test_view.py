@@ -425,14 +425,18 @@ def check_apart(source, out, within):
 
 
 def check_no_original(tasks, out):
-    """UserError where a result would take the place of a picture to restore, as it may through a link."""
+    """UserError where a result would take the place of a picture to restore or of a ground truth, as it may
+    through a link.
+    """
+    rainy = {str(half.path) for task in tasks for half in task.scene.rainy}
     files = dict.fromkeys(file for task in tasks for file in task.scene.files)
     originals = {place: file for file in files if (place := _which(file))}
     for target in (out / task.result for task in tasks):
         if (original := originals.get(_which(target))) is not None:
+            what = "an input picture" if original in rainy else "a ground truth"
             raise UserError(
-                f"--result_path {out}: {target} is {original}, an input picture, which a result "
-                "would replace; give another folder"
+                f"--result_path {out}: {target} is {original}, {what}, which a result would replace; give "
+                "another folder"
             )
 
 

@@ -733,10 +733,10 @@ def test_a_picture_is_not_overwritten_through_a_link_or_from_a_folder_above():
     write_image("photos/photos/b.png", photograph(2))
     before = {file: file.read_bytes() for file in Path().rglob("*.png")}
     for path, out, names in (
-        ("todo", "real", "real/a.png is todo"),
-        ("photos", ".", "photos/b.png is photos"),
+        ("todo", "real", "real/a.png is todo/a.png, an input picture"),
+        ("photos", ".", "photos/b.png is photos/b.png, an input picture"),
     ):
-        with pytest.raises(UserError, match=rf"--result_path {re.escape(out)}: {names}/"):
+        with pytest.raises(UserError, match=rf"--result_path {re.escape(out)}: {names}"):
             view(f"--path {path} --result_path {out}")
     assert {file: file.read_bytes() for file in Path().rglob("*.png")} == before
 
@@ -1073,7 +1073,7 @@ def test_a_ground_truth_is_not_overwritten_through_a_link(network):
     write_image("set/input/0.png", rain_on(photograph(0), 0))
     Path("set/target").mkdir()
     Path("set/target/0.png").symlink_to("../../real/0.png")
-    with pytest.raises(UserError, match="--result_path real: real/0.png is set/target/0.png"):
+    with pytest.raises(UserError, match="--result_path real: real/0.png is set/target/0.png, a ground truth"):
         view("--path set --result_path real")
     assert np.array_equal(read_image("real/0.png"), photograph(0))
 
