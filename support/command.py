@@ -265,7 +265,7 @@ def _full_disk(error):
 
 def _too_many_files(error):
     what = "a file" if error.filename is None else f"{error.filename}:"
-    return f"{what} cannot be opened: {error.strerror}; allow more, as with ulimit -n 1024"
+    return f"{what} cannot be opened: {error.strerror}; allow more, as with ulimit -n 4096"
 
 
 def _report(parser, text, status):

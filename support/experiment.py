@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -197,9 +196,7 @@ class Experiment:
         self.scenes = {part: [dataset.from_plain(fields) for fields in plain] for part, plain in scenes}
 
     def _claim(self):
-        if self.lock is None:
-            self.lock = lock_folder(self.folder, LOCK, "--save")
-            weakref.finalize(self, self.lock.close)  # at the latest when the process ends, however it does
+        self.lock = self.lock or lock_folder(self.folder, LOCK, "--save", self)
 
     def network(self, make):
         """The network make(channels, residual), by the options. That of a resumed run has the weights in its

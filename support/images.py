@@ -121,8 +121,7 @@ def _picture(path: str | Path, data: bytes, header: _Header) -> Picture:
 def _alpha_of_grey(pixels: np.ndarray, clear: int, bits: int) -> np.ndarray:
     """0 where a PNG has its transparent level, of so many bits, which OpenCV drops."""
     most = np.iinfo(pixels.dtype).max
-    # As OpenCV expands 1, 2 and 4 bits to 8. For a single bit, newer Pillow says 255 already.
-    level = min(clear * most // (2**bits - 1), most)
+    level = (clear & 2**bits - 1) * most // (2**bits - 1)  # as OpenCV expands 1, 2 and 4 bits to 8
     return np.where(pixels == level, 0, most).astype(pixels.dtype)
 
 

@@ -44,7 +44,7 @@ class Journal:
 
     def _lock(self):
         self.out.mkdir(parents=True, exist_ok=True)
-        self.handle = lock_folder(self.out, LOCK, "--result_path")
+        self.handle = lock_folder(self.out, LOCK, "--result_path", self)
 
     def unlock(self):
         """Let others in again; a folder with no result in it is removed."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import weakref
 
 from support.errors import UserError
 
@@ -11,12 +12,14 @@ else:
     import msvcrt
 
 
-def lock_folder(folder, name, flag):
-    """Keep other processes out of a folder, by a lock on the file `name` in it, for as long as this process
-    lives and has the handle that is returned. flag: the one that names the folder. UserError where another
-    process is in it.
+def lock_folder(folder, name, flag, owner):
+    """Keep other processes out of a folder, by a lock on the file `name` in it, until the handle that is
+    returned is closed, `owner`, an object, is gone or this process ends. flag: the one that names the folder.
+    UserError where another process is in it.
 
-    It is a record lock: loader workers, which outlive a killed process by seconds, do not inherit that.
+    It is a record lock: loader workers, which outlive a killed process by seconds, do not inherit that. Of
+    two owners in one process, such as a run that failed in a notebook and the one that resumes it, the first
+    that goes takes the lock of both along.
     """
     try:
         handle = (folder / name).open("w")
@@ -35,4 +38,5 @@ def lock_folder(folder, name, flag):
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # file systems without locks
             raise
+    weakref.finalize(owner, handle.close)
     return handle

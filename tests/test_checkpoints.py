@@ -243,7 +243,7 @@ def test_view_says_in_one_line_what_a_file_is_that_is_no_network(tmp_path, monke
     torch.save({"format": Bomb()}, "legacy.pt", _use_new_zipfile_serialization=False)
     convolution = torch.nn.Conv2d(3, 3, 3).state_dict()
     torch.save(convolution, "state.pt")
-    torch.save({"epoch": 3, "state_dict": convolution}, "nested.pt")
+    torch.save({"epoch": 3, "args": {}, "state_dict": convolution}, "nested.pt")
     save_supernet(SearchNetwork((2, 2, 2, 2)), "supernet.pt")
     torch.save({"format": experiment.RUN, "kind": "eval"}, "last.pt")
     expected = {
@@ -256,7 +256,7 @@ def test_view_says_in_one_line_what_a_file_is_that_is_no_network(tmp_path, monke
         "code": "cannot be read",
         "legacy": "cannot be read",
         "state": "bare state_dict",
-        "nested": "another project's, with the keys ['epoch', 'state_dict'] and weights under 'state_dict'",
+        "nested": "project's, with the keys ['epoch', 'args', 'state_dict'] and weights under 'state_dict'",
         "supernet": "train_model_batch.py --arch",
         "last": "--resume; give the best_psnr.pt",
     }
@@ -265,6 +265,7 @@ def test_view_says_in_one_line_what_a_file_is_that_is_no_network(tmp_path, monke
         error = done.stderr
         assert done.returncode == 2, name
         assert error.count("\n") == 1 and f"error: {name}.pt: " in error and words in error, error
+        assert ("another project" in error) == (name == "nested"), error
     assert not Bomb.target.exists()
 
 

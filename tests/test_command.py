@@ -233,7 +233,7 @@ def test_too_many_open_files_are_one_line_that_says_what_to_do(name, said, capsy
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert (
-        line == f"train.py: error: {said} be opened: Too many open files; allow more, as with ulimit -n 1024"
+        line == f"train.py: error: {said} be opened: Too many open files; allow more, as with ulimit -n 4096"
     )
 
 

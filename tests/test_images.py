@@ -225,6 +225,9 @@ def test_a_transparent_grey_level_becomes_alpha(tmp_path, bits):
         assert np.array_equal(picture.alpha, np.where(grey == clear, 0, most))
         save(tmp_path / "out.png", picture)
         assert np.array_equal(load(tmp_path / "out.png").alpha, picture.alpha)
+    if bits == 8:  # of two bytes, of which the lower one counts
+        (tmp_path / "x.png").write_bytes(png(grey, bits, clear=0x0105))
+        assert np.array_equal(load(tmp_path / "x.png").alpha, np.where(grey == 5, 0, 255))
 
 
 def test_what_is_grey_by_its_first_bytes_is_grey_when_read(tmp_path):

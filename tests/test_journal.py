@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import gc
 import json
 import os
 import re
@@ -205,13 +206,20 @@ def test_what_is_done_is_known_from_another_folder_and_when_results_have_moved(f
     assert not restored and len(content("../moved")["results.csv"]) == 2
 
 
+def test_a_journal_that_is_gone_has_closed_its_lock_file(tmp_path):
+    journal = Journal(tmp_path, {})
+    journal.lock()
+    handle = journal.handle
+    del journal
+    gc.collect()
+    assert handle.closed
+
+
 def test_two_runs_at_once_do_not_share_a_folder_of_results(folder):
     write_pairs(Path("pairs"), 1)
     Path("out").mkdir()
     lock = "from support.lock import lock_folder; from pathlib import Path; import sys\n"
-    lock += (
-        "handle = lock_folder(Path('out'), '.done.lock', ''); print('locked', flush=True); sys.stdin.read()"
-    )
+    lock += "lock_folder(Path('out'), '.done.lock', '', sys); print('locked', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", lock]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     other = subprocess.Popen(

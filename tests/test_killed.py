@@ -233,7 +233,7 @@ def test_the_command_killed_at_random_times_and_resumed_is_the_same(whole, tmp_p
 
 
 def hold(folder, pipe):
-    lock = lock_folder(folder, LOCK, "--save")
+    lock = lock_folder(folder, LOCK, "--save", sys)
     pipe.send(lock.name)
     pipe.recv()
 
@@ -253,7 +253,7 @@ def test_a_folder_in_which_another_process_runs_is_refused(processes, stage, fol
     assert [path.name for path in (folder / "run").iterdir()] == ["run.lock"]
     other.kill()  # which needs no cleaning up after it
     other.join()
-    lock_folder(folder / "run", LOCK, "--save").close()
+    lock_folder(folder / "run", LOCK, "--save", sys).close()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="another lock")
@@ -268,7 +268,7 @@ def test_where_files_cannot_be_locked_a_run_goes_on_without(tmp_path, monkeypatc
 
     for number in (errno.ENOLCK, errno.ENOTSUP):
         refusing(number)
-        lock.lock_folder(tmp_path, "run.lock", "--save").close()
+        lock.lock_folder(tmp_path, "run.lock", "--save", sys).close()
     refusing(errno.EIO)
     with pytest.raises(OSError, match="no"):
-        lock.lock_folder(tmp_path, "run.lock", "--save")
+        lock.lock_folder(tmp_path, "run.lock", "--save", sys)
