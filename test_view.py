@@ -230,7 +230,7 @@ def conclude(gallery, facts, failures, stopped, status, montage_of):
     left_out = [*failures, stopped] if stopped else [*failures]
     out, rows = gallery.out, [entry.row for entry in gallery.entries]
     means, scores = summarise(rows, facts) if rows and "psnr_rgb" in rows[0] else ({}, [])
-    said = [*scores, f"{len(rows)} restored pictures in {out}"]
+    said = [*scores, f"restored pictures in {out}: {len(rows)}"]
     shown = {name: facts[name] for name in ("checkpoint", "data", "device")}
     shown |= {"self-ensemble": "no"} | in_words(facts["options"])
     # Files first: Ctrl-C ends a `| tee`, too, and then nothing can be printed.

@@ -403,7 +403,8 @@ def flat(root, files, side=None):
     """The Found of image files below `root`: side by side, the half on `side` clean; None: single images."""
     if not files:
         raise UserError(f"{root}: no images (JPEG, PNG, BMP, TIFF or WebP) found")
-    layout = f"side-by-side pairs, clean half {side}" if side else "single images"
+    single = "single image" if len(files) == 1 else "single images"
+    layout = f"side-by-side pairs, clean half {side}" if side else single
     scenes = [
         Scene(name, (Half(file, OTHER_SIDE.get(side)),), Half(file, side) if side else None)
         for name, file in zip(_names(root, files), files, strict=True)

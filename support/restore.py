@@ -87,8 +87,9 @@ def restore(
         raise ValueError(f"self_ensemble is {self_ensemble}; one of {ENSEMBLES} is allowed")
     if not _is_multiple_of_8(overlap) or overlap < 0:
         raise UserError(f"overlap is {overlap!r}; 0 or a positive multiple of 8 is allowed")
-    if not (0 < scale <= 1 if isinstance(scale, Real) else scale == AUTO):
+    if not (0 < scale <= 1 if isinstance(scale, Real) else isinstance(scale, str) and scale == AUTO):
         raise ValueError(f"scale is {scale!r}; {AUTO!r} or a number above 0 and up to 1 is allowed")
+    tile, overlap = tile if tile is None else int(tile), int(overlap)  # a np.uint8 would overflow
 
     def run(patch: np.ndarray) -> np.ndarray:
         return _forward(net, patch, torch.device(device), self_ensemble, amp)

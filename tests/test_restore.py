@@ -143,6 +143,13 @@ def test_a_quarter_of_the_overlap_is_thrown_away_at_cut_edges():
     assert apart(restore(net, image, tile=96, overlap=24)[inside], image[inside]) > 1
 
 
+def test_a_tiles_side_may_be_any_integer():
+    net, image = blur(radius=3), picture(100, 300)
+    expected = restore(net, image, tile=128, overlap=64)
+    for kind in (np.uint8, np.int16):
+        assert np.array_equal(restore(net, image, tile=kind(128), overlap=kind(64)), expected)
+
+
 def test_at_most_half_a_tile_overlaps():
     net = TooBig(pixels=10**9).eval()
     restore(net, picture(64, 256), tile=64, overlap=64)
@@ -309,7 +316,7 @@ def test_no_scale_is_tried_that_leaves_less_than_a_training_picture(size, expect
     assert scales(*size, 0.3) == [0.3]
 
 
-@pytest.mark.parametrize("scale", [0, -1, 1.5, float("nan"), "0.5", None, [1]])
+@pytest.mark.parametrize("scale", [0, -1, 1.5, float("nan"), "0.5", None, [1], np.array([1, 0.5])])
 def test_a_scale_that_is_none_is_refused(scale):
     with pytest.raises(ValueError, match="scale is .* allowed"):
         restore(Darken().eval(), picture(16, 16), scale=scale)
