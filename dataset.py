@@ -107,7 +107,9 @@ def _check_equal(sizes):
 
 
 def half_size(half, size_of=image_size):
-    """(height, width) of an image, from the file's header."""
+    """(height, width) of a half, not decoded: by `image_size`, which notices a file that is cut short, or by
+    the quicker `header_size`. Raises UserError as these do, and for an odd width.
+    """
     height, width = size_of(half.path)
     return (height, width) if half.side is None else (height, _half_width(width, half.path))
 
@@ -274,7 +276,7 @@ class Batch(NamedTuple):
         return self.rainy, self.clean, self.scene
 
     def to(self, device):
-        """The batch on a device, its images in [0, 1] and, as the networks are, channels last."""
+        """The batch on a device, its images in [0, 1]; the rainy ones, as the networks are, channels last."""
         rainy, clean, scene = (tensor.to(device, non_blocking=True) for tensor in self.tensors)
         rainy = rainy.to(memory_format=torch.channels_last)
         if rainy.dtype == torch.uint8:

@@ -68,7 +68,7 @@ class Genotype(NamedTuple):
 def check(genotype):
     """Return the genotype as nested tuples, or raise GenotypeError saying which entry is wrong.
 
-    `genotype` is a Genotype, or a mapping with its two fields (as read from a genotype.json).
+    `genotype` is a Genotype, or a dict with its two fields (as read from a genotype.json).
     """
     fields = genotype._asdict() if isinstance(genotype, Genotype) else genotype
     if not isinstance(fields, dict) or set(fields) != set(Genotype._fields):
@@ -250,7 +250,7 @@ def append(name, genotype, comment, path=None):
 
     The file is valid Python at every instant, and a lock makes two searches that end together take turns.
     If this very genotype is there already, under this very name, nothing is added: a search was killed right
-    after adding it. Raises GenotypeError where the name is taken or no identifier.
+    after adding it. Raises GenotypeError as `check_new_name` does.
     """
     append_all({name: (genotype, comment)}, path)
 

@@ -51,8 +51,8 @@ class MixedModule(nn.Module):
 
 
 class MixedOperation(nn.Module):
-    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW; beta: K weights, one for each of the K = 9
-    of `PRIMITIVES`.
+    """sum over operations o of beta_o * o(x), NxcxHxW -> NxcxHxW; beta: 9 weights, one for each of
+    `PRIMITIVES`.
 
     `none` adds nothing. The paper's other operations each multiply x by a gate, so their gates are summed and
     x is multiplied once; they share its poolings. An operation without a method `gate` is evaluated by
@@ -76,7 +76,7 @@ class MixedOperation(nn.Module):
 
 
 class MixedAttention(AttentionModule):
-    """The attention module with a mixed operation on each of its three edges; beta is 3xK."""
+    """The attention module with a mixed operation on each of its three edges; beta is 3x9."""
 
     def __init__(self, channels):
         super().__init__(channels, [MixedOperation(channels // NODES) for _ in range(EDGES)])
@@ -98,7 +98,7 @@ class SearchCell(nn.Module):
         self.attention = nn.ModuleList(MixedAttention(c) for c in channels)
 
     def forward(self, xs, alpha, beta):
-        """xs: one map a branch; alpha: 4x2; beta: branches x 3 x K; both already through the softmax."""
+        """xs: one map a branch; alpha: 4x2; beta: branches x 3 x 9; both already through the softmax."""
         for module, a in zip(self.multi_scale, alpha, strict=True):
             xs = module(xs, a)
         mixed = zip(self.attention, xs, beta, strict=True)
@@ -119,7 +119,7 @@ class SearchNetwork(nn.Module):
     def __init__(self, channels=(32, 64, 128, 256), residual=False):
         super().__init__()
         self.channels = check_channels(channels)
-        self.residual = residual
+        self.residual = bool(residual)
         self.stem = stem(self.channels[0])
         self.transitions = transitions(self.channels)
         self.cells = nn.ModuleList(SearchCell(self.channels[:branches]) for branches in BRANCHES)

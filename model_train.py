@@ -122,8 +122,7 @@ def from_supernet(net, genotype=None):
     """The fixed network of a genotype (default: the supernet's), with copies of the supernet's weights."""
     genotype = genotype or net.genotype()
     fixed = DerainNetwork(genotype, net.channels, net.residual)
-    own = fixed.state_dict()  # what is not chosen, such as the stem, has these names in the supernet, too
-    fixed.load_state_dict(own | {n: weight for n, weight in net.state_dict().items() if n in own})
+    fixed.load_state_dict(net.state_dict(), strict=False)  # the stem and all else that there is no choice of
     for cell, mixed, kinds, edges in zip(fixed.cells, net.cells, *genotype, strict=True):
         for module, choices, kind in zip(cell.multi_scale, mixed.multi_scale, kinds, strict=True):
             module.load_state_dict(choices.kinds[kind].state_dict())
@@ -215,8 +214,7 @@ def _write_and_rename(content, path, previous):
             _keep(path, previous)
         os.replace(temporary, path)
     finally:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _keep(path, previous):
@@ -317,7 +315,7 @@ def rebuilt(payload, path):
     none.
     """
     found = payload.get("format")
-    if not isinstance(found, str) or found != FORMAT:
+    if found != FORMAT:
         hint = OTHER_FORMATS.get(found) if isinstance(found, str) else None
         nested = [key for key, value in payload.items() if _is_state_dict(value)]
         if _is_state_dict(payload):

@@ -50,8 +50,8 @@ def side_by_side(calls, inputs):
     GPU run at the same time. So do those of the backward pass: autograd runs them on the same streams.
     Without a graph the GPU would wait for Python anyway, and the calls are made one after the other.
     """
-    recorded = inputs[0].is_cuda and not torch.compiler.is_compiling()
-    if not (recorded and torch.cuda.is_current_stream_capturing()):
+    eager_on_gpu = inputs[0].is_cuda and not torch.compiler.is_compiling()
+    if not (eager_on_gpu and torch.cuda.is_current_stream_capturing()):
         return [call() for call in calls]
     here = torch.cuda.current_stream()
     sides = [side_stream(here, number) for number in range(len(calls))]

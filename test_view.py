@@ -597,7 +597,7 @@ def together(failures, stopped, status):
 
 def view(restore_one, tasks, gallery, journal):
     """Restore, save, show and note the pictures of a scene's tasks; yields the gallery's entry of each, whose
-    row has `COLUMNS`.
+    row has `COLUMNS`, the scores only where there is ground truth.
     """
     scene = tasks[0].scene
     if scene.clean is None:
@@ -645,7 +645,7 @@ def naming(path, restore_one, rgb):
 
 
 def report(rows, facts, lines):
-    """{file: its bytes} of `TABLES`; of the last, which has the lines on the means, only if there are any."""
+    """{file: its bytes} of `TABLES`. The last has the lines on the means, and is not made without."""
     table = []
     writer = csv.writer(SimpleNamespace(write=table.append))  # ends lines in \r\n, so it quotes \r in names
     writer.writerow(COLUMNS)

@@ -150,8 +150,8 @@ def main(args):
     if args.resume is not None and args.stop_on_collapse and collapse:
         raise UserError(f"--resume {run.folder}: this search has ended, since it collapsed: {collapse}")
     ended = args.resume is not None and (run.done() or args.stop_on_collapse)
-    may_be_its_own = ended and (run.folder / "genotype.json").exists()  # the name: taken just before the stop
-    if not (args.demo or may_be_its_own):
+    may_have_its_name = ended and (run.folder / "genotype.json").exists()  # if stopped just after that
+    if not (args.demo or may_have_its_name):
         check_name(args)
     unused = "; --name is not used" if "name" in run.given else ""
     print(f"genotype: {f'in the run folder (demo{unused})' if args.demo else args.name}")
@@ -279,7 +279,9 @@ def conclude(run, net, health, validation, searched):
 
 
 def check_name(args):
-    """Raise GenotypeError unless --name can be added to genotypes.py; a taken default name gets a number."""
+    """Raise GenotypeError unless --name can be added to genotypes.py. A default name that is taken passes:
+    `add_to_vocabulary` gives it a number.
+    """
     try:
         genotypes.check_new_name(args.name)
     except genotypes.NameTaken:

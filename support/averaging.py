@@ -36,7 +36,7 @@ class Averaged(nn.Module):
         for averages, currents in self.pairs:
             if self.n_averaged and averages[0].is_floating_point():
                 torch._foreach_lerp_(averages, currents, 1 - self.decay)
-            else:  # BatchNorm's numbers of batches: not averaged
+            else:  # the first time all; later BatchNorm's numbers of batches, which are not averaged
                 torch._foreach_copy_(averages, currents)
         self.n_averaged += 1
 

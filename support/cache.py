@@ -138,7 +138,7 @@ def open_cache(scenes, folders, place=""):
     files = {root: _file(root, place) for root in halves}
     found = {root: _read(files[root], root, halves[root]) for root in halves}
     lacking = [root for root in halves if _lacks(found[root], halves[root])]
-    _check_room({files[root]: _bytes(halves[root], found[root]) for root in lacking})
+    _check_room({files[root]: _bytes(found[root], halves[root]) for root in lacking})
     for root in lacking:
         found[root] = _build(files[root], root, halves[root])
     whole = Cache({}, {})
@@ -161,7 +161,7 @@ def _lacks(cache, halves):
     return [half for half in halves if half not in cache.kept and _stamp(half.path)]
 
 
-def _bytes(halves, cache):
+def _bytes(cache, halves):
     """How many bytes the pixels of the halves take in all; nothing is decoded."""
 
     def size(half):

@@ -353,7 +353,7 @@ def _groups(looks):
     return list(groups.values())
 
 
-def _backgrounds(checked):
+def _has_backgrounds(checked):
     return any(look.thumbnail is not None for look in checked.looks)
 
 
@@ -442,7 +442,7 @@ def main(args):
         wrong += report(f"{folder}: {what.layout}", checked[-1].findings)
     training, *tests = checked
     for test in tests:
-        if _backgrounds(training) and _backgrounds(test):
+        if _has_backgrounds(training) and _has_backgrounds(test):
             shared = list(overlap(training, test))
             text = f"no background of {test.folder} is in {training.folder}"
             wrong += report("training and test", shared or [Finding(text, wrong=False)])

@@ -6,4 +6,4 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGINT, SIGTERM) and has saved all it needs to go on."""
+    """The run was asked to stop (SIGINT, SIGTERM); what it had to save is saved."""

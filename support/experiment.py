@@ -41,6 +41,7 @@ from support.runs import BEST, LAST, PREVIOUS, STATES, SUMMARY, as_now, read_sta
 from support.validation import means, measure
 
 LOCK = "run.lock"
+BEATEN = {"psnr": -math.inf, "ssim": -math.inf, "loss": math.inf}  # by any score
 KEPT = ("best", "begun_with", "skipped", "in_a_row", "bad")  # in a state; older runs' states lack some
 RATE_FROM = 10  # steps: in the first ones kernels are chosen, compiled or recorded
 # Flags that name a first epoch, and what does not happen where the run ends before it.
@@ -80,8 +81,8 @@ class Experiment:
         distributed.start()
         self.kind = kind
         self.step = 0
-        self.before = 0.0  # seconds of the sessions before this one
-        self.best = {"psnr": -math.inf, "ssim": -math.inf, "loss": math.inf}
+        self.seconds_before = 0.0  # of this session
+        self.best = dict(BEATEN)
         self.begun_with = None  # the scores of a network that was trained before
         self.totals = {}  # sums of the epoch's losses so far
         self.skipped = 0  # steps that were not finite, in all
@@ -117,7 +118,7 @@ class Experiment:
                 f"; to train further, begin a new run with --weights {weights}" if self.kind == "eval" else ""
             )
             raise UserError(f"--resume {self.folder}: this run has finished, after step {self.step}{more}")
-        self._check_division()
+        self._check_processes()
         distributed.barrier()  # rank 0 does not touch the folder while others still look at it
 
     def _begin(self, args, demo):
@@ -166,8 +167,12 @@ class Experiment:
             raise UserError(
                 f"--save {args.save}: --resume {args.resume} goes on in its own folder; leave --save out"
             )
-        self.folder = Path(args.resume or args.save or runs.last(self.kind) or f"{self.kind}-EXP-*")
-        if any(os.path.exists(self.folder / file) for file in (LOCK, *STATES)):  # no lock file into another
+        self.folder = Path(
+            args.resume or args.save or runs.folder_to_resume(self.kind) or f"{self.kind}-EXP-*"
+        )
+        if any(
+            os.path.exists(self.folder / file) for file in (LOCK, *STATES)
+        ):  # else no run's, and gets no lock
             distributed.from_main(self._claim)
         self.state_file, self.state, self.damaged = read_state(self.folder, self.kind)
         defaults = {name: self.parser.get_default(name) for name in vars(args)}  # of flags added since
@@ -181,7 +186,7 @@ class Experiment:
     def _take_over(self, state, data):
         """Take from a state all but its `parts`, which `start` loads. data: the run's --data."""
         self.step = self.saved = state["step"]
-        self.before = state["seconds"]
+        self.seconds_before = state["seconds"]
         self.totals = state["totals"]
         for name in KEPT:
             setattr(self, name, state.get(name, getattr(self, name)))
@@ -212,7 +217,7 @@ class Experiment:
             remedy = f"; or remove that file, to go on from {previous}" if previous.exists() else ""
             raise CheckpointError(f"{error}; begin a new run{remedy}") from None
 
-    def _check_division(self):
+    def _check_processes(self):
         processes, parts, scenes = distributed.size(), self.args.accumulate, self.args.batch_size
         if scenes % (processes * parts):
             raise UserError(
@@ -265,7 +270,7 @@ class Experiment:
                 "%s is gone; the next epoch's network takes its place, whatever it scores",
                 self.folder / BEST[name],
             )
-            self.best[name] = math.inf if name == "loss" else -math.inf
+            self.best[name] = BEATEN[name]
 
     def _load(self, name, part):
         try:
@@ -448,7 +453,7 @@ class Experiment:
 
     def seconds(self):
         """Seconds spent on the run, sessions before this one included."""
-        return self.before + time.monotonic() - self.clock
+        return self.seconds_before + time.monotonic() - self.clock
 
     def progress(self):
         """How far the run is, 0 to 1: by steps, or by the clock where --max_minutes leaves less."""
@@ -479,6 +484,7 @@ class Experiment:
             self.save()  # from now on a run that is killed can be resumed
         self.rate_from = self.progress(), self.step
         while not self.done():
+            # Steps without scores belong to the epoch that they were taken in, its last step too.
             yield (self.step - self.unscored()) // self.args.steps_per_epoch + 1
         if self.step == 0:
             minutes = f"--max_minutes {self.args.max_minutes:g}"

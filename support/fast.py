@@ -57,7 +57,7 @@ def for_inference(net):
                     module[i] = fuse_conv_bn_eval(module[i], module[i + 1])
                     module[i + 1] = nn.Identity()
         if isinstance(module, nn.ReLU):
-            module.inplace = module not in firsts  # else on a convolution's output, which nothing else reads
+            module.inplace = module not in firsts  # a first one's input is its block's, which others read
     return net.to(memory_format=torch.channels_last)
 
 

@@ -301,7 +301,6 @@ def _summary(rows):
         f"<tr><th></th><th>pictures</th>{heads}<th>gain RGB</th><th>gain Y</th><th>worse than input</th></tr>"
     ]
     for density, (group, output, untouched) in by_density(rows).items():
-        left_out = sum(output["left_out"].values()) + sum(untouched["left_out"].values())
         cells = [f"<th>{escape(density)}</th>", f"<td>{len(group):,}</td>"]
         for metric, (_, digits) in METRICS.items():
             before, after = _number(untouched[metric], digits), _number(output[metric], digits)
@@ -309,6 +308,7 @@ def _summary(rows):
         cells += [f"<td>{_gain(_mean_gain(group, channels))}</td>" for channels in ("rgb", "y")]
         cells.append(f"<td>{sum(gain(row) < 0 for row in group):,}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
+    left_out = sum(output["left_out"].values()) + sum(untouched["left_out"].values())  # of the last: all
     note = "<p>Means over the pictures; PSNR in dB."
     if left_out:
         note += (

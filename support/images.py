@@ -105,13 +105,16 @@ def load(path: str | Path) -> Picture:
 def _picture(path: str | Path, data: bytes, header: _Header) -> Picture:
     pixels = _decode(path, data, header)
     if pixels.shape[:2] != header.size:
+        (height, width), (rows, columns) = header.size, pixels.shape[:2]
         raise UserError(
-            f"{path}: is damaged: its header promises {header.size}, but it holds {pixels.shape[:2]}"
+            f"{path}: is damaged: its header promises {width}x{height} pixels, but it holds {columns}x{rows}"
         )
     if pixels.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{path}: has samples of {pixels.dtype}; convert it to 8 or 16 bits first")
     if pixels.ndim == 2:
-        alpha = None if header.clear is None else _alpha_of_grey(pixels, header.clear, bits=data[24])
+        alpha = None
+        if header.clear is not None:  # a PNG, whose 25th byte tells its bits
+            alpha = _alpha_of_grey(pixels, header.clear, bits=data[24])
         return Picture(cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB), alpha, grey=True)
     if pixels.shape[2] == 3:
         return Picture(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
@@ -211,17 +214,17 @@ def write_bytes(path: str | Path, data: bytes, durable: bool = False) -> None:
     Raises CannotWrite, or UserError for a name that no file can have.
     """
     path = Path(path)
-    partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")  # not longer than names may get
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")  # not longer than names may get
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_bytes(data)
+            temporary.write_bytes(data)
             if durable:
-                with open(partial, "r+b") as file:
+                with open(temporary, "r+b") as file:
                     os.fsync(file.fileno())
-            os.replace(partial, path)
+            os.replace(temporary, path)
         finally:
-            partial.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise _cannot_write(path, error) from error
 
@@ -252,7 +255,8 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
 
     Hidden files and folders are left out: they are other systems' side files, thumbnails, or an interrupted
     run's. Broken links are listed, so that reading them raises an error. May be empty. Raises UserError if
-    `folder` is not a folder that can be read; for folders in it that cannot, it logs a warning.
+    `folder` is no folder or, unless `recursive`, cannot be read; `recursive` logs a warning for each folder
+    that cannot be, `folder` included.
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
@@ -742,7 +746,7 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> N
     if path.suffix.lower() not in _CODECS:
         raise UserError(f"{path}: cannot be written as a video; choose one of {', '.join(_CODECS)}")
     _check_name(path)
-    partial = Path(os.path.abspath(path)).with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    temporary = Path(os.path.abspath(path)).with_name(f".{uuid.uuid4().hex}{path.suffix}")
     writer, count = None, 0
     # MPEG-4 counts time in at most 65,535 parts of a second, OpenCV in thousandths of a frame or coarser.
     rate = fps if fps < 65 else round(fps, 2) if fps < 650 else round(fps)
@@ -759,31 +763,31 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> N
                 if writer is None:
                     code = cv2.VideoWriter_fourcc(*_CODECS[path.suffix.lower()])
                     with _quiet:
-                        writer = cv2.VideoWriter(str(partial), code, rate, frame.shape[1::-1])
+                        writer = cv2.VideoWriter(str(temporary), code, rate, frame.shape[1::-1])
                     if not writer.isOpened():
                         raise OSError("OpenCV has no encoder for it, or the folder cannot be written")
                 writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
                 count += 1
         except EndsEarly:
-            _keep(writer, partial, path, count)
+            _keep(writer, temporary, path, count)
             raise
-        _keep(writer, partial, path, count)
+        _keep(writer, temporary, path, count)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
         if writer is not None:
             writer.release()  # or Windows does not let go of the file
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def _keep(writer, partial, path, count):
+def _keep(writer, temporary, path, count):
     if writer is not None:
         writer.release()
         # OpenCV tells of no write that failed, and a header may promise what the file does not hold.
-        capture, written = cv2.VideoCapture(str(partial)), 0
+        capture, written = cv2.VideoCapture(str(temporary)), 0
         while capture.grab():
             written += 1
         capture.release()  # else Windows does not rename it
         if written != count:
             raise OSError(f"of {count} frames the file holds {written}; the disk may be full")
-        os.replace(partial, path)
+        os.replace(temporary, path)

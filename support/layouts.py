@@ -178,7 +178,7 @@ def _densities(path, folders, side):
     names = {name: None for by_name in files.values() for name in by_name}
     whole = {name: None for name in names if all(name in by_name for by_name in files.values())}
     if not names:
-        raise UserError(f"{path}: no images in {', '.join(f.name for f in _folders(path))}")
+        raise UserError(f"{path}: no images in {', '.join(f'Rain_{density}' for density in folders)}")
     unpaired = [by_name[n] for n in names if n not in whole for by_name in files.values() if n in by_name]
     first = next(iter(files))
     clean = [files[first][name] for name in whole]

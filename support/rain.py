@@ -16,7 +16,8 @@ autocorrelation together, through the same JPEG coding; every scene draws its ow
 styles follow Rain800 and photographs of real rain, by eye.
 
 With `--rain_of` nothing is drawn: the rain of given pairs is moved to other backgrounds, see `Borrowed`. That
-reaches what no style has: 15 % of Rain800's rain darkens, blended in ways that raise contrast.
+reaches what no style has: 15 % of Rain800's training pairs are darkened by more than 5 grey levels, by rain
+blended in ways that raise contrast.
 """
 
 import os
@@ -103,13 +104,13 @@ def draw_rain(rng: np.random.Generator, style: str = "did-mdn", angle: float | N
         return {level: v * common * vary(d) for level, v, d in zip(DENSITIES, values, own, strict=True)}
 
     # Nearer drops are longer, wider and fewer, and where it rains more it does so in all three densities.
-    near, strength, contrast = vary(0.7 * mid.spread), vary(0.5 * mid.spread), vary(0.6 * mid.spread)
+    nearness, strength, contrast = vary(0.7 * mid.spread), vary(0.5 * mid.spread), vary(0.6 * mid.spread)
     veil = mid.veil * rng.random()
     return Rain(
         angle=rng.uniform(-angle, angle),
-        length=mid.length * near * vary(mid.spread),
-        width=mid.width * near**0.5 * vary(0.6 * mid.spread),
-        density=mid.density / near * vary(2.5 * mid.spread),
+        length=mid.length * nearness * vary(mid.spread),
+        width=mid.width * nearness**0.5 * vary(0.6 * mid.spread),
+        density=mid.density / nearness * vary(2.5 * mid.spread),
         mean=by_level(mid.mean, strength, own=(0.08, 0.08, 0.18)),  # too little for levels to change places
         contrast=by_level(mid.contrast, contrast, own=(0.06, 0.06, 0.06)),
         near=mid.near,

@@ -71,7 +71,7 @@ def restore(
     Raises:
         UserError: a tile or overlap that is not allowed; NotFinite for a network whose output is not finite.
         ValueError: `image`, `scale` or `self_ensemble` is anything else, or `net` is in training mode.
-        torch.cuda.OutOfMemoryError: not even tiles of `SMALLEST_TILE` fit.
+        torch.OutOfMemoryError: not even tiles of `SMALLEST_TILE` fit.
     """
     if not isinstance(image, np.ndarray):  # as None, which cv2.imread returns for no picture
         raise ValueError(f"image is a {type(image).__name__}, not an array of HxWx3 uint8 or uint16")
@@ -136,7 +136,7 @@ def _in_tiles_that_fit(run: Callable, image: np.ndarray, tile: int | None, overl
     while True:
         try:
             return _restore_in_tiles(run, image, sides, overlap)
-        except torch.cuda.OutOfMemoryError:
+        except torch.OutOfMemoryError:
             if max(sides) <= SMALLEST_TILE:
                 raise
         # Out here, the exception and the tensors that its traceback holds are gone.

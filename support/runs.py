@@ -33,7 +33,7 @@ def newest(kind, file, demo=None):
     return max(found, key=lambda path: path.stat().st_mtime).parent / file if found else None
 
 
-def last(kind):
+def folder_to_resume(kind):
     """The folder of the run of a kind whose state to go on from is the newest, or None."""
     states = [path for file in STATES for path in Path().glob(f"{kind}-EXP-*/{file}")]
     return max(states, key=lambda path: path.stat().st_mtime).parent if states else None

@@ -60,7 +60,7 @@ def restored(net, images, device, amp):
     clamped and rounded to 8 bits, and all NaN where the network's is not finite.
     """
     if images[..., 0].size <= WHOLE_PIXELS:
-        with suppress(torch.cuda.OutOfMemoryError), autocast(device, amp):
+        with suppress(torch.OutOfMemoryError), autocast(device, amp):
             return net(dataset.to_tensor(images, device)).float()
         torch.cuda.empty_cache()
     if len(images) > 1:

@@ -318,8 +318,6 @@ def garbage_gradient(self, x):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--channels", "4", "5", "8", "8"], "--channels 4 5 8 8"),
-        (["--patch_size", "8"], "--patch_size 8"),
         (["--device", "abacus"], "--device abacus"),
         (["--rows", "weight_step", "--data", "no_such"], "no_such"),
     ],
@@ -328,6 +326,14 @@ def test_a_mistake_is_one_line_before_anything_is_measured(flags, message, monke
     monkeypatch.setattr(benchmark, "measure_row", lambda *args: 1 / 0)
     with pytest.raises(benchmark.UserError, match=message):
         benchmark.main(parse(*flags))
+
+
+@pytest.mark.parametrize("flags", [["--channels", "4", "5", "8", "8"], ["--patch_size", "8"]])
+def test_a_size_that_no_network_or_ssim_has_is_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and flags[0] in error and len(error.splitlines()) == 1
 
 
 def test_relative_error_counts_each_tensor_against_its_own_size():

@@ -1065,7 +1065,7 @@ def test_a_rank_that_does_not_write_knows_of_which_step_the_state_is(monkeypatch
 def test_sync_bn_is_for_cuda_and_a_resumed_run_cannot_leave_it_out(resume, words):
     args = SimpleNamespace(sync_bn=True, resume=resume, accumulate=1, batch_size=1)
     with pytest.raises(UserError, match=f"--sync_bn: works on CUDA alone, not on cpu; {words}"):
-        Experiment._check_division(SimpleNamespace(args=args, device=torch.device("cpu")))
+        Experiment._check_processes(SimpleNamespace(args=args, device=torch.device("cpu")))
 
 
 def test_a_best_loss_that_was_taken_away_is_beaten_by_any(folder):
