@@ -226,7 +226,7 @@ def test_the_p_of_a_rank_correlation_is_the_share_of_orders_that_are_as_far_from
 
 
 def test_a_supernet_is_loaded_as_it_was_saved(tmp_path):
-    net = SearchNetwork((2, 2, 2, 2), residual=True)
+    net = SearchNetwork((2, 2, 2, 2), residual=1)
     train_search_batch.save_supernet(net, tmp_path / "net.pt")
     loaded = train_search_batch.load_supernet(tmp_path / "net.pt")
     x = torch.rand(1, 3, 16, 16)

@@ -957,6 +957,7 @@ def empty(folder):
 def empty_densities(folder):
     for density in DENSITIES:
         (folder / f"Rain_{density}").mkdir(parents=True)
+    (folder / "docs").mkdir()
 
 
 def empty_pair_folders(folder):
@@ -1027,7 +1028,7 @@ def single_images(folder):
     [
         (nothing_there, ["set", "no such file or folder"]),
         (empty, ["set", "no images"]),
-        (empty_densities, ["set", "no images", "Rain_Heavy"]),
+        (empty_densities, ["set: no images in Rain_Heavy, Rain_Medium, Rain_Light"]),
         (empty_pair_folders, ["set", "no images", "input", "target"]),
         (density_missing, ["Rain_Heavy/train2018new/1.png", "no partner", "1 more"]),
         (density_of_other_name, ["train2018new/1.png", "no partner"]),
