@@ -148,8 +148,9 @@ def run(main, parser):
         sys.stdout.flush()
         sys.exit(status)
     except MISTAKES as error:
-        distributed.leave()  # as all ranks do, which agree on what is a mistake
-        sys.exit(_report(parser, f"error: {error}", 2))
+        status = _report(parser, f"error: {error}", 2)
+        distributed.leave(status)
+        sys.exit(status)
     except KeyboardInterrupt:  # before a run, or in a command that has nothing to save
         sys.exit(_report(parser, "interrupted", 130))
     except MAYBE_OUT_OF_MEMORY as error:
@@ -162,8 +163,9 @@ def run(main, parser):
             _report(parser, "error: compiling failed, as the traceback says; leave --compile out", 1)
         raise
     except Interrupted as stop:
-        distributed.leave()
-        sys.exit(_report(parser, str(stop), 130))
+        status = _report(parser, str(stop), 130)
+        distributed.leave(status)
+        sys.exit(status)
     except BrokenPipeError:
         if not _unread(sys.stdout):
             raise

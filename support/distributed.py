@@ -8,6 +8,7 @@ on the CPU travel by gloo, those on GPUs by NCCL. All ranks have to make the sam
 
 import os
 import sys
+import threading
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import lru_cache
@@ -20,6 +21,7 @@ from support.errors import Interrupted
 
 # The others wait for rank 0 while it reads a data set or writes a checkpoint, and at the end of a search.
 TIMEOUT = timedelta(hours=2)
+PARTING = 10  # seconds
 
 
 def launched():
@@ -64,13 +66,23 @@ def end():
     """Wait for the other ranks, and part."""
     if dist.is_initialized():
         barrier()
-    leave()
-
-
-def leave():
-    """Part from the other ranks, who may have left: Python's end can abort where gloo's threads still run."""
-    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(status):
+    """Part from the other ranks, who may have left: Python's end can abort where gloo's threads still run.
+
+    NCCL waits until all ranks part, those too that know nothing of what ends this one, such as a full disk:
+    where that lasts, the process ends at once, with the exit status.
+    """
+    if not dist.is_initialized():
+        return
+    parting = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    parting.start()
+    parting.join(PARTING)
+    if parting.is_alive():
+        sys.stdout.flush()
+        os._exit(status)
 
 
 @lru_cache

@@ -4,6 +4,8 @@ A step of these networks is thousands of short kernels, which Python takes longe
 to run. While it is recorded the branches of a network go side by side (`operations.side_by_side`).
 """
 
+import gc
+
 import torch
 
 from support import distributed
@@ -46,6 +48,7 @@ class Recorded:
         """(graph, the batch that it reads, the outputs that it writes); recording changes nothing."""
         own = batch._replace(rainy=batch.rainy.clone(), clean=batch.clean.clone(), scene=batch.scene.clone())
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # graphs of an earlier run in this process, which hold the memory of its steps
         self.warm_up(own)
         # The loader's thread that pins memory must not spoil the recording, as by default it would.
         try:

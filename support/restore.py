@@ -21,6 +21,12 @@ SMALLEST_TILE = 64
 ENSEMBLES = (0, 4, 8)
 AUTO = "auto"  # scale
 MAYBE_OUT_OF_MEMORY = (MemoryError, RuntimeError, cv2.error)  # see `is_out_of_memory`
+# What PyTorch says where a GPU is full, other than by torch.OutOfMemoryError; the last is cuDNN's.
+GPU_IS_FULL = (
+    "CUDA error: out of memory",
+    "MPS backend out of memory",
+    "unable to find an engine to execute",
+)
 LEAST_COPY = 2**16  # pixels of the smallest copy that it tries: under half of a training picture
 
 log = logging.getLogger(__name__)
@@ -48,7 +54,7 @@ def restore(
     taken from the photograph itself, which so keeps its details.
 
     Tiles are not exact for a network with global pooling: it then sees the statistics of one tile at a time.
-    Out of CUDA memory, the picture is begun again with tiles of half the size, and a warning says so.
+    Out of GPU memory, the picture is begun again with tiles of half the size, and a warning says so.
 
     Args:
         net: Nx3xHxW in [0, 1] to Nx3xHxW, for any H and W; on `device`, in evaluation mode.
@@ -71,7 +77,7 @@ def restore(
     Raises:
         UserError: a tile or overlap that is not allowed; NotFinite for a network whose output is not finite.
         ValueError: `image`, `scale` or `self_ensemble` is anything else, or `net` is in training mode.
-        torch.OutOfMemoryError: not even tiles of `SMALLEST_TILE` fit.
+        RuntimeError, mostly torch.OutOfMemoryError: not even tiles of `SMALLEST_TILE` fit.
     """
     if not isinstance(image, np.ndarray):  # as None, which cv2.imread returns for no picture
         raise ValueError(f"image is a {type(image).__name__}, not an array of HxWx3 uint8 or uint16")
@@ -131,13 +137,13 @@ def _with_change(image: np.ndarray, copy: np.ndarray, restored: np.ndarray) -> n
 
 
 def _in_tiles_that_fit(run: Callable, image: np.ndarray, tile: int | None, overlap: int) -> np.ndarray:
-    """As `_restore_in_tiles`, but out of CUDA memory again with tiles of half the size."""
+    """As `_restore_in_tiles`, but out of GPU memory again with tiles of half the size."""
     sides = _sides(*image.shape[:2], tile, overlap)
     while True:
         try:
             return _restore_in_tiles(run, image, sides, overlap)
-        except torch.OutOfMemoryError:
-            if max(sides) <= SMALLEST_TILE:
+        except RuntimeError as error:
+            if not is_out_of_gpu_memory(error) or max(sides) <= SMALLEST_TILE:
                 raise
         # Out here, the exception and the tensors that its traceback holds are gone.
         torch.cuda.empty_cache()
@@ -149,7 +155,13 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether numpy, OpenCV or PyTorch found no room; on a CPU PyTorch has no error of its own for that."""
     if isinstance(error, cv2.error):
         return error.code == cv2.Error.StsNoMem
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    return on_cpu or is_out_of_gpu_memory(error)
+
+
+def is_out_of_gpu_memory(error: Exception) -> bool:
+    """Whether PyTorch found no room on a GPU, in whatever words it says so."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in GPU_IS_FULL)
 
 
 def forwards(

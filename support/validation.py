@@ -1,14 +1,12 @@
 """The scores of a network on the validation part, while it is trained."""
 
-from contextlib import suppress
-
 import torch
 
 import dataset
 from losses import external, ssim
 from support.devices import autocast
 from support.errors import UserError
-from support.restore import WHOLE_PIXELS, NotFinite, restore
+from support.restore import WHOLE_PIXELS, NotFinite, is_out_of_gpu_memory, restore
 
 
 def means(measured, bad=()):
@@ -60,8 +58,12 @@ def restored(net, images, device, amp):
     clamped and rounded to 8 bits, and all NaN where the network's is not finite.
     """
     if images[..., 0].size <= WHOLE_PIXELS:
-        with suppress(torch.OutOfMemoryError), autocast(device, amp):
-            return net(dataset.to_tensor(images, device)).float()
+        try:
+            with autocast(device, amp):
+                return net(dataset.to_tensor(images, device)).float()
+        except RuntimeError as error:
+            if not is_out_of_gpu_memory(error):
+                raise
         torch.cuda.empty_cache()
     if len(images) > 1:
         return torch.cat([restored(net, image[None], device, amp).cpu() for image in images])

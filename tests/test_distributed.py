@@ -1,8 +1,10 @@
 """Two processes of torchrun's compute what one does, decide alike, and stop and go on together."""
 
+import os
 import re
 import shutil
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -220,6 +222,24 @@ def test_the_ranks_part_before_a_mistake_ends_them(tmp_path, monkeypatch):
     Path("parting.py").write_text(PARTING)
     done = torchrun("parting.py", "--batch_size", "5", "--demo", "--device", "cpu", "--save", "run")
     assert "in the group at the end: False" in done.stdout and "True" not in done.stdout
+
+
+def test_a_rank_that_nccl_keeps_waiting_for_the_others_ends_all_the_same(monkeypatch):
+    class Ended(Exception):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    others_part = threading.Event()
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "PARTING", 0.1)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", others_part.wait)
+    with pytest.raises(Ended, match="^2$"):
+        distributed.leave(2)
+    others_part.set()
+    distributed.leave(2)  # parts, and goes on to the end
 
 
 DYING = """

@@ -1,5 +1,8 @@
 """Steps as CUDA graphs, on a GPU: the numbers of a step kernel by kernel, whatever changes between them."""
 
+import gc
+import weakref
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -309,6 +312,28 @@ def test_memory_that_runs_out_while_a_step_is_recorded_is_what_is_said(monkeypat
         Recorded(too_large)(batch_of(1))
     with pytest.raises(RuntimeError, match="cannot be ended"):
         Recorded(lambda batch: None)(batch_of(1))
+
+
+def test_what_an_earlier_run_in_this_process_holds_is_let_go_before_a_step_is_recorded(monkeypatch):
+    def earlier():
+        weight = torch.zeros(16)
+        return weakref.ref(Backward(None, [weight], None, recorded=True))
+
+    seen = []
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: SimpleNamespace(pool=lambda: None, replay=lambda: None)
+    )
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    gc.collect()
+    gc.disable()
+    try:
+        held = earlier()
+        assert held() is not None  # it has a method of its own, and so outlives its last name
+        monkeypatch.setattr(Recorded, "warm_up", lambda self, batch: seen.append(held()))
+        Recorded(lambda batch: None)(batch_of(1))
+    finally:
+        gc.enable()
+    assert seen == [None]
 
 
 def test_steps_are_recorded_on_cuda_in_one_part_where_no_rank_waits_for_another(monkeypatch):

@@ -31,14 +31,14 @@ class Shift(nn.Module):
 class TooBig(Darken):
     """Runs out of memory above so many pixels, and remembers what it was given."""
 
-    def __init__(self, pixels):
+    def __init__(self, pixels, error=torch.cuda.OutOfMemoryError):
         super().__init__()
-        self.pixels, self.shapes = pixels, []
+        self.pixels, self.shapes, self.error = pixels, [], error
 
     def forward(self, x):
         self.shapes.append(tuple(x.shape[2:]))
         if x.shape[2] * x.shape[3] > self.pixels:
-            raise torch.cuda.OutOfMemoryError("simulated")
+            raise self.error("simulated")
         return super().forward(x)
 
 
@@ -216,6 +216,25 @@ def test_out_of_memory_halves_the_tile_and_says_so(caplog):
         "200 x 200 pixels",
         "104 x 104 pixels",
     ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'",
+        "MPS backend out of memory (MPS allocated: 9 GB)",
+        "GET was unable to find an engine to execute this computation",
+    ],
+)
+def test_a_full_gpu_is_known_by_other_errors_of_pytorch_too(words):
+    net = TooBig(pixels=110 * 110, error=lambda _: RuntimeError(words)).eval()
+    image = picture(250, 400)
+    assert apart(restore(net, image, tile=0, overlap=32), restore(Darken().eval(), image, tile=0)) <= 1
+    assert module.is_out_of_memory(RuntimeError(words))
+    bug = TooBig(pixels=110 * 110, error=RuntimeError).eval()
+    with pytest.raises(RuntimeError, match="simulated"):
+        restore(bug, image)
+    assert len(bug.shapes) == 1 and not module.is_out_of_memory(RuntimeError("simulated"))
 
 
 def test_out_of_memory_for_the_smallest_tile_is_an_error():
