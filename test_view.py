@@ -560,6 +560,7 @@ def restore_pictures(restore_one, tasks, gallery, journal):
                 if no_other_fares_better(error, gallery.out):  # what room is left is for the tables
                     return failures, f"{error}; stopped there,", 1
                 failures.append((place, f"{error}{_all_of(missing)}"))
+                bar.update(len(missing))
             except KeyboardInterrupt:
                 return failures, "interrupted:", 130
             except MAYBE_OUT_OF_MEMORY as error:
@@ -567,6 +568,7 @@ def restore_pictures(restore_one, tasks, gallery, journal):
                     raise
                 too_large = f"{scene.rainy[0].path}: too large for the memory here; see --tile"
                 failures.append((place, f"{too_large}{_all_of(missing)}"))
+                bar.update(len(missing))
     return failures, "", 1 if failures else 0
 
 
@@ -670,9 +672,10 @@ def summarise(rows, facts):
         means[density] = {"output": output, "input": untouched}
         lines += [f"{density:8} {len(group):6} {_figures(output)}", f"{'  input':15} {_figures(untouched)}"]
         for whose, found in (("outputs", output), ("inputs", untouched)):
-            left_out = {metric: count for metric, count in found["left_out"].items() if count}
+            left_out = [f"{count} of {metric}" for metric, count in found["left_out"].items() if count]
             if left_out:
-                lines.append(f"  {whose} not in the means (equal images, or under 11 pixels): {left_out}")
+                found_alone = ", ".join(left_out)
+                lines.append(f"  {whose} not in the means (equal images, or under 11 pixels): {found_alone}")
     how = "".join(f", {name} {value}" for name, value in in_words(facts["options"]).items())
     lines.insert(0, f"scores of {facts['checkpoint']}{how}, on the 8-bit pictures; PSNR in dB")
     missing, alone = facts["pictures"] - len(rows), facts["without_partner"]

@@ -200,9 +200,9 @@ def main(args):
         log.error("NOTHING IS KEPT: no epoch had a validation score that is a number")
         return 1
     best = shlex.quote((run.folder / "best_psnr.pt").as_posix())
-    own = "" if args.demo or args.data == [options.DEFAULT_DATA] else " --path TEST_SET"
+    which = " --demo" if args.demo else "" if args.data == [options.DEFAULT_DATA] else " --path TEST_SET"
     script = command.script("test_view.py")
-    log.info("score it with: python %s --ckt_path %s%s", script, best, own)
+    log.info("score it with: python %s --ckt_path %s%s", script, best, which)
     return 0
 
 

@@ -255,8 +255,10 @@ class Experiment:
         origin = f"{sys.executable}, commit {distributed.from_main(commit)}, torch {torch.__version__}"
         for line in (f"command: {shlex.join(sys.argv)}", f"options: {shlex.join(flags)}", f"by {origin}"):
             log.info("%s", line)
-            text = line.encode(errors="backslashreplace").decode()  # names of files need not be text
-            self.writer.add_text(line.split()[0].strip(":"), text, self.step)
+            tag, _, text = (
+                line.encode(errors="backslashreplace").decode().partition(" ")
+            )  # names may be no text
+            self.writer.add_text(tag.strip(":"), text, self.step)
         if self.args.amp and (why := slow_half(self.device)):
             log.warning("--amp: %s", why)
         self.buffers = Buffers(parts["net"])

@@ -97,7 +97,7 @@ class Gallery:
         for kind, image in pictures.items():
             write_image(self.out / thumbnails[kind], _at_most(THUMBNAIL, image), quality=70)
             if shown[kind] != file:
-                write_image(self.out / shown[kind], _at_most(SHOWN, image), quality=92)
+                write_image(self.out / shown[kind], _at_most(SHOWN, image), subsampled=False)
         self.entries.append(Entry(dict(row), file, restored.shape[:2], thumbnails, shown, number))
         return self.entries[-1]
 
@@ -142,8 +142,9 @@ class Gallery:
     def examples(self, names: Sequence[str] = ()) -> list[Example]:
         """Pictures for a montage: those of these names, else the best, the median and the worst by gain.
 
-        Rain and ground truth are as the gallery shows them, JPEG of quality 92. Without scores, and without
-        names, the first three are taken. Raises UserError for a name that is not there.
+        Rain and ground truth are as the gallery shows them, JPEG of quality 95 with colours at full size.
+        Without scores, and without names, the first three are taken. Raises UserError for a name that is not
+        there.
         """
         by_name = {entry.row["name"]: entry for entry in self.entries}
         for name in names:
@@ -232,7 +233,7 @@ def _fitting(shape, width):
 
 def _strip_scores(row):
     numbers = [f"{row[f'{of}psnr_rgb']:.2f} dB / {row[f'{of}ssim_rgb']:.4f}" for of in ("input_", "")]
-    return [*numbers, "PSNR / SSIM on RGB"]
+    return [*(number.replace("nan", "-") for number in numbers), "PSNR / SSIM on RGB"]
 
 
 def _plain(text):
@@ -266,7 +267,7 @@ def _card(entry):
             values[f"gain-{channels}"] = _sortable(gain(row, channels))
     attributes = " ".join(f'data-{key}="{value}"' for key, value in values.items())
     figures = "".join(_figure(entry, kind) for kind in entry.shown)
-    return f'<li {attributes}><a href="{_url(entry.file)}"><h3>{head}</h3><div>{figures}</div></a></li>'
+    return f'<li {attributes}><a href="{_url(entry.file)}"><h2>{head}</h2><div>{figures}</div></a></li>'
 
 
 def _figure(entry, kind):

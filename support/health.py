@@ -65,11 +65,12 @@ class Health:
         alpha, beta = (parameter.detach().cpu().double().softmax(-1) for parameter in net.architecture())
         chosen = winners(genotype)
         scalars = {f"winners/{name}": count for name, count in chosen.items()}
-        for letter, distribution, rows, columns, group in (
-            ("alpha", alpha, ALPHA_ROWS, MODULES, MODULES_PER_CELL),
-            ("beta", beta, BETA_ROWS, PRIMITIVES, EDGES),
+        kinds, edges = words(genotype)
+        for letter, distribution, rows, columns, group, choices in (
+            ("alpha", alpha, ALPHA_ROWS, MODULES, MODULES_PER_CELL, kinds),
+            ("beta", beta, BETA_ROWS, PRIMITIVES, EDGES, edges),
         ):
-            picture = heat_map(distribution, rows, columns, group)
+            picture = heat_map(distribution, rows, columns, group, choices)
             run.writer.add_image(letter, picture, run.step, dataformats="HWC")
             margins = margin(distribution)
             for kind, values in (("entropy", entropy(distribution)), ("margin", margins)):
@@ -158,11 +159,12 @@ ENTRY = (52, 20)  # width and height of an entry, in pixels
 FONT = 12
 
 
-def heat_map(distribution, rows, columns, group):
-    """HxWx3 uint8: one distribution in each row, in per cent, brighter the larger, the first choice framed.
+def heat_map(distribution, rows, columns, group, choices):
+    """HxWx3 uint8: one distribution in each row, in per cent, brighter the larger, its choice framed.
 
-    rows, columns: their names; group: number of rows between two gaps. The colour goes by the square root, so
-    that equal chances over nine operations are not black.
+    rows, columns: their names; group: number of rows between two gaps; choices: of each row the name of the
+    column that the genotype has, which is not always the largest: a node keeps its best edge. The colour goes
+    by the square root, so that equal chances over nine operations are not black.
     """
     font = ImageFont.load_default(FONT)
     left = 12 + round(max(font.getlength(name) for name in rows))
@@ -178,7 +180,7 @@ def heat_map(distribution, rows, columns, group):
         canvas.paste("black", (left + width * j + (width - height) // 2, 0), label.rotate(90, expand=True))
     shades = np.sqrt(distribution.numpy())
     colours = cv2.applyColorMap((255 * shades).round().astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
-    for i, name in enumerate(rows):
+    for i, (name, choice) in enumerate(zip(rows, choices, strict=True)):
         y = top + height * i + gaps[i]
         draw.text((left - 6, y + height / 2), name, "black", font, anchor="rm")
         for j in range(len(columns)):
@@ -187,6 +189,6 @@ def heat_map(distribution, rows, columns, group):
             ink = "black" if shades[i, j] > 0.7 else "white"
             centre = (box[0] + width / 2, y + height / 2)
             draw.text(centre, f"{100 * distribution[i, j]:.1f}", ink, font, anchor="mm")
-        first = left + width * int(distribution[i].argmax())
-        draw.rectangle((first, y, first + width - 1, y + height - 1), outline="red", width=2)
+        chosen = left + width * columns.index(choice)
+        draw.rectangle((chosen, y, chosen + width - 1, y + height - 1), outline="red", width=2)
     return np.asarray(canvas)

@@ -189,7 +189,7 @@ def _first_bytes(path: str | Path) -> _Header:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def write_image(path: str | Path, image: np.ndarray, quality: int = 95) -> None:
+def write_image(path: str | Path, image: np.ndarray, quality: int = 95, subsampled: bool = True) -> None:
     """Write an image; an interrupted run leaves the whole file or none. Folders are made as needed.
 
     Args:
@@ -197,6 +197,7 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = 95) -> None:
         image: HxWx3 RGB, HxWx4 RGBA or HxW grey, uint8 or uint16. What the format does not hold is given up
             and the log says so: 16 bits in JPEG, BMP and WebP, alpha in JPEG.
         quality: of JPEG and WebP, 1 to 100.
+        subsampled: whether JPEG has colours at half the size (4:2:0), as most cameras' has.
 
     Raises:
         UserError: one line naming the path, if the extension is unknown, the file cannot be written, or the
@@ -204,7 +205,7 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = 95) -> None:
         ValueError: `image` is none of the above.
     """
     path = Path(path)
-    write_bytes(path, _encode(path, image, quality))
+    write_bytes(path, _encode(path, image, quality, subsampled))
 
 
 def write_bytes(path: str | Path, data: bytes, durable: bool = False) -> None:
@@ -560,7 +561,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _encode(path: Path, image: np.ndarray, quality: int) -> bytes:
+def _encode(path: Path, image: np.ndarray, quality: int, subsampled: bool) -> bytes:
     suffix = path.suffix.lower()
     if suffix not in EXTENSIONS:
         raise UserError(
@@ -579,6 +580,8 @@ def _encode(path: Path, image: np.ndarray, quality: int) -> bytes:
     if channels > 1:
         image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR if channels == 3 else cv2.COLOR_RGBA2BGRA)
     flags = [_QUALITY[suffix], quality] if suffix in _QUALITY else []
+    if suffix in (".jpg", ".jpeg") and not subsampled:
+        flags += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     try:
         with _quiet:
             done, encoded = cv2.imencode(suffix, image, flags)

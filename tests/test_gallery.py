@@ -137,7 +137,7 @@ def test_numbers_on_the_page_stand_under_their_own_pictures(tmp_path):
     filled = with_numbers(tmp_path, "ab")
     page = Page(filled.write({}))
     captions = re.findall(r'data-kind="(\w+)".*?<figcaption>(.*?)</figcaption>', page.source)
-    heads = re.findall(r"<h3>(.*?)</h3>", page.source)
+    heads = re.findall(r"<h2>(.*?)</h2>", page.source)
     for i, (entry, card) in enumerate(zip(filled.entries, page.cards(), strict=True)):
         row, shown = entry.row, dict(captions[3 * i : 3 * i + 3])
         for kind, of in (("rain", "input_"), ("restored", "")):
@@ -381,3 +381,36 @@ def test_in_a_browser_only_thumbnails_near_the_view_are_loaded(tmp_path):
     first, count = in_browser(page, script, tmp_path)
     assert first
     assert count < 45
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_in_a_browser_1_to_1_is_by_the_pixels_that_are_there_and_printing_has_all_thumbnails(tmp_path):
+    script = """<script>
+    const report = {};
+    cards[0].querySelector("a").click();
+    setTimeout(() => {
+      zoom();
+      const room = $("#room");
+      report.width = stage.getBoundingClientRect().width * devicePixelRatio;
+      report.said = $("#zoom").textContent;
+      report.middle = Math.abs(room.scrollLeft - (room.scrollWidth - room.clientWidth) / 2) <= 1;
+      report.scrolls = room.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowDown", cancelable: true}));
+      report.still = open == cards[0];
+      dialog.close();
+      dispatchEvent(new Event("beforeprint"));
+      report.printed = $$("#cards img").every(image => image.src);
+      $("#find").value = "7"; dispatchEvent(new Event("pageshow"));
+      report.found = $("#count").textContent;
+      document.body.innerHTML = "<pre></pre>";
+      $("pre").textContent = JSON.stringify(report);
+    }, 1500);
+    </script>"""
+    made = Gallery(tmp_path / "results")
+    for i, width in enumerate([5000, *[16] * 60]):
+        picture = np.zeros((12, width, 3), np.uint8)
+        made.add({"name": str(i), "density": ""}, made.out / f"{i}.png", picture, picture)
+    report = in_browser(made.write({}), script, tmp_path)
+    assert report.pop("width") == pytest.approx(4096, abs=1)
+    found = ["7", "17", "27", "37", "47", "57"]
+    expected = {"said": "1 : 1 of a copy 4096 wide", "found": f"{len(found)} of 61"}
+    assert report == expected | dict.fromkeys(["middle", "scrolls", "still", "printed"], True)

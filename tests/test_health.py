@@ -145,25 +145,27 @@ def test_a_state_that_kept_the_last_healthy_epoch_alone_is_gone_on_from(kept, he
 # --- heat maps ---
 
 
-def test_a_heat_map_has_a_cell_an_entry_and_frames_the_first_choice():
+def test_a_heat_map_has_a_cell_an_entry_and_frames_the_choice_of_the_genotype():
     torch.manual_seed(0)
     beta = torch.randn(27, len(PRIMITIVES), dtype=torch.double).softmax(-1)
-    picture = health.heat_map(beta, BETA_ROWS, PRIMITIVES, EDGES)
+    choices = torch.randint(len(PRIMITIVES), (27,)).tolist()
+    names = [PRIMITIVES[choice] for choice in choices]
+    picture = health.heat_map(beta, BETA_ROWS, PRIMITIVES, EDGES, names)
     assert picture.dtype == np.uint8 and picture.ndim == 3
     width, height = health.ENTRY
     red = (picture == (255, 0, 0)).all(-1)
     rows, columns = np.nonzero(red)
     left = picture.shape[1] - 8 - len(PRIMITIVES) * width
-    for i, best in enumerate(beta.argmax(-1).tolist()):
+    for i, choice in enumerate(choices):
         bottom = picture.shape[0] - 8 - height * (26 - i) - 6 * (8 - i // 3)
         inside = red[bottom - height : bottom]
         framed = np.nonzero(inside.any(0))[0]
-        assert framed.min() == left + best * width and framed.max() == left + (best + 1) * width - 1
+        assert framed.min() == left + choice * width and framed.max() == left + (choice + 1) * width - 1
     assert len(rows) == len(columns) > 0
 
 
 def test_a_larger_share_is_brighter():
-    picture = health.heat_map(torch.tensor([[0.1, 0.9]]), ["row"], MODULES, 4)
+    picture = health.heat_map(torch.tensor([[0.1, 0.9]]), ["row"], MODULES, 4, MODULES[1:])
     width, _ = health.ENTRY
     corner = [picture[-8 - 4, -8 - width * (2 - j) + 4].astype(int).sum() for j in range(2)]
     assert corner[0] < corner[1]

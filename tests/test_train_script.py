@@ -731,6 +731,8 @@ def test_a_demo_trains_what_the_newest_demo_search_found(folder, monkeypatch, ca
     assert printed[:2] == ["genotype: search-EXP-1/genotype.json", "data: datasets/demo"]
     assert model_train.load("run/best_psnr.pt").genotype == random_genotype(5)
     assert model_train.load("run/best_psnr.pt").residual  # of the demo's options
+    hint = "score it with: python test_view.py --ckt_path run/best_psnr.pt --demo\n"
+    assert hint in Path("run", "log.txt").read_text()
     capsys.readouterr()
     for test_set in ("missing", "there"):
         if test_set == "there":
