@@ -213,6 +213,16 @@ def test_thumbnails_are_small_and_large_pictures_bounded(tmp_path):
     assert read_image(tmp_path / "gallery" / "00002-rain.jpg").min() == 255, "16 bits become 8"
 
 
+def test_what_is_compared_with_a_lossless_file_has_its_colours_at_full_size(tmp_path):
+    rainy = np.zeros((64, 64, 3), np.uint8)
+    rainy[:, ::2, 0] = rainy[:, 1::2, 2] = 200  # columns red and blue in turn
+    made = Gallery(tmp_path)
+    made.add(scored("a", rainy, rainy, rainy), tmp_path / "a.png", rainy, rainy, rainy)
+    for kind in ("rain", "truth"):
+        shown = read_image(tmp_path / "gallery" / f"00001-{kind}.jpg").astype(int)
+        assert np.abs(shown - rainy).mean() < 5
+
+
 def test_examples_are_the_best_the_median_and_the_worst_or_those_named(tmp_path):
     gallery = fill(tmp_path, "abcde")
     examples = gallery.examples()
