@@ -170,9 +170,7 @@ class Experiment:
         self.folder = Path(
             args.resume or args.save or runs.folder_to_resume(self.kind) or f"{self.kind}-EXP-*"
         )
-        if any(
-            os.path.exists(self.folder / file) for file in (LOCK, *STATES)
-        ):  # else no run's, and gets no lock
+        if any(os.path.exists(self.folder / file) for file in (LOCK, *STATES)):  # no other gets a lock
             distributed.from_main(self._claim)
         self.state_file, self.state, self.damaged = read_state(self.folder, self.kind)
         defaults = {name: self.parser.get_default(name) for name in vars(args)}  # of flags added since
@@ -255,9 +253,8 @@ class Experiment:
         origin = f"{sys.executable}, commit {distributed.from_main(commit)}, torch {torch.__version__}"
         for line in (f"command: {shlex.join(sys.argv)}", f"options: {shlex.join(flags)}", f"by {origin}"):
             log.info("%s", line)
-            tag, _, text = (
-                line.encode(errors="backslashreplace").decode().partition(" ")
-            )  # names may be no text
+            text = line.encode(errors="backslashreplace").decode()  # names of files need not be text
+            tag, _, text = text.partition(" ")
             self.writer.add_text(tag.strip(":"), text, self.step)
         if self.args.amp and (why := slow_half(self.device)):
             log.warning("--amp: %s", why)
