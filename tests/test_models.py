@@ -133,6 +133,17 @@ def test_edge_whose_best_is_none_is_dropped_but_a_node_keeps_its_best_edge():
     assert strongest_edges(beta) == ("SE", "none", "CBAM")
     beta = beta_of({"SE": 0.9}, {"none": 0.5, "CBAM": 0.4}, {"SE": 0.3})  # though 0.4 is more
     assert strongest_edges(beta) == ("SE", "none", "SE")
+    beta = beta_of({"SE": 0.9}, {"SE": 0.3}, {"none": 0.5, "CBAM": 0.4})
+    assert strongest_edges(beta) == ("SE", "SE", "none")
+
+
+def test_the_edge_that_a_node_keeps_is_the_most_probable_one_and_not_that_of_the_largest_beta():
+    net = SearchNetwork(SMALL)
+    net.beta.detach().zero_()
+    for row, operations in ((1, {"none": 5, "SE": 2}), (2, {"none": 1, "CBAM": 0.9})):
+        for name, value in operations.items():
+            net.beta.detach()[row, PRIMITIVES.index(name)] = value
+    assert net.genotype().attention[0][0][1:] == ("none", "CBAM")
 
 
 # --- checkpoints ---
