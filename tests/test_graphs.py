@@ -289,6 +289,26 @@ def test_a_run_with_graphs_logs_the_losses_of_one_without(name, folder, monkeypa
         assert values[0] == pytest.approx(values[1], rel=1e-3), tag
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "kinds"), [("search", "", [2, 2]), ("training", "--epochs 3 --freeze_start 3", [3])]
+)
+def test_the_scripts_say_in_which_epochs_their_steps_change(name, more, kinds, folder, monkeypatch):
+    """Without a GPU: in the second the internal loss joins, in a training's third statistics freeze."""
+    script, flags = SCRIPTS[name]
+    write_scenes(folder / "data", 6)
+    told = {}
+
+    def replayed(self, batch):
+        told.setdefault(self, set()).add(self.constants())
+        return self.function(batch)
+
+    monkeypatch.setattr(Experiment, "uses_graphs", lambda run: True)
+    monkeypatch.setattr(Recorded, "__call__", replayed)
+    flags = f"{RUN} {flags} --steps_per_epoch 1 --channels 2 2 2 2 {more} --device cpu --save run"
+    script.main(script.get_args_parser().parse_args(flags.split()))
+    assert [len(constants) for constants in told.values()] == kinds
+
+
 def test_memory_that_runs_out_while_a_step_is_recorded_is_what_is_said(monkeypatch):
     """And not that the recording, then broken off, cannot be ended, as CUDA says of side streams."""
 
