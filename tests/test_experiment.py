@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
 import dataset
@@ -544,6 +546,7 @@ def test_newest_takes_finished_runs_of_its_kind_only(folder, kind):
     assert runs.newest(kind, "best_psnr.pt") is None
     make(f"{kind}-EXP-1", age=50)
     make(f"{kind}-EXP-2", age=40)
+    make(f"{kind}-EXP-9-by-name", age=45)
     make(f"{kind}-EXP-3-demo", age=30, demo=True)
     make(f"{kind}-EXP-0-demo", age=35, demo=True)
     make(f"{kind}-EXP-4-unfinished", age=20, finished=False)
@@ -631,6 +634,16 @@ def test_events_are_neither_lost_nor_doubled_when_a_run_is_killed(folder, last_s
     found = scalars("run")
     assert found["val_psnr"] == [(2, 20 if last_saved == 2 else 21), (4, 22), (6, 23)]
     assert [step for step, _ in found["loss"]] == [2, 4, 6]
+
+
+def test_a_state_waits_for_the_events_that_are_written_in_the_background(folder, monkeypatch):
+    """Else a run that goes on from it would cut off what came later."""
+    write = RecordWriter.write
+    monkeypatch.setattr(RecordWriter, "write", lambda self, data: time.sleep(0.02) or write(self, data))
+    run, net = begun("--epochs", "1")
+    train(run, net)
+    run.writer.flush()
+    assert torch.load("run/last.pt", weights_only=True)["written"] == runs.written(Path("run"))
 
 
 def test_resume_without_a_folder_takes_the_newest_of_its_kind(folder):
@@ -1059,6 +1072,18 @@ def test_a_rank_that_does_not_write_knows_of_which_step_the_state_is(monkeypatch
     run = SimpleNamespace(step=3, saved=0)
     Experiment.save(run)
     assert run.saved == 3
+
+
+def test_whether_a_step_counts_is_decided_by_the_ranks_together(folder, monkeypatch):
+    """By their mean, which is logged, too: a rank whose own loss is finite does not step alone."""
+    run, _ = begun()
+    batch = SimpleNamespace(files=["1.png"])
+    for others, counts in ((3.0, True), (math.inf, False)):
+        monkeypatch.setattr(
+            experiment.distributed, "average", lambda values, other=others: [(v + other) / 2 for v in values]
+        )
+        assert run.accept(batch, loss=torch.tensor(1.0)) == counts
+    assert run.totals["loss"] == (2, 1)
 
 
 @pytest.mark.parametrize("resume, words", [(None, "leave it out"), ("run", "resume it where there is CUDA")])
