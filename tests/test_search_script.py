@@ -529,6 +529,7 @@ def test_a_search_that_was_never_healthy_leaves_no_genotype(vocabulary, monkeypa
     (named,) = [line for line in lines if "COLLAPSED" in line]
     assert "COLLAPSED in epoch 2: beta's entropy has stood still for 1 epochs" in named
     assert "no epoch was healthy, so no genotype is kept" in lines[-1]
+    assert json.loads(Path("run", "summary.json").read_text())["collapse"] in named
     assert state("run")["step"] == 2
     assert not Path("run", "genotype.json").exists()
     assert vocabulary.read_bytes() == before

@@ -140,6 +140,8 @@ def test_internal_loss_begins_with_its_epoch_and_needs_several_densities(data):
     scenes = "--data scenes --arch genotype.json"
     assert first_loss("with", f"{scenes} --internal_start 1") > first_loss("without", scenes)
     assert first_loss("pairs_with", f"{PAIRS} --internal_start 1") == first_loss("pairs_without", PAIRS)
+    warned = [log.parent.name for log in Path().glob("*/log.txt") if "no internal loss" in log.read_text()]
+    assert warned == ["without"]
 
 
 def test_a_seed_fixes_every_weight_whatever_the_workers(data):
