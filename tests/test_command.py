@@ -8,7 +8,7 @@ import re
 import shlex
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +102,7 @@ def test_the_papers_schedules_are_the_defaults():
     for both in (search, training):
         assert both.channels == [32, 64, 128, 256]
         assert (both.grad_clip, both.split_seed, both.seed, both.val_scenes) == (5, 0, 0, 50)
+        assert (both.max_bad_steps, both.save_every) == (20, 10)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +221,20 @@ def test_sigterm_stops_as_ctrl_c_does_and_a_second_one_only_where_torchrun_does_
         main()
     assert written == ["tables"] * by_torchrun
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_signal_ends_a_command_that_writes_what_was_done_before_the_first(monkeypatch):
+    monkeypatch.setattr(command.distributed, "launched", lambda: False)
+
+    @command.stopped_by_sigterm()
+    def main():
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        command.finish_first()
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        main()
 
 
 @pytest.mark.parametrize(("name", "said"), [((), "a file cannot"), (("a.png",), "a.png: cannot")])

@@ -528,9 +528,19 @@ def test_ctrl_c_leaves_tables_of_what_was_done(network, capsys, monkeypatch):
     write_pairs(Path("pairs"), 4)
     monkeypatch.setattr(test_view, "restore", interrupted(3, lambda: signal.raise_signal(signal.SIGINT)))
     assert view("--path pairs --clean_side left --result_path out") == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted: 2 of 4 pictures are done"
+    stopped = capsys.readouterr().err.splitlines()[-1]
+    assert stopped == "interrupted: 2 of 4 pictures are done"
+    assert json.loads(Path("out", "results.json").read_text())["left_out"] == [stopped]
     assert list(table()) == ["0", "1"]
     assert pictures() == {"0.png", "1.png"}
+
+
+def test_ctrl_c_has_its_status_whatever_else_is_left_out(network, monkeypatch):
+    write_image(Path("set", "input", "0.png"), photograph(0))
+    for i in range(2):
+        write_image(Path("set", "target", f"{i}.png"), photograph(i))
+    monkeypatch.setattr(test_view, "restore", interrupted(1, lambda: signal.raise_signal(signal.SIGINT)))
+    assert view("--path set --result_path out") == 130
 
 
 def test_a_signal_while_the_tables_are_written_does_not_cost_them(network, monkeypatch):
