@@ -486,6 +486,14 @@ def test_of_too_few_pixels_nothing_is_compiled_whatever_is_done_already(network,
     assert capsys.readouterr().out.count(said) == 2
 
 
+def test_compiling_has_to_pay_in_each_of_several_processes(monkeypatch):
+    monkeypatch.setattr(test_view, "COMPILED_FROM", 24 * 32)
+    args, sizes = test_view.get_args_parser().parse_args([]), 3 * [(24, 32)]
+    assert test_view.worth_compiling(args, sizes) == {(24, 32)}
+    monkeypatch.setattr(test_view.distributed, "size", lambda: 4)
+    assert test_view.worth_compiling(args, sizes) == set()
+
+
 @pytest.mark.parametrize(
     "error, why",
     [
