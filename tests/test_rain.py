@@ -311,6 +311,12 @@ def test_a_scene_has_the_rain_of_three_pairs_and_its_background_whole(lent, phot
     assert not np.array_equal(scene["Heavy"], other["Heavy"])
 
 
+def test_tones_that_the_rain_leaves_as_they_are_do_not_make_its_streaks_infinite(lent):
+    _, clean, _ = lent
+    rain = borrow(clean, clean)
+    assert (rain.spread == 2).all() and not rain.streaks.any()
+
+
 def test_a_pair_of_few_tones_lends_nothing(lent):
     rainy, clean, _ = lent
     assert borrow(rainy, clean // 2) is None
@@ -610,6 +616,9 @@ def test_demo_set_is_made_once_and_again_if_unfinished(tmp_path):
     assert {f: (folder / f).stat().st_mtime_ns for f in files(folder)} == before
     (folder / "demo-set.txt").write_text("unfinished")
     (folder / "DID-MDN-test" / "heavy_coffee.jpg").unlink()
+    demo_set(tmp_path)
+    assert files(folder) == sorted(before)
+    shutil.rmtree(folder / "DID-MDN-test")  # the note that the set is whole stays
     demo_set(tmp_path)
     assert files(folder) == sorted(before)
 

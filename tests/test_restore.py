@@ -269,9 +269,10 @@ def test_self_ensemble_turns_and_flips_with_the_picture(count):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_at_any_scale_the_identity_changes_nothing(scale, dtype, monkeypatch):
     monkeypatch.setattr(module, "LEAST_COPY", 400)  # so that "auto" tries two
-    image = picture(37, 50, dtype)
-    output = restore(nn.Identity().eval(), image, scale=scale)
+    image, told = picture(37, 50, dtype), []
+    output = restore(nn.Identity().eval(), image, scale=scale, tell_scale=told.append)
     assert output.dtype == dtype and np.array_equal(output, image)
+    assert told == [1 if scale == "auto" else scale]
 
 
 def test_what_a_smaller_copy_loses_is_taken_from_the_picture_with_its_details():
