@@ -268,6 +268,8 @@ def append_all(entries, path=None):
             comment = "\n".join(f"# {line}" for line in textwrap.wrap(comment, 108))
             text += f"\n{comment}\n{name} = {literal(genotype)}\n"
         _replace(path, text)
+    if path == Path(__file__).resolve():
+        globals().update({name: genotype for name, (genotype, _) in entries.items()})  # for this process, too
 
 
 def _read(path):

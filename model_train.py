@@ -129,7 +129,7 @@ def from_supernet(net, genotype=None):
         for attention, choices, names in zip(cell.attention, mixed.attention, edges, strict=True):
             for edge, choice, name in zip(attention.edges, choices.edges, names, strict=True):
                 edge.load_state_dict(choice.operations[name].state_dict())
-    return fixed.to(net.alpha.device)
+    return fixed.to(net.alpha.device).train(net.training)
 
 
 def widen(net, channels, seed=0):
@@ -158,7 +158,7 @@ def widen(net, channels, seed=0):
                 tensor = tensor * shares.to(tensor.device)
         state[name] = tensor
     wide.load_state_dict(state)
-    return wide
+    return wide.train(net.training)
 
 
 def checkpoint(net, half=False):

@@ -114,7 +114,12 @@ def get_args_parser():
 def main(args):
     if args.weights:
         vars(args).update({k: v for k, v in FINE_TUNING.items() if k not in args.given})
-    run = Experiment("eval", args, get_args_parser(), DEMO | FINE_TUNING if args.weights else DEMO)
+    with Experiment("eval", args, get_args_parser(), DEMO | FINE_TUNING if args.weights else DEMO) as run:
+        return train(run)
+
+
+def train(run):
+    """Train, and keep the networks that did best on validation; returns the exit status."""
     args = run.args
     net = build(run)
     scenes = run.split()

@@ -143,7 +143,12 @@ def main(args):
         return 0
     if args.unrolled and args.arch_batch_statistics and args.sync_bn:
         raise UserError("--sync_bn: has no second derivative, which --unrolled needs; leave one of them out")
-    run = Experiment("search", args, get_args_parser(), DEMO)
+    with Experiment("search", args, get_args_parser(), DEMO) as run:
+        return search(run)
+
+
+def search(run):
+    """Search, and write the genotype found; returns the exit status."""
     args = run.args
     args.name = args.name or distributed.agree(time.strftime("search_%Y%m%d_%H%M%S"))
     collapse = runs.noted(run.folder, runs.SUMMARY, "collapse")

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -74,6 +75,9 @@ class Experiment:
     it was begun with.
 
     Under torchrun every rank has one, and all of them decide alike; that of rank 0 writes.
+
+    As a context it gives back at its end, however that comes, what the run has taken of the process: signals,
+    log, events and lock.
     """
 
     def __init__(self, kind, args, parser, demo):
@@ -94,6 +98,8 @@ class Experiment:
         self.saved = 0  # the step that last.pt is of
         self.state = self.state_file = None  # to go on from
         self.lock = None
+        self.taken = ExitStack()  # what is to be given back
+        self.signals = self.taken.enter_context(ExitStack())  # likewise
         self.damaged = None  # why the newest state cannot be gone on from
         self.stopping = None
         self.padded_mentioned = False
@@ -120,6 +126,13 @@ class Experiment:
             raise UserError(f"--resume {self.folder}: this run has finished, after step {self.step}{more}")
         self._check_processes()
         distributed.barrier()  # rank 0 does not touch the folder while others still look at it
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        with suppress(OSError) if error else nullcontext():  # a full disk has been told of
+            self.taken.close()
 
     def _begin(self, args, demo):
         """Settle the options, which are returned, and the folder of a new run."""
@@ -199,7 +212,8 @@ class Experiment:
         self.scenes = {part: [dataset.from_plain(fields) for fields in plain] for part, plain in scenes}
 
     def _claim(self):
-        self.lock = self.lock or lock_folder(self.folder, LOCK, "--save", self)
+        if self.lock is None:
+            self.lock = self.taken.enter_context(lock_folder(self.folder, LOCK, "--save", self))
 
     def network(self, make):
         """The network make(channels, residual), by the options. That of a resumed run has the weights in its
@@ -259,7 +273,8 @@ class Experiment:
         if self.args.amp and (why := slow_half(self.device)):
             log.warning("--amp: %s", why)
         self.buffers = Buffers(parts["net"])
-        self.handlers = heed_signals(self._stop)
+        for number, handler in heed_signals(self._stop).items():
+            self.signals.callback(signal.signal, number, handler)
 
     def _forget_what_is_gone(self):
         """A best network whose file was taken away is no longer to be beaten: the next one has its place."""
@@ -294,10 +309,11 @@ class Experiment:
                 runs.cut_back(self.folder, self.state.get("written"))
             else:
                 write_bytes(self.folder / "options.json", (json.dumps(options, indent=1) + "\n").encode())
-            open_log(log, self.folder)
+            self.taken.callback(open_log(log, self.folder))
             # Events of an epoch's end stand at its last step: they are kept if the epoch has its scores.
             redone = self.step + (not self.unscored())
             self.writer = open_writer(self.folder, redone if self.state else None)
+            self.taken.callback(self.writer.close)
         except OSError as error:
             raise UserError(f"--save {self.folder}: cannot be written: {error.strerror}") from None
         return self.folder
@@ -751,8 +767,7 @@ class Experiment:
             )
         if self.skipped or self.bad:
             log.warning("in all %d steps skipped and %d scenes left out", self.skipped, len(self.bad))
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.signals.close()
 
 
 def _write_once(write, first, *others):

@@ -55,17 +55,28 @@ def open_writer(folder, purge_step):
 
 
 def open_log(log, folder):
-    """Have a logger write to the screen, and to log.txt in a run's folder."""
+    """Have a logger write to the screen, and to log.txt in a run's folder; returns what ends that."""
     log.setLevel(logging.INFO)
     log.handlers = [TqdmHandler(), FileHandler(folder / "log.txt")]
     for handler in log.handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    threading.excepthook = partial(_leave_to_main, folder)
+    before, opened = threading.excepthook, log.handlers
+    threading.excepthook = partial(_leave_to_main, folder, before)
+
+    def close():
+        threading.excepthook = before
+        log.handlers = [logging.NullHandler()]
+        for handler in opened:
+            handler.close()
+
+    return close
 
 
-def _leave_to_main(folder, caught):
-    """What stops TensorBoard's thread, as a full disk does, is left to the main one, which raises it."""
-    if isinstance(caught.exc_value, OSError):
+def _leave_to_main(folder, before, caught):
+    """What stops TensorBoard's thread, as a full disk does, is left to the main one, which raises it. Other
+    threads' exceptions go to the hook that was there before.
+    """
+    if type(caught.thread).__module__.startswith("tensorboard.") and isinstance(caught.exc_value, OSError):
         caught.exc_value.filename = str(folder / "events.out.tfevents")
     else:
-        threading.__excepthook__(caught)
+        before(caught)

@@ -76,14 +76,16 @@ def restore(
 
     Raises:
         UserError: a tile or overlap that is not allowed; NotFinite for a network whose output is not finite.
-        ValueError: `image`, `scale` or `self_ensemble` is anything else, or `net` is in training mode.
+        ValueError: `image`, `scale` or `self_ensemble` is anything else, `net` is in training mode, or what
+            it returns is not of the shape of its input.
         RuntimeError, mostly torch.OutOfMemoryError: not even tiles of `SMALLEST_TILE` fit.
     """
     if not isinstance(image, np.ndarray):  # as None, which cv2.imread returns for no picture
         raise ValueError(f"image is a {type(image).__name__}, not an array of HxWx3 uint8 or uint16")
     if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(f"image is {image.dtype} of shape {image.shape}; HxWx3 uint8 or uint16 is allowed")
-    if net.training:
+    exported = isinstance(net, torch.fx.GraphModule)  # says that it is in training mode, whatever it is
+    if not exported and any(module.training for module in net.modules()):
         raise ValueError(
             "net is in training mode, where its output depends on the batch; call net.eval() first"
         )
@@ -263,7 +265,11 @@ def _forward(
     x = torch.from_numpy(patch.astype(np.float32) / np.iinfo(patch.dtype).max)
     x = x.to(device).permute(2, 0, 1)[None]  # channels last in memory, as it comes
     with torch.autocast(device.type, amp if isinstance(amp, torch.dtype) else None, enabled=bool(amp)):
-        y = _mean_of(self_ensemble, net, x) if self_ensemble else net(x).float()
+        y = _mean_of(self_ensemble, net, x) if self_ensemble else net(x)
+    if not (isinstance(y, torch.Tensor) and y.is_floating_point() and y.shape == x.shape):
+        what = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else type(y).__name__
+        raise ValueError(f"net returned {what}; floating point of shape {tuple(x.shape)} is wanted")
+    y = y.float()
     if not torch.isfinite(y).all():
         what_to_do = f"{'run it without --amp, or ' if amp else ''}check its checkpoint"
         raise NotFinite(f"the network's output is not finite; {what_to_do}")

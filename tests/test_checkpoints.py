@@ -392,9 +392,10 @@ def test_a_wider_network_computes_the_same_with_copies_that_part(training):
     torch.manual_seed(0)
     net = model_train.DerainNetwork(every_operation(), (2, 4, 6, 4), residual=True).double()
     warm_batch_norm(net)
-    wide = model_train.widen(net, (6, 12, 18, 12)).train(training)
+    wide = model_train.widen(net.train(training), (6, 12, 18, 12))
+    assert wide.training == training
     x = torch.rand(2, 3, 16, 24, dtype=torch.float64)
-    torch.testing.assert_close(wide(x), net.train(training)(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(wide(x), net(x), rtol=1e-9, atol=1e-9)
     wide(x).square().mean().backward()
     gradient = wide.stem[0].shortcut[0].weight.grad
     assert not torch.allclose(gradient[0], gradient[1])

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -779,6 +780,24 @@ def test_a_run_that_is_gone_has_closed_its_lock_file(finished, folder):
     del run
     gc.collect()
     assert lock.closed
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_a_run_that_fails_gives_back_what_it_took_of_the_process(started, folder):
+    """As in a notebook, which keeps the error and the run in it, where Ctrl-C would end the whole session."""
+    hook, threads = threading.excepthook, threading.active_count()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(UserError, match="^none$") as kept, new("--save", "run") as run:
+        run._make_folder()
+        if started:
+            run.start(net=network())
+            run.writer.add_scalar("loss", 1.0, 1)
+            assert signal.getsignal(signal.SIGINT) != before[signal.SIGINT]
+        raise UserError("none")
+    assert kept.value.__traceback__ is not None and run.lock.closed
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert threading.excepthook == hook and threading.active_count() == threads
+    assert not started or [type(handler) for handler in experiment.log.handlers] == [logging.NullHandler]
 
 
 @pytest.mark.parametrize("launched", [False, True])

@@ -113,6 +113,22 @@ def test_append_keeps_the_file_valid_and_what_was_there(vocabulary):
     assert tuple(namespace["found"]) == tuple(random_genotype(3))
 
 
+def test_what_a_search_found_is_there_for_a_training_in_the_same_process(vocabulary, monkeypatch):
+    monkeypatch.setattr(genotypes, "FILE", vocabulary)
+    monkeypatch.setattr(genotypes, "__file__", str(vocabulary))
+    entries = {name: (random_genotype(seed), "drawn") for seed, name in enumerate(("found_0", "found_1"))}
+    try:
+        genotypes.append_all(entries)
+        assert genotypes.find("found_0") == ("found_0", random_genotype(0))
+        assert genotypes.find(None) == ("found_1", random_genotype(1))
+    finally:
+        for name in entries:
+            vars(genotypes).pop(name, None)
+    monkeypatch.undo()
+    genotypes.append("elsewhere", random_genotype(2), "", vocabulary)
+    assert "elsewhere" not in vars(genotypes)
+
+
 def test_a_folder_whose_name_is_not_utf_8_does_not_cost_a_search_its_genotype(vocabulary):
     genotypes.append("found", random_genotype(3), os.fsdecode(b"data in d\xe9j\xe0"), vocabulary)
     assert "# data in d\\udce9j\\udce0\nfound = " in vocabulary.read_text(encoding="utf-8")

@@ -368,8 +368,38 @@ def test_the_networks_mistakes_do_not_become_pictures():
 
     with pytest.raises(UserError, match="not finite"):
         restore(NotANumber().eval(), picture(16, 16))
-    with pytest.raises(ValueError, match="training mode"):
-        restore(Darken(), picture(16, 16))
+    partly = nn.Sequential(nn.BatchNorm2d(3), Darken()).eval()
+    partly[0].train()
+    for net in (Darken(), partly):
+        with pytest.raises(ValueError, match="training mode"):
+            restore(net, picture(16, 16))
+
+
+@pytest.mark.parametrize(
+    ("output", "what"),
+    [
+        (lambda x: x[:, :1], "float32 of shape (1, 1, 16, 24); .* (1, 3, 16, 24)"),
+        (lambda x: x.mean((2, 3), keepdim=True), "float32 of shape (1, 3, 1, 1)"),
+        (lambda x: x.expand(2, -1, -1, -1), "float32 of shape (2, 3, 16, 24)"),
+        (lambda x: (255 * x).byte(), "uint8 of shape (1, 3, 16, 24)"),
+        (lambda x: x[0], "float32 of shape (3, 16, 24)"),
+        (lambda x: (x, x), "tuple; floating point"),
+    ],
+)
+def test_what_a_network_returns_has_the_shape_of_its_input(output, what):
+    class Other(nn.Module):
+        def forward(self, x):
+            return output(x)
+
+    with pytest.raises(ValueError, match=f"^net returned .*{what.replace('(', '[(]').replace(')', '[)]')}"):
+        restore(Other().eval(), picture(16, 24))
+
+
+def test_an_exported_network_restores_as_the_network_does(caplog):
+    caplog.set_level(logging.CRITICAL, "torch.__trace")  # thousands of lines, which pytest would keep
+    net, image = blur(radius=1), picture(16, 24)
+    exported = torch.export.export(net, (torch.rand(1, 3, 16, 24),)).module()
+    assert np.array_equal(restore(exported, image), restore(net, image))
 
 
 @pytest.mark.parametrize(
