@@ -55,7 +55,7 @@ def for_inference(net):
             for i in range(len(module) - 1):
                 if isinstance(module[i], nn.Conv2d) and isinstance(module[i + 1], nn.BatchNorm2d):
                     module[i] = fuse_conv_bn_eval(module[i], module[i + 1])
-                    module[i + 1] = nn.Identity()
+                    module[i + 1] = nn.Identity().eval()
         if isinstance(module, nn.ReLU):
             module.inplace = module not in firsts  # a first one's input is its block's, which others read
     return net.to(memory_format=torch.channels_last)
