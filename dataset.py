@@ -7,7 +7,7 @@ layouts of folders that are understood: support/layouts.py.
 """
 
 import hashlib
-import multiprocessing
+import multiprocessing.queues
 import os
 import re
 import signal
@@ -214,9 +214,10 @@ def read_half(half):
 
 def thumbnail(image):
     """256 values, mean 0 and norm 1, that hardly change when HxWx3 uint8 RGB is scaled or re-encoded."""
-    small = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (16, 16), interpolation=cv2.INTER_AREA)
-    vector = small.astype(np.float32).ravel() - small.mean()
-    return vector / max(np.linalg.norm(vector), 1e-6)
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)  # else rounding hides what is faint
+    small = cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA)
+    vector = small.ravel() - small.mean()
+    return vector / max(np.linalg.norm(vector), 0.1)  # a flat picture is like no other
 
 
 def same_pictures(thumbnails, threshold=0.998):
@@ -487,9 +488,11 @@ def batches(
 def start_worker(number):
     """Set up a loader's worker. It ignores signals to the whole group (Ctrl-C, `timeout`) or job (Slurm,
     systemd): the run heeds them, and needs its workers to end its step. SIGTERM from the run itself ends a
-    worker, as PyTorch counts on.
+    worker, as PyTorch counts on. So does a batch that finds no room in /dev/shm, or no file descriptor: the
+    run would wait for it for ever.
     """
     cv2.setNumThreads(0)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -467,7 +467,9 @@ def export(net, path):
             program.model.metadata_props.update(about)
             program.save(temporary)
         else:
-            torch.export.save(program, temporary, extra_files={"about.json": json.dumps(about)})
+            content = io.BytesIO()  # given a path, PyTorch aborts on a full disk, and on names not in UTF-8
+            torch.export.save(program, content, extra_files={"about.json": json.dumps(about)})
+            temporary.write_bytes(content.getvalue())
         os.replace(temporary, path)
     except ImportError as error:
         raise CheckpointError(

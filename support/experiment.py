@@ -55,10 +55,20 @@ log = logging.getLogger("manas")
 
 
 def commit():
-    """The short hash of the checked-out commit, "+" where files differ from it, "unknown" outside git."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    """The short hash of the checked-out commit, "+" where files differ from it, "unknown" outside git and in
+    a repository that does not have this file.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
+    other = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # as in a hook
+    run = partial(
+        subprocess.check_output,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name not in other},
+    )
     try:
-        return subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
+        run([*git, "ls-files", "--error-unmatch", Path(__file__).name])
+        return run([*git, "describe", "--always", "--dirty=+", "--exclude=*"]).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -722,12 +722,11 @@ def _check_name(path):
 
 
 def is_utf8(path: str | Path) -> bool:
-    """Whether a path is text in UTF-8, as OpenCV's videos and TensorBoard want it."""
+    """Whether a path is text in UTF-8 on the disk, as OpenCV's videos and TensorBoard want it."""
     try:
-        os.fspath(path).encode()
+        return os.fspath(path).encode() == os.fsencode(path)
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def video_name(path: str | Path) -> Path:

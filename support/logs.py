@@ -8,7 +8,7 @@ from types import ModuleType
 
 from tqdm import tqdm
 
-from support.command import silence
+from support.command import FULL_DISK, silence
 
 
 class NoWriter:
@@ -34,7 +34,9 @@ class FileHandler(logging.FileHandler):
 
 
 class TqdmHandler(logging.Handler):
-    """Prints log lines without breaking a progress bar. Their reader may leave: the log file has them all."""
+    """Prints log lines without breaking a progress bar. Their reader may leave, or the disk that they go to
+    may be full: the log file has them all.
+    """
 
     def emit(self, record):
         try:
@@ -42,6 +44,9 @@ class TqdmHandler(logging.Handler):
             sys.stdout.flush()
         except BrokenPipeError:
             silence(sys.stdout)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
 
 
 def open_writer(folder, purge_step):

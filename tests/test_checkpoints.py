@@ -3,8 +3,10 @@ And what is exported does what the network does.
 """
 
 import copy
+import errno
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -328,6 +330,20 @@ def test_onnx_at_any_size_equals_the_network(exported):
     assert rainy.shape == restored.shape == ["batch", 3, "height", "width"]
     assert session.get_modelmeta().custom_metadata_map["format"] == model_train.FORMAT
     assert_parity(net, lambda x: torch.from_numpy(session.run(["restored"], {"rainy": x.numpy()})[0]))
+
+
+def test_a_pt2_whose_disk_is_full_or_whose_name_is_no_text_is_not_an_abort(saved, tmp_path, monkeypatch):
+    net = model_train.load(saved[1])
+    monkeypatch.setattr(torch.export, "export", lambda *args, **options: None)  # which takes long
+    monkeypatch.setattr(torch.export, "save", lambda program, file, **options: file.write(b"program"))
+    path = tmp_path / os.fsdecode(b"l\xe9.pt2")
+    model_train.export(net, path)
+    assert path.read_bytes() == b"program"
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(Path, "write_bytes", lambda self, content: (_ for _ in ()).throw(full))
+    with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
+        model_train.export(net, path)
+    assert path.read_bytes() == b"program" and not list(tmp_path.glob(".*"))
 
 
 def test_a_package_that_onnx_lacks_is_named_before_anything_is_traced(saved, tmp_path, monkeypatch):

@@ -9,7 +9,9 @@ import shlex
 import signal
 import sys
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,6 +313,19 @@ def test_a_run_logs_on_when_nobody_reads_its_lines(unread, monkeypatch):
         handler.emit(logging.LogRecord("manas", logging.INFO, "", 0, line, (), None))
 
 
+def test_a_run_logs_on_when_the_disk_of_its_output_is_full(monkeypatch):
+    handler, record = logs.TqdmHandler(), logging.LogRecord("manas", logging.INFO, "", 0, "line", (), None)
+    for number in (errno.ENOSPC, errno.EIO):
+        out = SimpleNamespace(write=lambda text: None, flush=partial(fails_with, number))
+        monkeypatch.setattr(sys, "stdout", out)
+        with nullcontext() if number == errno.ENOSPC else pytest.raises(OSError):
+            handler.emit(record)
+
+
+def fails_with(number):
+    raise OSError(number, os.strerror(number))
+
+
 class Killed(torch.utils.data.Dataset):
     def __len__(self):
         return 4
@@ -330,7 +345,8 @@ def test_a_loader_process_that_is_killed_is_one_line(capsys, monkeypatch):
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
         r"train\.py: error: DataLoader worker \(pid\W.*\d\)? .*, as happens where memory or "
-        r"/dev/shm is full; fewer --workers need less; to go on from what was saved, use --resume",
+        r"/dev/shm is full, or too many files are open \(ulimit -n\); fewer --workers need less; "
+        r"to go on from what was saved, use --resume",
         line,
     )
 

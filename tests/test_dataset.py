@@ -1,8 +1,9 @@
 """From files to batches: the layouts, the parts, the draws, and what is said of files that are no good."""
 
+import errno
 import json
 import math
-import multiprocessing
+import multiprocessing.reduction
 import os
 import signal
 import subprocess
@@ -738,6 +739,21 @@ def test_an_unforeseen_error_ends_the_run_and_its_workers(tmp_path):
     assert done.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
 
 
+def test_a_batch_that_a_worker_cannot_hand_over_ends_the_run(tmp_path, monkeypatch):
+    """As where /dev/shm is full: the run would wait for it for ever."""
+    scenes = find_training([write_pairs(tmp_path, 3)], ["left"])
+    dumps, main = multiprocessing.reduction.ForkingPickler.dumps, os.getpid()
+
+    def no_room(batch, *args):
+        if os.getpid() != main:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return dumps(batch, *args)
+
+    monkeypatch.setattr(multiprocessing.reduction.ForkingPickler, "dumps", staticmethod(no_room))
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker \(pid"):
+        next(dataset.batches(scenes, 16, 1, seed=0, device="cpu", workers=1))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_begun_at_a_step_is_the_tail_of_the_whole(tmp_path, workers):
     scenes = find_training([write_pairs(tmp_path, 5)], ["left"])
@@ -929,7 +945,21 @@ def test_pictures_far_apart_in_a_long_list_are_one_background():
     assert dataset.same_pictures([*pictures], threshold=0.65) == expected
 
 
+def test_faint_pictures_are_told_apart_and_known_again():
+    image = photograph(0, 128, 192)
+    for contrast in (1, 0.3, 0.15):
+        faint, other = (
+            np.rint(40 + contrast * (p - p.mean())).clip(0, 255).astype(np.uint8)
+            for p in (image, photograph(1, 128, 192))
+        )
+        again = cv2.imdecode(cv2.imencode(".jpg", faint, [cv2.IMWRITE_JPEG_QUALITY, 90])[1], cv2.IMREAD_COLOR)
+        assert dataset.same_pictures([*map(dataset.thumbnail, (faint, again, other))]) == [0, 0, 2], contrast
+
+
 def test_flat_pictures_are_not_taken_for_one_another():
+    for size in ((32, 32), (37, 51)):  # whose means round
+        flat = [dataset.thumbnail(np.full((*size, 3), level, np.uint8)) for level in (9, 9, 201)]
+        assert dataset.same_pictures(flat) == [0, 1, 2]
     flat = dataset.thumbnail(np.full((32, 32, 3), 9, np.uint8))
     assert dataset.same_pictures([flat, flat, dataset.thumbnail(photograph(0))]) == [0, 1, 2]
 

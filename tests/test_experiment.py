@@ -782,6 +782,22 @@ def test_a_run_that_is_gone_has_closed_its_lock_file(finished, folder):
     assert lock.closed
 
 
+def test_the_commit_is_of_this_project_and_not_of_a_repository_around_it(tmp_path, monkeypatch):
+    if experiment.commit() == "unknown":
+        pytest.skip("not a git repository")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "other"]):
+        subprocess.run([*git, *words], check=True)
+    expected = experiment.commit()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))  # as in a hook
+    assert experiment.commit() == expected
+    copy = tmp_path / "manas" / "support"
+    copy.mkdir(parents=True)
+    monkeypatch.setattr(experiment, "__file__", str(copy / "experiment.py"))
+    Path(experiment.__file__).touch()
+    assert experiment.commit() == "unknown"
+
+
 @pytest.mark.parametrize("started", [True, False])
 def test_a_run_that_fails_gives_back_what_it_took_of_the_process(started, folder):
     """As in a notebook, which keeps the error and the run in it, where Ctrl-C would end the whole session."""
