@@ -454,7 +454,7 @@ def export(net, path):
     free = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        temporary.touch()  # first: torch.export raises an error of its own where it cannot write
+        temporary.touch()  # what cannot be written is said before tracing, which takes seconds
         if path.suffix == ".onnx":
             import onnxscript  # noqa: F401  PyTorch needs it, and would say so after tracing, seconds later
         # Else the file would take only sizes that need padding, as the example's does.
@@ -469,7 +469,7 @@ def export(net, path):
         else:
             content = io.BytesIO()  # given a path, PyTorch aborts on a full disk, and on names not in UTF-8
             torch.export.save(program, content, extra_files={"about.json": json.dumps(about)})
-            temporary.write_bytes(content.getvalue())
+            temporary.write_bytes(content.getbuffer())
         os.replace(temporary, path)
     except ImportError as error:
         raise CheckpointError(

@@ -22,6 +22,8 @@ from support import distributed
 from support.errors import Interrupted, UserError
 from support.restore import AUTO, MAYBE_OUT_OF_MEMORY, SMALLEST_TILE, is_out_of_memory
 
+# What PyTorch's loader says of a process that ended by itself, or whose batch cannot be received.
+LOST_WORKER = ("DataLoader worker (pid", "Too many open files")
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 EMPTY = re.compile(r"--\w+=")
 MISTAKES = UserError, GenotypeError, CheckpointError
@@ -156,7 +158,7 @@ def run(main, parser):
     except MAYBE_OUT_OF_MEMORY as error:
         if is_out_of_memory(error):
             sys.exit(_report(parser, f"error: {_out_of_memory(error, parser.format_usage())}", 2))
-        if str(error).startswith("DataLoader worker (pid"):  # PyTorch's, of one that ended by itself
+        if str(error).startswith(LOST_WORKER):
             sys.exit(_report(parser, f"error: {_lost_worker(error, parser.format_usage())}", 2))
         compiler = sys.modules.get("torch._dynamo.exc")  # there once something is to be compiled
         if compiler and isinstance(error, compiler.TorchDynamoException):
@@ -246,7 +248,7 @@ def silence(stream):
 def _out_of_memory(error, usage):
     """One line: what PyTorch or numpy says of memory, and which flags in `usage` make it need less."""
     what = str(error).partition(" GPU ")[0]
-    what = what.rpartition("DefaultCPUAllocator: ")[2].partition(" Error code ")[0]
+    what = what.rpartition("DefaultCPUAllocator: ")[2].partition(" Error code ")[0].partition("\n")[0]
     flags = [flag for flag in THRIFTY if flag in usage]
     return f"{(what or 'out of memory').rstrip('.')}. To use less memory, see {', '.join(flags) or '--help'}"
 

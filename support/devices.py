@@ -10,6 +10,10 @@ import torch
 from support import distributed
 from support.errors import UserError
 
+# What PyTorch says where a GPU is full, other than by torch.OutOfMemoryError; the last two by its libraries.
+GPU_IS_FULL = ("CUDA error: out of memory", "MPS backend out of memory")
+GPU_IS_FULL += ("_STATUS_ALLOC_FAILED", "unable to find an engine to execute")
+
 
 def pick_device(name=None):
     """The torch.device called `name`, or the best there is; UserError if it is not there.
@@ -68,6 +72,11 @@ def slow_half(device, kind=torch.bfloat16):
     if device.type != "cpu" or not x86 or torch.backends.cpu.get_cpu_capability() == "AVX512":
         return None
     return "this processor has no AVX-512, so bfloat16 is several times slower than float32; leave --amp out"
+
+
+def is_out_of_gpu_memory(error):
+    """Whether PyTorch found no room on a GPU, in whatever words it says so."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in GPU_IS_FULL)
 
 
 def device_name(device):

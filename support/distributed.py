@@ -21,7 +21,7 @@ from support.errors import Interrupted
 
 # The others wait for rank 0 while it reads a data set or writes a checkpoint, and at the end of a search.
 TIMEOUT = timedelta(hours=2)
-PARTING = 10  # seconds
+PARTING = 60  # seconds
 
 
 def launched():
@@ -81,8 +81,10 @@ def leave(status):
     parting.start()
     parting.join(PARTING)
     if parting.is_alive():
-        sys.stdout.flush()
-        os._exit(status)
+        try:
+            sys.stdout.flush()
+        finally:
+            os._exit(status)
 
 
 @lru_cache

@@ -30,7 +30,7 @@ from support.buffers import Buffers
 from support.cache import open_cache
 from support.check import pair_hint
 from support.command import announce_demo, heed_signals, script, stopped_by_sigterm
-from support.devices import be_deterministic, pick_device, slow_half
+from support.devices import be_deterministic, is_out_of_gpu_memory, pick_device, slow_half
 from support.errors import Interrupted, UserError
 from support.fast import compile_edges, compile_network, keep_freed_memory, no_compiler
 from support.images import is_utf8, write_bytes
@@ -58,7 +58,7 @@ def commit():
     """The short hash of the checked-out commit, "+" where files differ from it, "unknown" outside git and in
     a repository that does not have this file.
     """
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]  # no write to the user's .git
     other = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # as in a hook
     run = partial(
         subprocess.check_output,
@@ -68,7 +68,8 @@ def commit():
     )
     try:
         run([*git, "ls-files", "--error-unmatch", Path(__file__).name])
-        return run([*git, "describe", "--always", "--dirty=+", "--exclude=*"]).strip()
+        differs = run([*git, "status", "--porcelain", "--untracked-files=no"])
+        return run([*git, "describe", "--always", "--exclude=*"]).strip() + "+" * bool(differs)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -116,6 +117,14 @@ class Experiment:
         self.rate_from = 0.0, 0  # progress and step from which on the rate of steps is taken
         self.unreached = set()  # flags of STARTS that were warned of
         self.parser = parser
+        try:
+            self._settle(args, demo)
+        except BaseException:
+            self.taken.close()
+            raise
+
+    def _settle(self, args, demo):
+        """Settle the options, the folder and the device."""
         args = argparse.Namespace(**vars(args))
         self.given = vars(args).pop("given")
         if args.resume is None:
@@ -299,9 +308,9 @@ class Experiment:
     def _load(self, name, part):
         try:
             part.load_state_dict(self.state["parts"][name])
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            if is_out_of_gpu_memory(error):
+                raise
             raise UserError(
                 f"{self.folder}: the saved {name} does not fit this code (was an operation added to the "
                 f"search space?); begin a new run: {shorten(str(error), 200)}"

@@ -9,6 +9,7 @@ import gc
 import torch
 
 from support import distributed
+from support.devices import is_out_of_gpu_memory
 
 
 class Recorded:
@@ -55,7 +56,7 @@ class Recorded:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 outputs = self.function(own)
         except RuntimeError as error:  # ending a broken recording fails as well, which hides why
-            if isinstance(error.__context__, torch.OutOfMemoryError):
+            if is_out_of_gpu_memory(error.__context__):
                 raise error.__context__ from None
             raise
         self.pool = graph.pool()  # they share their memory, since they never run at once

@@ -18,8 +18,7 @@ def lock_folder(folder, name, flag, owner):
     UserError where another process is in it.
 
     It is a record lock: loader workers, which outlive a killed process by seconds, do not inherit that. Of
-    two owners in one process, such as a run that failed in a notebook and the one that resumes it, the first
-    that goes takes the lock of both along.
+    two owners in one process the first that goes takes the lock of both along.
     """
     try:
         handle = (folder / name).open("w")

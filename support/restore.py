@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from support.devices import is_out_of_gpu_memory
 from support.errors import UserError
 
 WHOLE_PIXELS = 2**20  # a picture of more goes through in tiles, whatever the device, so that results agree
@@ -21,12 +22,6 @@ SMALLEST_TILE = 64
 ENSEMBLES = (0, 4, 8)
 AUTO = "auto"  # scale
 MAYBE_OUT_OF_MEMORY = (MemoryError, RuntimeError, cv2.error)  # see `is_out_of_memory`
-# What PyTorch says where a GPU is full, other than by torch.OutOfMemoryError; the last is cuDNN's.
-GPU_IS_FULL = (
-    "CUDA error: out of memory",
-    "MPS backend out of memory",
-    "unable to find an engine to execute",
-)
 LEAST_COPY = 2**16  # pixels of the smallest copy that it tries: under half of a training picture
 
 log = logging.getLogger(__name__)
@@ -84,7 +79,8 @@ def restore(
         raise ValueError(f"image is a {type(image).__name__}, not an array of HxWx3 uint8 or uint16")
     if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(f"image is {image.dtype} of shape {image.shape}; HxWx3 uint8 or uint16 is allowed")
-    exported = isinstance(net, torch.fx.GraphModule)  # says that it is in training mode, whatever it is
+    # torch.export's says that it is in training mode, and its own `train` cannot tell it otherwise.
+    exported = isinstance(net, torch.fx.GraphModule) and "train" in vars(net)
     if not exported and any(module.training for module in net.modules()):
         raise ValueError(
             "net is in training mode, where its output depends on the batch; call net.eval() first"
@@ -159,11 +155,6 @@ def is_out_of_memory(error: Exception) -> bool:
         return error.code == cv2.Error.StsNoMem
     on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
     return on_cpu or is_out_of_gpu_memory(error)
-
-
-def is_out_of_gpu_memory(error: Exception) -> bool:
-    """Whether PyTorch found no room on a GPU, in whatever words it says so."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in GPU_IS_FULL)
 
 
 def forwards(

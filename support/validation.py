@@ -4,9 +4,9 @@ import torch
 
 import dataset
 from losses import external, ssim
-from support.devices import autocast
+from support.devices import autocast, is_out_of_gpu_memory
 from support.errors import UserError
-from support.restore import WHOLE_PIXELS, NotFinite, is_out_of_gpu_memory, restore
+from support.restore import WHOLE_PIXELS, NotFinite, restore
 
 
 def means(measured, bad=()):

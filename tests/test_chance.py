@@ -230,7 +230,8 @@ def test_a_supernet_is_loaded_as_it_was_saved(tmp_path):
     train_search_batch.save_supernet(net, tmp_path / "net.pt")
     loaded = train_search_batch.load_supernet(tmp_path / "net.pt")
     x = torch.rand(1, 3, 16, 16)
-    assert torch.equal(from_supernet(loaded).eval()(x), from_supernet(net).eval()(x))
+    assert torch.equal(from_supernet(loaded.eval())(x), from_supernet(net.eval())(x))
+    assert not from_supernet(net).training and from_supernet(net.train()).training
     torch.save({"format": train_search_batch.SUPERNET}, tmp_path / "empty.pt")
     with pytest.raises(CheckpointError, match=r"empty\.pt: channels None are not four even numbers"):
         train_search_batch.load_supernet(tmp_path / "empty.pt")

@@ -156,6 +156,10 @@ def test_folders_given_in_turn_are_all_taken(script):
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total\nof 8"),
             "CUDA out of memory. Tried to allocate 2.00 GiB",
         ),
+        (
+            torch.OutOfMemoryError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in"),
+            "CUDA error: out of memory. To",
+        ),
         (lambda: torch.empty(2**61, dtype=torch.uint8), "can't allocate memory: you tried to allocate"),
         (lambda: np.empty(2**61, np.uint8), "Unable to allocate 2.00 EiB for an array"),
         (MemoryError(), "out of memory"),
@@ -349,6 +353,17 @@ def test_a_loader_process_that_is_killed_is_one_line(capsys, monkeypatch):
         r"to go on from what was saved, use --resume",
         line,
     )
+
+
+def test_a_run_whose_loader_cannot_open_more_files_is_one_line_too(capsys, monkeypatch):
+    def main(args):
+        raise RuntimeError("Too many open files. Communication with the workers is no longer possible.")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        command.run(main, command.Parser(prog="train.py"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "Too many open files, as happens where" in line and "ulimit -n" in line
 
 
 def test_the_processes_of_a_machine_share_its_cores_for_their_loaders(monkeypatch):

@@ -798,6 +798,39 @@ def test_the_commit_is_of_this_project_and_not_of_a_repository_around_it(tmp_pat
     assert experiment.commit() == "unknown"
 
 
+def test_a_run_that_is_refused_lets_go_of_its_folder(folder, monkeypatch):
+    """However long its error is kept, as by a notebook."""
+    run, _ = begun()
+    run.save()
+    run.__exit__(None, None, None)
+    locks, lock_folder = [], experiment.lock_folder
+    monkeypatch.setattr(experiment, "lock_folder", lambda *of: locks.append(lock_folder(*of)) or locks[-1])
+    with pytest.raises(UserError, match="--seed 5") as kept:
+        resumed("--resume", "run", "--seed", "5")
+    assert kept.value.__traceback__ is not None and [lock.closed for lock in locks] == [True]
+
+
+def test_errors_in_a_users_own_threads_go_to_the_users_hook(folder, monkeypatch):
+    caught = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: caught.append(args.exc_type))
+    with begun()[0]:
+        thread = threading.Thread(target=(folder / "no" / "such").stat)
+        thread.start()
+        thread.join()
+    assert caught == [FileNotFoundError]
+
+
+def test_what_ended_a_run_is_told_and_not_what_closing_it_ran_into(folder):
+    run, _ = begun()
+    run.taken.callback((folder / "no" / "such").stat)
+    with pytest.raises(UserError, match="^the reason$"), run:
+        raise UserError("the reason")
+    run, _ = begun("--save", "other")
+    run.taken.callback((folder / "no" / "such").stat)
+    with pytest.raises(FileNotFoundError), run:
+        pass
+
+
 @pytest.mark.parametrize("started", [True, False])
 def test_a_run_that_fails_gives_back_what_it_took_of_the_process(started, folder):
     """As in a notebook, which keeps the error and the run in it, where Ctrl-C would end the whole session."""
@@ -813,7 +846,13 @@ def test_a_run_that_fails_gives_back_what_it_took_of_the_process(started, folder
     assert kept.value.__traceback__ is not None and run.lock.closed
     assert {number: signal.getsignal(number) for number in before} == before
     assert threading.excepthook == hook and threading.active_count() == threads
-    assert not started or [type(handler) for handler in experiment.log.handlers] == [logging.NullHandler]
+    if started:
+        assert [type(handler) for handler in experiment.log.handlers] == [logging.NullHandler]
+        assert not any(os.path.samefile(f"/proc/self/fd/{fd}", "run/log.txt") for fd in open_files())
+
+
+def open_files():
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
 
 
 @pytest.mark.parametrize("launched", [False, True])

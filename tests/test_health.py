@@ -101,10 +101,12 @@ def test_a_search_is_judged_by_the_means_over_betas_rows(tmp_path, monkeypatch):
         net.beta.zero_()[1:, 0] = 3
     judged = []
     monkeypatch.setattr(Health, "judge", lambda found, *given: judged.append(given))
+    framed = []
+    monkeypatch.setattr(health, "heat_map", lambda *given: framed.append(given[-1]))
     writer = SimpleNamespace(add_image=lambda *_, **__: None, add_scalar=lambda *_: None)
     run = SimpleNamespace(folder=tmp_path, step=1, writer=writer)
     Health(3).examine(run, 2, net, HEALTHY)
-    assert judged == []
+    assert judged == [] and framed == [*health.words(HEALTHY)]
     Health(3).examine(run, 3, net, HEALTHY)
     beta = net.beta.detach().double().softmax(-1)
     expected = health.entropy(beta).mean().item(), health.margin(beta).mean().item()

@@ -370,7 +370,7 @@ def test_the_networks_mistakes_do_not_become_pictures():
         restore(NotANumber().eval(), picture(16, 16))
     partly = nn.Sequential(nn.BatchNorm2d(3), Darken()).eval()
     partly[0].train()
-    for net in (Darken(), partly):
+    for net in (Darken(), partly, torch.fx.symbolic_trace(nn.Sequential(nn.BatchNorm2d(3)))):
         with pytest.raises(ValueError, match="training mode"):
             restore(net, picture(16, 16))
 
