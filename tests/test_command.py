@@ -124,6 +124,8 @@ def test_the_next_command_is_called_by_the_path_that_this_one_was(called, said, 
 
 def test_a_users_mistake_is_one_line_and_status_2_and_a_stop_130(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
+    parted = []
+    monkeypatch.setattr(distributed, "leave", parted.append)
     mistakes = UserError("a: bad"), CheckpointError("b: bad"), GenotypeError("c: bad")
     for error, status in (*((mistake, 2) for mistake in mistakes), (Interrupted("bad"), 130)):
 
@@ -136,6 +138,7 @@ def test_a_users_mistake_is_one_line_and_status_2_and_a_stop_130(capsys, monkeyp
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("train.py: ")
         assert line.endswith("bad")
+    assert parted == [2, 2, 2, 130]
 
 
 @pytest.mark.parametrize("script", ["search", "train"])
