@@ -674,8 +674,8 @@ def summarise(rows, facts):
         for whose, found in (("outputs", output), ("inputs", untouched)):
             left_out = [f"{count} of {metric}" for metric, count in found["left_out"].items() if count]
             if left_out:
-                found_alone = ", ".join(left_out)
-                lines.append(f"  {whose} not in the means (equal images, or under 11 pixels): {found_alone}")
+                why = "equal images, or under 11 pixels"
+                lines.append(f"  {whose} not in the means ({why}): {', '.join(left_out)}")
     how = "".join(f", {name} {value}" for name, value in in_words(facts["options"]).items())
     lines.insert(0, f"scores of {facts['checkpoint']}{how}, on the 8-bit pictures; PSNR in dB")
     missing, alone = facts["pictures"] - len(rows), facts["without_partner"]
