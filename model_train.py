@@ -121,7 +121,7 @@ def begin_as_identity(net):
 def from_supernet(net, genotype=None):
     """The fixed network of a genotype (default: the supernet's), with copies of the supernet's weights."""
     genotype = genotype or net.genotype()
-    fixed = DerainNetwork(genotype, net.channels, net.residual)
+    fixed = DerainNetwork(genotype, net.channels, net.residual).to(net.alpha)
     fixed.load_state_dict(net.state_dict(), strict=False)  # the stem and all else that there is no choice of
     for cell, mixed, kinds, edges in zip(fixed.cells, net.cells, *genotype, strict=True):
         for module, choices, kind in zip(cell.multi_scale, mixed.multi_scale, kinds, strict=True):
@@ -129,7 +129,7 @@ def from_supernet(net, genotype=None):
         for attention, choices, names in zip(cell.attention, mixed.attention, edges, strict=True):
             for edge, choice, name in zip(attention.edges, choices.edges, names, strict=True):
                 edge.load_state_dict(choice.operations[name].state_dict())
-    return fixed.to(net.alpha.device).train(net.training)
+    return fixed.train(net.training)
 
 
 def widen(net, channels, seed=0):

@@ -82,6 +82,13 @@ def test_one_hot_supernet_equals_the_fixed_network(seed):
         torch.testing.assert_close(fixed(x), net(x), rtol=0, atol=1e-5)
 
 
+def test_weights_taken_from_a_supernet_are_copies_in_its_precision():
+    net = SearchNetwork(SMALL).double()
+    state = net.state_dict()
+    for name, tensor in model_train.from_supernet(net).stem.state_dict(prefix="stem.").items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=0)
+
+
 def test_fixed_network_holds_only_what_was_chosen():
     genotype = random_genotype(1)
     net = DerainNetwork(genotype, SMALL)
