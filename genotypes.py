@@ -229,8 +229,9 @@ def check_new_name(name, path=None):
         raise GenotypeError(
             f"--name {name}: not a Python identifier (letters, digits and _, no digit first, no keyword)"
         )
+    text = _read(path)
     try:
-        tree = ast.parse(_read(path))
+        tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
         raise GenotypeError(f"{path}: is not Python: {error}; repair it") from None
     taken = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -173,8 +173,9 @@ def test_a_file_that_is_being_edited_is_told(vocabulary, data, said):
     else:
         vocabulary.write_bytes(data)
     for add in (partial(genotypes.append, genotype=random_genotype(3), comment=""), genotypes.check_new_name):
-        with pytest.raises(GenotypeError, match=rf"genotypes\.py: {said}$"):
+        with pytest.raises(GenotypeError, match=rf"genotypes\.py: {said}$") as error:
             add("found", path=vocabulary)
+        assert str(error.value).count("genotypes.py: ") == str(error.value).count("repair it") == 1
     assert (vocabulary.read_bytes() if vocabulary.exists() else None) == data
 
 
