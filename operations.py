@@ -479,7 +479,7 @@ class Head(nn.Module):
 
 def check_channels(channels):
     """The four branch widths as a tuple; ValueError unless they are four positive even numbers."""
-    channels = tuple(int(c) for c in channels)
+    channels = tuple(channels)
     if len(channels) != 4 or any(c < 2 or c % NODES for c in channels):
         raise ValueError(f"channels must be four positive even numbers, finest scale first, not {channels}")
-    return channels
+    return tuple(map(int, channels))

@@ -154,7 +154,7 @@ def test_transition_halves_the_coarsest_branch_as_it_was():
     torch.testing.assert_close(new, transition.new(x))
 
 
-@pytest.mark.parametrize("channels", [(4, 4, 4), (4, 4, 4, 3), (0, 4, 4, 4), (4, 4, 4, -2)])
+@pytest.mark.parametrize("channels", [(4, 4, 4), (4, 4, 4, 3), (0, 4, 4, 4), (4, 4, 4, -2), (4, 4, 4, 4.5)])
 def test_impossible_widths_are_refused(channels):
     with pytest.raises(ValueError, match="four positive even numbers"):
         operations.check_channels(channels)
