@@ -136,6 +136,8 @@ def _ssim_map(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _check(output: np.ndarray, target: np.ndarray) -> None:
     for name, image in (("output", output), ("target", target)):
+        if not isinstance(image, np.ndarray):  # as None, which cv2.imread returns for no picture
+            raise ValueError(f"{name} is a {type(image).__name__}; HxWx3 uint8 RGB is allowed")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise ValueError(f"{name} is {image.dtype} of shape {image.shape}; HxWx3 uint8 RGB is allowed")
     if output.shape != target.shape:

@@ -117,6 +117,7 @@ def test_images_under_11_pixels_a_side_have_psnr_but_no_ssim(height, width):
         (np.zeros((12, 12, 4), np.uint8), r"\(12, 12, 4\)"),
         (np.zeros((3, 12, 12), np.uint8), r"\(3, 12, 12\)"),
         (np.zeros((0, 12, 3), np.uint8), r"\(0, 12, 3\)"),
+        (None, "NoneType"),
     ],
 )
 def test_anything_but_8_bit_rgb_is_refused_with_what_was_given(output, found):
