@@ -567,8 +567,10 @@ def _encode(path: Path, image: np.ndarray, quality: int, subsampled: bool) -> by
         raise UserError(
             f"{path}: cannot be written with {suffix or 'no'} extension; give one of {' '.join(EXTENSIONS)}"
         )
+    image = np.asarray(image)
     channels = image.shape[2] if image.ndim == 3 else 1
-    if image.ndim not in (2, 3) or channels not in (1, 3, 4) or image.dtype not in (np.uint8, np.uint16):
+    is_shaped = image.ndim in (2, 3) and channels in (1, 3, 4) and image.size
+    if not is_shaped or image.dtype not in (np.uint8, np.uint16):
         given = f"{image.dtype} of shape {image.shape}"
         raise ValueError(f"image is {given}; HxW, HxWx3 or HxWx4 of uint8 or uint16 is allowed")
     if image.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):

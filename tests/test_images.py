@@ -685,7 +685,16 @@ def test_a_folder_that_cannot_be_written_is_told_from_a_name_that_cannot(tmp_pat
     assert not isinstance(error.value, CannotWrite)
 
 
-@pytest.mark.parametrize("image", [np.zeros((8, 8, 3)), np.zeros((8, 8, 2), np.uint8), np.zeros(8, np.uint8)])
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8, 3)),
+        np.zeros((8, 8, 2), np.uint8),
+        np.zeros(8, np.uint8),
+        np.zeros((0, 8, 3), np.uint8),
+        None,
+    ],
+)
 def test_arrays_that_are_no_image_are_refused(tmp_path, image):
     with pytest.raises(ValueError, match=r"image is .*; HxW, HxWx3 or HxWx4 of uint8 or uint16 is allowed"):
         write_image(tmp_path / "x.png", image)
