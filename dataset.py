@@ -226,6 +226,8 @@ def same_pictures(thumbnails, threshold=0.998):
 
     In Rain800 copies of a photograph correlate above 0.9996 and different ones below 0.994.
     """
+    if not thumbnails:
+        return []
     stack = np.stack(thumbnails)
     first = np.arange(len(stack))
     for begin in range(0, len(stack), 256):  # by matrix products: one by one, 600,000 pictures take hours

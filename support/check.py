@@ -346,9 +346,8 @@ def _scores(looks):
 def _groups(looks):
     """The looks of each background, in a list of lists; looks without a thumbnail are left out."""
     looks = [look for look in looks if look.thumbnail is not None]
-    firsts = same_pictures([look.thumbnail for look in looks]) if looks else []
     groups = {}
-    for look, first in zip(looks, firsts, strict=True):
+    for look, first in zip(looks, same_pictures([look.thumbnail for look in looks]), strict=True):
         groups.setdefault(first, []).append(look)
     return list(groups.values())
 

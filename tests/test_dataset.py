@@ -971,6 +971,8 @@ def test_under_three_backgrounds_are_refused(tmp_path):
             write_image(tmp_path / "rain" / f"{i}_{k}.png", rain_on(photograph(i), k))
     with pytest.raises(UserError, match="2 different backgrounds.*at least 3"):
         split(find_training([tmp_path]))
+    with pytest.raises(UserError, match="0 different backgrounds.*at least 3"):
+        split([])
 
 
 # --- bad input ---
