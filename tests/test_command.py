@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -27,11 +29,40 @@ from support.errors import Interrupted, UserError
 
 SCRIPTS = {"search": train_search_batch, "train": train_model_batch, "view": test_view}
 ROOT = Path(test_view.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("support/[!_]*.py")])
+}
 COMMANDS = [
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py")])
-    if "def get_args_parser(" in path.read_text(encoding="utf-8")
+    name for name, path in MODULES.items() if "def get_args_parser(" in path.read_text(encoding="utf-8")
 ]
+
+
+def python(code, folder, *path):
+    """What a new process of Python prints that works in a folder and finds modules there, or in `path`."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    run = [sys.executable, "-B", "-c", code]
+    return subprocess.run(run, cwd=folder, env=environment, stdout=subprocess.PIPE, check=True).stdout
+
+
+def test_at_an_import_nothing_happens_and_pictures_know_nothing_of_networks(tmp_path):
+    networks = "{'operations', 'model_search', 'model_train'}"
+    code = f"import sys, dataset, support.metrics; print({networks} & {{*sys.modules}})"
+    assert python(f"{code}; import {', '.join(MODULES)}", tmp_path, ROOT).split() == [b"set()"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_method_can_be_copied_out_and_used_alone(tmp_path):
+    for name in ("genotypes", "operations", "model_search", "model_train", "losses"):
+        shutil.copy(MODULES[name], tmp_path)
+    code = (
+        "import losses, model_search, model_train, torch;"
+        "net = model_train.from_supernet(model_search.SearchNetwork((2, 2, 2, 2)));"
+        "model_train.save(net, 'net.pt');"
+        "x = torch.rand(1, 3, 13, 11);"
+        "print(losses.ssim(model_train.load('net.pt')(x), x).isfinite().all().item())"
+    )
+    assert python(code, tmp_path).split() == [b"True"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
