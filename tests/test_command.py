@@ -70,6 +70,9 @@ def test_every_command_prints_its_help(name):
     parser = importlib.import_module(name).get_args_parser()
     assert "--help" in parser.format_help()
     assert [action.dest for action in parser._actions if not action.help] == []
+    for action in parser._actions:
+        if said := re.search(r"\(default: ([\d. ]+)[;)]", action.help):  # written out, not by %(default)s
+            assert list(map(float, said[1].split())) == [*np.ravel(action.default)], action.dest
 
 
 @pytest.mark.parametrize(
