@@ -396,17 +396,31 @@ def _is_whole_jpeg(data: bytes) -> bool:
 
 
 def _is_whole_png(data: bytes) -> bool:
-    position = 8
-    while position + 12 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, position)
-        end = position + 8 + length
+    for name, chunk in _png_chunks(data):
         critical = name[:1].isupper()  # libpng forgives a wrong checksum in the others
-        if critical and data[end : end + 4] != zlib.crc32(data[position + 4 : end]).to_bytes(4, "big"):
+        if critical and chunk[-4:] != zlib.crc32(chunk[4:-4]).to_bytes(4, "big"):
             return False
         if name == b"IEND":
             return True
-        position = end + 4
     return False
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The name of each chunk, and all of it: from its length to its checksum."""
+    position = 8
+    while position + 12 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        yield name, data[position:end]
+        position = end
+
+
+def _without_animation(data: bytes) -> bytes:
+    """A PNG's still picture: OpenCV 5 reads the first frame in its place, and crashes on damaged ones."""
+    if b"acTL" not in data:
+        return data
+    still = (chunk for name, chunk in _png_chunks(data) if name not in (b"acTL", b"fcTL", b"fdAT"))
+    return data[:8] + b"".join(still)
 
 
 def _is_lossless_webp(data: bytes) -> bool:
@@ -434,6 +448,8 @@ def _decode(path: str | Path, data: bytes, header: _Header) -> np.ndarray:
         )
     if header.format == "JPEG":
         _check_coded_pixels(path, data)
+    if header.format == "PNG":
+        data = _without_animation(data)
     try:
         with _quiet:
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)

@@ -344,7 +344,10 @@ def test_exif_orientation_is_applied_also_with_alpha(tmp_path, format, alpha, or
     assert apart(load(tmp_path / "out.png").rgb, picture.rgb) == 0  # not turned twice
 
 
-@pytest.mark.parametrize("format, options", [("TIFF", {}), ("PNG", {}), ("WEBP", {"lossless": True})])
+@pytest.mark.parametrize(
+    "format, options",
+    [("TIFF", {}), ("PNG", {}), ("PNG", {"default_image": True}), ("WEBP", {"lossless": True})],
+)
 def test_of_several_pages_or_frames_the_first_is_read_and_it_is_said(tmp_path, caplog, format, options):
     more = [Image.fromarray(noise((48, 64, 3))), Image.fromarray(255 - smooth())]
     Image.fromarray(smooth()).save(tmp_path / "x", format, save_all=True, append_images=more, **options)
