@@ -440,7 +440,7 @@ def _decode(path: str | Path, data: bytes, header: _Header) -> np.ndarray:
         # OpenCV takes a spare byte of a BMP for alpha, and turns the white of 16 bits grey. In a TIFF it
         # leaves damaged strips black, without a word; and in one of 8 bits it multiplies the colours by the
         # alpha, drops the alpha of grey, and makes one up for CMYK.
-        return _decode_with_pillow(path, data)
+        return _decode_with_pillow(path, data, header)
     if header.odd:
         raise UserError(
             f"{path}: is a {header.bits}-bit TIFF with white as zero or a plane for each colour, which "
@@ -504,9 +504,12 @@ def _small(path: str | Path, data: bytes) -> np.ndarray:
         return np.asarray(image)
 
 
-def _decode_with_pillow(path: str | Path, data: bytes) -> np.ndarray:
+def _decode_with_pillow(path: str | Path, data: bytes, header: _Header) -> np.ndarray:
     with _pillow(path, "is truncated or damaged, or of a kind that Pillow lacks"):
         image = Image.open(io.BytesIO(data))  # which turns a TIFF by itself
+        end = image.tile[-1][1][2:]  # of the last strip or tile: what has none would be black
+        if end != (header.size if header.orientation >= 5 else header.size[::-1]):
+            raise ValueError(f"its strips end at {end}")
         mode = {"1": "L", "L": "L", "LA": "RGBA", "PA": "RGBA", "RGBA": "RGBA"}.get(image.mode, "RGB")
         pixels = np.asarray(image.convert(mode))
     if pixels.ndim == 2:

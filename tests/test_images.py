@@ -506,6 +506,15 @@ def test_a_tiff_with_a_damaged_strip_is_refused(tmp_path):
     refused(tmp_path / "x.tif", "damaged", (load, read_image))
 
 
+def test_a_tiff_with_fewer_strips_than_its_height_is_refused(tmp_path):
+    """Pillow leaves what has none black and says nothing."""
+    data = encoded(noise((60, 80, 3)), "TIFF")
+    taller = data.replace(struct.pack("<HHII", 257, 4, 1, 60), struct.pack("<HHII", 257, 4, 1, 90))
+    assert taller != data
+    (tmp_path / "x.tif").write_bytes(taller)
+    refused(tmp_path / "x.tif", "damaged", (load, read_image))
+
+
 def test_natural_order_takes_digits_of_any_script(tmp_path):
     names = ["\u06631.png", "\u00b2.png", "1.png", "a1.png", "a10.png", "a2.png"]
     for name in names:
