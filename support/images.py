@@ -7,6 +7,7 @@ truncated JPEG, some versions of OpenCV return an array with a grey bottom, with
 import errno
 import io
 import logging
+import operator
 import os
 import re
 import shutil
@@ -348,7 +349,8 @@ def _read_header(path: str | Path, file: io.BufferedIOBase) -> _Header:
 def _parse_header(image: Image.Image) -> _Header:
     tiff = image.format == "TIFF"
     tags = image.tag_v2 if tiff else _exif(image)
-    width, height = (tags[_WIDTH], tags[_HEIGHT]) if tiff else image.size  # newer Pillow turns a TIFF's size
+    # Newer Pillow turns a TIFF's size; older lets a damaged one be text.
+    width, height = map(operator.index, (tags[_WIDTH], tags[_HEIGHT]) if tiff else image.size)
     orientation = tags.get(_ORIENTATION)
     if orientation not in range(1, 9):
         orientation = 1

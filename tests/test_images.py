@@ -506,6 +506,12 @@ def test_a_tiff_with_a_damaged_strip_is_refused(tmp_path):
     refused(tmp_path / "x.tif", "damaged", (load, read_image))
 
 
+def test_a_tiff_whose_width_is_text_is_refused(tmp_path):
+    data = encoded(noise((48, 53, 3)), "TIFF")  # 53 is the letter 5
+    (tmp_path / "x.tif").write_bytes(data.replace(struct.pack("<HH", 256, 4), struct.pack("<HH", 256, 2)))
+    refused(tmp_path / "x.tif", "damaged")
+
+
 def test_a_tiff_with_fewer_strips_than_its_height_is_refused(tmp_path):
     """Pillow leaves what has none black and says nothing."""
     data = encoded(noise((60, 80, 3)), "TIFF")
