@@ -22,6 +22,8 @@ from support.lock import lock_folder
 
 FILES = ".done.*.jsonl"
 LOCK = ".done.lock"
+# What is raised by a line that a kill has cut off or a power cut has spoilt, or that is of no picture.
+_NO_PICTURE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class Journal:
@@ -94,11 +96,10 @@ class Journal:
         from before there was a ground truth, does not count as done.
         """
         for line in self._lines():
-            entry = _entry(*line["entry"])
-            name = entry.row["name"]
+            entry, name = line["entry"], line["name"]
             if line["key"] != self.key or name not in sources:
                 continue
-            stamps = line["sources"], line["result"]
+            stamps = line.get("sources"), line.get("result")
             if line.get("run") == self.run or stamps == (_sources(sources[name]), self._results(entry)):
                 yield name, entry
 
@@ -114,11 +115,10 @@ class Journal:
         """{result: data} of what was done of other data than this run's; results as paths in the folder."""
         data, others = json.loads(self.key).get("data"), {}
         for line in self._lines():
-            of, file = json.loads(line["key"]).get("data"), _entry(*line["entry"]).file
-            if of == data:
-                others.pop(file, None)  # written anew since then
+            if line["data"] == data:
+                others.pop(line["entry"].file, None)  # written anew since then
             else:
-                others[file] = of
+                others[line["entry"].file] = line["data"]
         return others
 
     def last_number(self):
@@ -128,9 +128,9 @@ class Journal:
         data = json.loads(self.key).get("data")
         return max(
             (
-                _entry(*line["entry"]).number
+                line["entry"].number
                 for line in self._lines()
-                if line["key"] == self.key or json.loads(line["key"]).get("data") != data
+                if line["key"] == self.key or line["data"] != data
             ),
             default=0,
         )
@@ -138,14 +138,15 @@ class Journal:
     def _lines(self):
         """What the journals tell of pictures."""
         for journal in sorted(self.out.glob(FILES)):
-            with _told(journal, "read", UserError), open(journal, encoding="utf-8") as lines:
+            with _told(journal, "read", UserError), open(journal, "rb") as lines:
                 for text in lines:
                     try:
                         line = json.loads(text)
-                    except ValueError:  # the run was killed within this line
+                        line |= {"name": line["entry"][0]["name"], "entry": _entry(*line["entry"])}
+                        line["data"] = json.loads(line["key"]).get("data")
+                    except _NO_PICTURE:
                         continue
-                    if "entry" in line:
-                        yield line
+                    yield line
 
 
 @contextmanager
@@ -180,4 +181,4 @@ def _files(entry):
 
 def _entry(row, file, size, thumbnails, shown, number):
     paths = ({kind: Path(path) for kind, path in of.items()} for of in (thumbnails, shown))
-    return Entry(row, Path(file), tuple(size), *paths, number)
+    return Entry(row, Path(file), tuple(size), *paths, int(number))
