@@ -183,6 +183,9 @@ def main(args):
     if not distributed.is_main():
         return 0  # what follows is done once
     done = dict(journal.done(files))
+    if not status and len(done) < len(files):
+        lost = f"{len(files) - len(done)} of {len(files)} results are gone, or of files that have changed"
+        failures, status = [f"{out}: {lost}; --skip_done restores them"], 1
     gallery.entries = [done[name] for name in files if name in done]
     left_out = closed + [f"{file}: has no partner, so it is left out" for file in found.unpaired]
     if left_out:
