@@ -351,6 +351,8 @@ def _parse_header(image: Image.Image) -> _Header:
     tags = image.tag_v2 if tiff else _exif(image)
     # Newer Pillow turns a TIFF's size; older lets a damaged one be text.
     width, height = map(operator.index, (tags[_WIDTH], tags[_HEIGHT]) if tiff else image.size)
+    # Not counted in what will be refused: older Pillow then makes room for its pixels.
+    alone = image.format in ("JPEG", "MPO") or width * height > MAX_PIXELS
     orientation = tags.get(_ORIENTATION)
     if orientation not in range(1, 9):
         orientation = 1
@@ -363,7 +365,7 @@ def _parse_header(image: Image.Image) -> _Header:
         orientation=orientation,
         odd=tiff and (tags.get(_PHOTOMETRIC) == 0 or (tags.get(_PLANES) == 2 and tags.get(_SAMPLES, 1) > 1)),
         clear=image.info.get("transparency") if image.mode in _GREY else None,
-        frames=1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1),
+        frames=1 if alone else getattr(image, "n_frames", 1),
     )
 
 

@@ -555,6 +555,10 @@ def test_absurd_sizes_are_refused_from_the_header(tmp_path):
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     refused(tmp_path / "bomb.png", "100000x100000 pixels")
+    pages = encoded(smooth(), "TIFF", save_all=True, append_images=[Image.fromarray(smooth())])
+    wide = pages.replace(struct.pack("<HHII", 256, 4, 1, 64), struct.pack("<HHII", 256, 4, 1, 2**30), 1)
+    (tmp_path / "bomb.tif").write_bytes(wide)
+    refused(tmp_path / "bomb.tif", "1073741824x48 pixels")
 
 
 def test_the_bound_on_pixels_is_exact(tmp_path, monkeypatch):
