@@ -31,75 +31,51 @@ LARGEST_PATCH = 2**14  # pixels a side: 2^28 in all, as many as a picture may ha
 THRIFTY = ("--accumulate", "--batch_size", "--amp", "--no_graphs", "--tile")  # flags that need less memory
 
 
-def positive(text):
-    return _number(text, int, lambda value: 1 <= value < 2**31, "a whole number from 1, less than 2**31")
+def _number(kind, allowed, expected):
+    """A `type` for argparse: a number of that kind that is allowed; expected: which ones are, in words."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not allowed(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return value
+
+    return parse
 
 
-def natural(text):
-    return _number(text, int, lambda value: value >= 0, "a whole number from 0")
-
-
-def workers(text):
-    return _number(text, int, lambda value: 0 <= value <= 1024, "a whole number from 0 to 1024")
-
-
-def above_zero(text):
-    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
-
-
-def not_negative(text):
-    return _number(text, float, lambda value: 0 <= value < math.inf, "a number from 0")
-
-
-def even(text):
-    expected = f"an even number from 2 to {MAX_CHANNELS}"
-    return _number(text, int, lambda value: 2 <= value <= MAX_CHANNELS and value % 2 == 0, expected)
-
-
-def patch(text):
-    expected = f"a whole number from {SSIM_WINDOW} to {LARGEST_PATCH}"
-    return _number(text, int, lambda value: SSIM_WINDOW <= value <= LARGEST_PATCH, expected)
-
-
-def side(text):
-    return _number(text, int, lambda value: value >= 16, "a whole number from 16")
+positive = _number(int, lambda value: 1 <= value < 2**31, "a whole number from 1, less than 2**31")
+natural = _number(int, lambda value: value >= 0, "a whole number from 0")
+workers = _number(int, lambda value: 0 <= value <= 1024, "a whole number from 0 to 1024")
+seed = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
+side = _number(int, lambda value: value >= 16, "a whole number from 16")
+patch = _number(
+    int,
+    lambda value: SSIM_WINDOW <= value <= LARGEST_PATCH,
+    f"a whole number from {SSIM_WINDOW} to {LARGEST_PATCH}",
+)
+even = _number(
+    int,
+    lambda value: 2 <= value <= MAX_CHANNELS and value % 2 == 0,
+    f"an even number from 2 to {MAX_CHANNELS}",
+)
+tile = _number(
+    int,
+    lambda value: value == 0 or (value >= SMALLEST_TILE and value % 8 == 0),
+    f"0 or a multiple of 8 from {SMALLEST_TILE} on",
+)
+above_zero = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+not_negative = _number(float, lambda value: 0 <= value < math.inf, "a number from 0")
+share = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+decay = _number(float, lambda value: 0 <= value < 1, "a number from 0, less than 1")
+angle = _number(float, lambda value: 0 <= value <= 90, "a number of degrees from 0 to 90")
+_scale = _number(float, lambda value: 0 < value <= 1, f"{AUTO} or a number above 0 and up to 1")
 
 
 def scale(text):
-    if text == AUTO:
-        return text
-    return _number(text, float, lambda value: 0 < value <= 1, f"{AUTO} or a number above 0 and up to 1")
-
-
-def tile(text):
-    expected = f"0 or a multiple of 8 from {SMALLEST_TILE} on"
-    return _number(text, int, lambda side: side == 0 or (side >= SMALLEST_TILE and side % 8 == 0), expected)
-
-
-def share(text):
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def decay(text):
-    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0, less than 1")
-
-
-def angle(text):
-    return _number(text, float, lambda value: 0 <= value <= 90, "a number of degrees from 0 to 90")
-
-
-def seed(text):
-    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
-
-
-def _number(text, kind, allowed, expected):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not allowed(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-    return value
+    return text if text == AUTO else _scale(text)
 
 
 def script(name):
