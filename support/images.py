@@ -53,7 +53,7 @@ _QUALITY = {
     ".webp": cv2.IMWRITE_WEBP_QUALITY,
 }
 _NO_IMAGE = "is no JPEG, PNG, BMP, TIFF or WebP image of 8 or 16 bits, or is damaged"
-_NO_LOSS = 101  # OpenCV's quality of a lossless WebP
+_USUAL, _NO_LOSS = 95, 101  # quality; 101 is OpenCV's of a lossless WebP
 
 _OF_THE_SYSTEM = ("@eaDir", "lost+found")  # folders: Synology's thumbnails, root's alone on any disk of ext4
 _OF_THE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
@@ -135,12 +135,12 @@ def _say_frames(path, frames):
     log.warning("%s: holds %d pages or frames; only the first is read", path, frames)
 
 
-def save(path: str | Path, picture: Picture, quality: int = 95) -> None:
+def save(path: str | Path, picture: Picture) -> None:
     """Write `picture` with its own channels and bits, as far as the format of that name holds them.
 
     The colours of a grey picture, which a network may have let drift apart, are joined by BT.601 luma. Grey
-    with alpha is written as RGBA, since OpenCV has no other; a lossless WebP stays one, whatever the quality.
-    The rest is as in `write_image`.
+    with alpha is written as RGBA, since OpenCV has no other; a lossless WebP stays one. The rest is as in
+    `write_image`.
     """
     image = picture.rgb
     if picture.grey:
@@ -148,7 +148,7 @@ def save(path: str | Path, picture: Picture, quality: int = 95) -> None:
     if picture.alpha is not None:
         colours = [image] * 3 if picture.grey else [image]
         image = np.dstack([*colours, picture.alpha])
-    write_image(path, image, _NO_LOSS if picture.lossless else quality)
+    write_image(path, image, _NO_LOSS if picture.lossless else _USUAL)
 
 
 def in_grey(rgb: np.ndarray) -> np.ndarray:
@@ -190,7 +190,7 @@ def _first_bytes(path: str | Path) -> _Header:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def write_image(path: str | Path, image: np.ndarray, quality: int = 95, subsampled: bool = True) -> None:
+def write_image(path: str | Path, image: np.ndarray, quality: int = _USUAL, subsampled: bool = True) -> None:
     """Write an image; an interrupted run leaves the whole file or none. Folders are made as needed.
 
     Args:
