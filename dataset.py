@@ -53,9 +53,10 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
         found = find(root, side)
         say(f"{root}: {len(found.scenes):,} {found.layout}")
         if found.unpaired:
+            first, *more = found.unpaired
+            others = f" (nor have {len(more)} more files)" if more else ""
             raise UserError(
-                f"{found.unpaired[0]}: has no partner{_and_more(found.unpaired)} ({found.layout}); add the "
-                "partner, or remove this file"
+                f"{first}: has no partner{others} ({found.layout}); add the partner, or remove this file"
             )
         if any(scene.clean is None for scene in found.scenes):
             raise UserError(
@@ -75,10 +76,6 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
         others = f" ({len(bad)} scenes are bad: python dataset.py DIR lists all)" if len(bad) > 1 else ""
         raise UserError(f"{bad[0]}; repair or remove this scene{others}")
     return scenes
-
-
-def _and_more(files):
-    return f" (nor have {len(files) - 1} more files)" if len(files) > 1 else ""
 
 
 # --- scenes to arrays ---------------------------------------------------------------------------------------
