@@ -130,8 +130,7 @@ class SearchNetwork(nn.Module):
     def forward(self, x):
         height, width = x.shape[-2:]
         padded = pad_to_multiple(x)
-        alpha = self.alpha.softmax(-1).unflatten(0, (CELLS, MODULES_PER_CELL))
-        beta = self.beta.softmax(-1).unflatten(0, (-1, EDGES)).split(BRANCHES)
+        alpha, beta = self.chances()
         xs = [self.stem(padded)]
         for transition, cell, a, b in zip(self.transitions, self.cells, alpha, beta, strict=True):
             xs = cell(transition(xs), a, b)
@@ -139,6 +138,12 @@ class SearchNetwork(nn.Module):
         if self.residual:
             output = output + padded
         return output[..., :height, :width]
+
+    def chances(self):
+        """alpha and beta after the softmax, each cell by cell: 4x2 kinds; branches x 3 x 9 operations."""
+        alpha = self.alpha.softmax(-1).unflatten(0, (CELLS, MODULES_PER_CELL))
+        beta = self.beta.softmax(-1).unflatten(0, (-1, EDGES)).split(BRANCHES)
+        return alpha, beta
 
     def architecture(self):
         """The architecture parameters, [alpha, beta]."""
@@ -171,10 +176,9 @@ class SearchNetwork(nn.Module):
         """The architecture that alpha and beta stand for now: the strongest kind of each module and operation
         of each edge. An edge whose strongest operation is `none` is dropped, but a node keeps its best edge.
         """
-        alpha = self.alpha.detach().softmax(-1).cpu().unflatten(0, (CELLS, MODULES_PER_CELL))
-        beta = self.beta.detach().softmax(-1).cpu().unflatten(0, (-1, EDGES)).split(BRANCHES)
-        modules = tuple(tuple(MODULES[i] for i in cell.argmax(-1)) for cell in alpha)
-        attention = tuple(tuple(strongest_edges(branch) for branch in cell) for cell in beta)
+        alpha, beta = self.chances()
+        modules = tuple(tuple(MODULES[i] for i in cell.argmax(-1)) for cell in alpha.cpu())
+        attention = tuple(tuple(strongest_edges(branch) for branch in cell.cpu()) for cell in beta)
         return Genotype(modules, attention)
 
 
