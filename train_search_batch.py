@@ -150,16 +150,7 @@ def main(args):
 def search(run):
     """Search, and write the genotype found; returns the exit status."""
     args = run.args
-    args.name = args.name or distributed.agree(time.strftime("search_%Y%m%d_%H%M%S"))
-    collapse = runs.noted(run.folder, runs.SUMMARY, "collapse")
-    if args.resume is not None and args.stop_on_collapse and collapse:
-        raise UserError(f"--resume {run.folder}: this search has ended, since it collapsed: {collapse}")
-    ended = args.resume is not None and (run.done() or args.stop_on_collapse)
-    may_have_its_name = ended and (run.folder / "genotype.json").exists()  # if stopped just after that
-    if not (args.demo or may_have_its_name):
-        check_name(args)
-    unused = "; --name is not used" if "name" in run.given else ""
-    print(f"genotype: {f'in the run folder (demo{unused})' if args.demo else args.name}")
+    settle_name(run)
     scenes = run.split()
 
     torch.manual_seed(args.seed)
@@ -241,6 +232,28 @@ def search(run):
     return distributed.from_main(partial(conclude, run, net, health, validation, searched))
 
 
+def settle_name(run):
+    """Settle --name, and print it. Raises UserError where a search to be resumed has ended, and GenotypeError
+    unless its name can be added to genotypes.py. A default name that is taken passes: `add_to_vocabulary`
+    gives it a number.
+    """
+    args = run.args
+    args.name = args.name or distributed.agree(time.strftime("search_%Y%m%d_%H%M%S"))
+    collapse = runs.noted(run.folder, runs.SUMMARY, "collapse")
+    if args.resume is not None and args.stop_on_collapse and collapse:
+        raise UserError(f"--resume {run.folder}: this search has ended, since it collapsed: {collapse}")
+    ended = args.resume is not None and (run.done() or args.stop_on_collapse)
+    may_have_its_name = ended and (run.folder / "genotype.json").exists()  # if stopped just after that
+    if not (args.demo or may_have_its_name):
+        try:
+            genotypes.check_new_name(args.name)
+        except genotypes.NameTaken:
+            if not DEFAULT_NAME.fullmatch(args.name):
+                raise
+    unused = "; --name is not used" if "name" in run.given else ""
+    print(f"genotype: {f'in the run folder (demo{unused})' if args.demo else args.name}")
+
+
 def conclude(run, net, health, validation, searched):
     """Write the genotype that alpha and beta now stand for, outside a demo also into genotypes.py, and the
     summary; returns the exit status. searched: whether an architecture step was taken.
@@ -281,17 +294,6 @@ def conclude(run, net, health, validation, searched):
     flags = shlex.join(["--arch", arch, *run.flags_to_retrain()])
     log.info("retrain it with: python %s %s", command.script("train_model_batch.py"), flags)
     return 0
-
-
-def check_name(args):
-    """Raise GenotypeError unless --name can be added to genotypes.py. A default name that is taken passes:
-    `add_to_vocabulary` gives it a number.
-    """
-    try:
-        genotypes.check_new_name(args.name)
-    except genotypes.NameTaken:
-        if not DEFAULT_NAME.fullmatch(args.name):
-            raise
 
 
 def add_to_vocabulary(run, genotype, origin):
