@@ -259,7 +259,6 @@ def conclude(run, net, health, validation, searched):
     summary; returns the exit status. searched: whether an architecture step was taken.
     """
     args = run.args
-    genotype, origin = net.genotype(), provenance(run)
     if not searched:
         run.finish()
         log.error(
@@ -270,6 +269,7 @@ def conclude(run, net, health, validation, searched):
             (args.arch_start - 1) * args.steps_per_epoch,
         )
         return 1
+    genotype, origin = net.genotype(), provenance(run)
     if args.stop_on_collapse and health.collapse:
         if not health.healthy:
             run.finish(collapse=health.collapse)
