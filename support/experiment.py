@@ -284,11 +284,11 @@ class Experiment:
                 distributed.broadcast(network.state_dict().values())
         flags = [text for name, value in options.items() for text in as_flag(name, value)]
         origin = f"{sys.executable}, commit {distributed.from_main(commit)}, torch {torch.__version__}"
-        for line in (f"command: {shlex.join(sys.argv)}", f"options: {shlex.join(flags)}", f"by {origin}"):
-            log.info("%s", line)
-            text = line.encode(errors="backslashreplace").decode()  # names of files need not be text
-            tag, _, text = text.partition(" ")
-            self.writer.add_text(tag.strip(":"), text, self.step)
+        made = {"command:": shlex.join(sys.argv), "options:": shlex.join(flags), "by": origin}
+        for what, text in made.items():
+            log.info("%s %s", what, text)
+            text = text.encode(errors="backslashreplace").decode()  # names of files need not be text
+            self.writer.add_text(what.strip(":"), text, self.step)
         if self.args.amp and (why := slow_half(self.device)):
             log.warning("--amp: %s", why)
         self.buffers = Buffers(parts["net"])
