@@ -103,7 +103,7 @@ class Experiment:
         self.skipped = 0  # steps that were not finite, in all
         self.in_a_row = {}  # and without a good one between them, by kind of step
         self.bad = {}  # scenes left out: why, by key
-        self.scenes = None  # those of each part
+        self.scenes = {}  # those of each part
         self.hints = []  # what seems to be wrong with them
         self.cache = None  # of their pictures, with --cache
         self.saved = 0  # the step that last.pt is of
@@ -138,10 +138,9 @@ class Experiment:
         self.clock = time.monotonic()
         if self.state and self.done() and (self.folder / SUMMARY).exists():
             more = "; to go on, give a larger --max_minutes" if self.step < self.steps_in_all else ""
-            weights = shlex.quote(f"{self.folder}/{BEST['psnr']}")
-            more += (
-                f"; to train further, begin a new run with --weights {weights}" if self.kind == "eval" else ""
-            )
+            if self.kind == "eval":
+                weights = shlex.quote(f"{self.folder}/{BEST['psnr']}")
+                more += f"; to train further, begin a new run with --weights {weights}"
             raise UserError(f"--resume {self.folder}: this run has finished, after step {self.step}{more}")
         self._check_processes()
         distributed.barrier()  # rank 0 does not touch the folder while others still look at it
@@ -369,7 +368,7 @@ class Experiment:
         """
         args = self.args
         print(f"data: {' '.join(args.data)}", flush=True)
-        if self.scenes is None:
+        if not self.scenes:
             self.scenes = distributed.from_main(
                 lambda: dataset.split(
                     dataset.find_training(args.data, args.clean_side, print), args.split_seed
@@ -377,25 +376,26 @@ class Experiment:
             )
             self.hints = distributed.from_main(self._look_at_pairs)
         if args.cache is not None:
-            self._decode_once(self.scenes)
+            self._decode_once()
         return self.scenes
+
+    def _all_scenes(self):
+        return [scene for part in self.scenes.values() for scene in part]
 
     def _look_at_pairs(self):
         """What seems to be wrong with most pairs of a folder, a line each."""
-        scenes = [scene for part in self.scenes.values() for scene in part]
-        hints = []
+        scenes, hints = self._all_scenes(), []
         for folder in dict.fromkeys(self.args.data):
             own = [scene for scene in scenes if Path(folder) in scene.rainy[0].path.parents]
             if hint := pair_hint(own):
                 hints.append(f"{folder}: {hint}")
         return hints
 
-    def _decode_once(self, parts):
-        """Open the cache of the pictures of all parts, which are decoded now if it lacks them."""
+    def _decode_once(self):
+        """Open the cache of all pictures, which are decoded now if it lacks them."""
         try:
             with stopped_by_sigterm():
-                scenes = [scene for scenes in parts.values() for scene in scenes]
-                self.cache = open_cache(scenes, self.args.data, self.args.cache)
+                self.cache = open_cache(self._all_scenes(), self.args.data, self.args.cache)
         except KeyboardInterrupt:
             raise Interrupted("stopped while decoding; cache files that were not finished are gone") from None
 
@@ -425,7 +425,7 @@ class Experiment:
 
     def _warn_of_starts(self, last):
         """Say, once each, what the run will not reach if `last` is its last epoch."""
-        several = any(len(scene.rainy) > 1 for scenes in (self.scenes or {}).values() for scene in scenes)
+        several = any(len(scene.rainy) > 1 for scene in self._all_scenes())
         for name, what in STARTS.items():
             start = getattr(self.args, name, 0) or 0
             if start > last and name not in self.unreached and (several or name != "internal_start"):
@@ -609,7 +609,7 @@ class Experiment:
         if not bad:
             return
         reasons = dict.fromkeys(why for key, why in bad if why not in self.bad.values())
-        files = {file for scenes in self.scenes.values() for scene in scenes for file in scene.files}
+        files = {file for scene in self._all_scenes() for file in scene.files}
         count = len({*self.bad.values(), *reasons})
         if count > MOST_BAD * len(files) and not self.args.allow_bad:
             self.give_up(
@@ -737,7 +737,6 @@ class Experiment:
             self.saved = self.step
             return
         last, previous = (self.folder / file for file in STATES)
-        scenes = self.scenes or {}
         self.writer.flush()
         state = {
             "format": RUN,
@@ -747,7 +746,7 @@ class Experiment:
             "seconds": self.seconds(),
             "totals": {name: (float(total), number) for name, (total, number) in self.totals.items()},
             **{name: getattr(self, name) for name in KEPT},
-            "scenes": {part: [dataset.plain(scene) for scene in scenes[part]] for part in scenes},
+            "scenes": {part: [*map(dataset.plain, scenes)] for part, scenes in self.scenes.items()},
             "written": runs.written(self.folder),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
