@@ -75,24 +75,7 @@ def restore(
             it returns is not of the shape of its input.
         RuntimeError, mostly torch.OutOfMemoryError: not even tiles of `SMALLEST_TILE` fit.
     """
-    if not isinstance(image, np.ndarray):  # as None, which cv2.imread returns for no picture
-        raise ValueError(f"image is a {type(image).__name__}, not an array of HxWx3 uint8 or uint16")
-    if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(f"image is {image.dtype} of shape {image.shape}; HxWx3 uint8 or uint16 is allowed")
-    # torch.export's says that it is in training mode, and its own `train` cannot tell it otherwise.
-    exported = isinstance(net, torch.fx.GraphModule) and "train" in vars(net)
-    if not exported and any(module.training for module in net.modules()):
-        raise ValueError(
-            "net is in training mode, where its output depends on the batch; call net.eval() first"
-        )
-    if not (tile is None or _is_multiple_of_8(tile) and (tile == 0 or tile >= SMALLEST_TILE)):
-        raise UserError(f"tile is {tile!r}; 0 (never) or a multiple of 8 from {SMALLEST_TILE} on is allowed")
-    if self_ensemble not in ENSEMBLES:
-        raise ValueError(f"self_ensemble is {self_ensemble}; one of {ENSEMBLES} is allowed")
-    if not _is_multiple_of_8(overlap) or overlap < 0:
-        raise UserError(f"overlap is {overlap!r}; 0 or a positive multiple of 8 is allowed")
-    if not (0 < scale <= 1 if isinstance(scale, Real) else isinstance(scale, str) and scale == AUTO):
-        raise ValueError(f"scale is {scale!r}; {AUTO!r} or a number above 0 and up to 1 is allowed")
+    _check(net, image, tile, overlap, self_ensemble, scale)
     tile, overlap = tile if tile is None else int(tile), int(overlap)  # a np.uint8 would overflow
 
     def run(patch: np.ndarray) -> np.ndarray:
@@ -111,6 +94,29 @@ def restore(
     if tell_scale:
         tell_scale(taken)
     return restored if copy is image else _with_change(image, copy, restored)
+
+
+def _check(
+    net: nn.Module, image: np.ndarray, tile: int | None, overlap: int, self_ensemble: int, scale: float | str
+) -> None:
+    if not isinstance(image, np.ndarray):  # as None, which cv2.imread returns for no picture
+        raise ValueError(f"image is a {type(image).__name__}, not an array of HxWx3 uint8 or uint16")
+    if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ValueError(f"image is {image.dtype} of shape {image.shape}; HxWx3 uint8 or uint16 is allowed")
+    # torch.export's says that it is in training mode, and its own `train` cannot tell it otherwise.
+    exported = isinstance(net, torch.fx.GraphModule) and "train" in vars(net)
+    if not exported and any(module.training for module in net.modules()):
+        raise ValueError(
+            "net is in training mode, where its output depends on the batch; call net.eval() first"
+        )
+    if not (tile is None or _is_multiple_of_8(tile) and (tile == 0 or tile >= SMALLEST_TILE)):
+        raise UserError(f"tile is {tile!r}; 0 (never) or a multiple of 8 from {SMALLEST_TILE} on is allowed")
+    if self_ensemble not in ENSEMBLES:
+        raise ValueError(f"self_ensemble is {self_ensemble}; one of {ENSEMBLES} is allowed")
+    if not _is_multiple_of_8(overlap) or overlap < 0:
+        raise UserError(f"overlap is {overlap!r}; 0 or a positive multiple of 8 is allowed")
+    if not (0 < scale <= 1 if isinstance(scale, Real) else isinstance(scale, str) and scale == AUTO):
+        raise ValueError(f"scale is {scale!r}; {AUTO!r} or a number above 0 and up to 1 is allowed")
 
 
 def scales(height: int, width: int, scale: float | str) -> list[float]:
