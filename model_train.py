@@ -316,25 +316,33 @@ def rebuilt(payload, path):
     """
     found = payload.get("format")
     if found != FORMAT:
-        hint = OTHER_FORMATS.get(found) if isinstance(found, str) else None
-        nested = [key for key, value in payload.items() if _is_state_dict(value)]
-        if _is_state_dict(payload):
-            hint = (
-                "it is a bare state_dict with no genotype; load it into its network, then save that with "
-                "model_train.save"
-            )
-        hint = hint or f"give one of format {FORMAT}, such as best_psnr.pt"
-        if nested and found is None:
-            keys, key = genotypes.brief([*payload]), genotypes.brief(nested[0])
-            hint = f"it looks like another project's, with the keys {keys} and weights under {key}; {hint}"
         raise CheckpointError(
-            f"{path}: not a checkpoint of a derain network (format {genotypes.brief(found)}): {hint}"
+            f"{path}: not a checkpoint of a derain network (format {genotypes.brief(found)}): "
+            f"{_what_else(payload)}"
         )
     try:
         genotype = genotypes.check(payload.get("genotype"))
     except genotypes.GenotypeError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return filled(partial(DerainNetwork, genotype), payload, path)
+
+
+def _what_else(payload):
+    """What a dictionary of another format is, and what to do about it."""
+    if _is_state_dict(payload):
+        return (
+            "it is a bare state_dict with no genotype; load it into its network, then save that with "
+            "model_train.save"
+        )
+    found = payload.get("format")
+    if isinstance(found, str) and found in OTHER_FORMATS:
+        return OTHER_FORMATS[found]
+    hint = f"give one of format {FORMAT}, such as best_psnr.pt"
+    nested = [key for key, value in payload.items() if _is_state_dict(value)]
+    if nested and found is None:
+        keys, key = genotypes.brief([*payload]), genotypes.brief(nested[0])
+        hint = f"it looks like another project's, with the keys {keys} and weights under {key}; {hint}"
+    return hint
 
 
 def _is_state_dict(value):
