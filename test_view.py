@@ -62,7 +62,7 @@ SHIPPED = model_train.SHIPPED
 WIDE_RAIN = "above a megapixel, rain may be wider than any that the network was trained on, and remain"
 COMPILED_FROM = 300_000_000  # pixels
 MOST_COMPILED = 8  # sizes: what PyTorch allows
-TABLES = ("results.csv", "results.json", "result_full.txt")
+CSV, JSON, FULL = TABLES = ("results.csv", "results.json", "result_full.txt")
 COLUMNS = (*"name density height width scale seconds".split(), *METRICS, *(f"input_{m}" for m in METRICS))
 
 
@@ -650,21 +650,19 @@ def naming(path, restore_one, rgb):
 
 
 def report(rows, facts, lines):
-    """{file: its bytes} of `TABLES`. The last has the lines on the means, and is not made without."""
+    """{file: its bytes} of `TABLES`; without `lines`, which are on the means, there is no `FULL`."""
     table = []
     writer = csv.writer(SimpleNamespace(write=table.append))  # ends lines in \r\n, so it quotes \r in names
     writer.writerow(COLUMNS)
     for row in rows:
         values = [row.get(column) for column in COLUMNS]
         writer.writerow(f"{value:.4f}" if isinstance(value, float) else value for value in values)
-    texts = [
-        "".join(line.removesuffix("\r\n") + "\n" for line in table),
-        json.dumps(_finite(facts), indent=1),
-    ]
+    texts = {CSV: "".join(line.removesuffix("\r\n") + "\n" for line in table)}
+    texts[JSON] = json.dumps(_finite(facts), indent=1)
     if lines:
         full = [f"{row['name']}  " + "  ".join(f"{m} {row[m]:.4f}" for m in METRICS) for row in rows]
-        texts.append("\n".join([*full, "", *lines, ""]))
-    return {name: text.encode(errors="surrogateescape") for name, text in zip(TABLES, texts, strict=False)}
+        texts[FULL] = "\n".join([*full, "", *lines, ""])
+    return {name: text.encode(errors="surrogateescape") for name, text in texts.items()}
 
 
 def summarise(rows, facts):
