@@ -399,7 +399,7 @@ def crop(images, size, rng):
     return np.stack([image[top : top + size, left : left + size] for image in images])
 
 
-def augment(images, rng, upright=False):
+def augment(images, rng, upright):
     """One of the 8 flips and quarter turns of KxPxPx3 images, the same for all; upright: of the 4 flips."""
     turns = rng.integers(4)
     images = np.rot90(images, turns // 2 * 2 if upright else turns, axes=(1, 2))
@@ -412,7 +412,7 @@ class Draws(Sampler):
     Several ranks make one batch together: each gets an equal share of every list.
     """
 
-    def __init__(self, batch_size, first=0, rank=0, ranks=1):
+    def __init__(self, batch_size, first, rank, ranks):
         self.batch_size = batch_size
         self.first = first
         self.rank = rank

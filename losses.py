@@ -152,7 +152,7 @@ def count_macs(module, inputs):
 MEASURES = {"params": count_parameters, "macs": count_macs}
 
 
-def choice_sizes(choices, inputs, measure=count_parameters):
+def choice_sizes(choices, inputs, measure):
     """RxK float tensor of the size of each candidate, from R lists of K modules (alpha's or beta's).
 
     inputs: what the candidates of each row are given. measure: one of `MEASURES`.

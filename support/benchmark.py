@@ -482,7 +482,7 @@ def random_batch(options, device, dtype):
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
-def measure(name, options, device, repeats=None):
+def measure(name, options, device, repeats):
     """The figures of a row: compare, warm up and time its two steps."""
     plain, offered, figures = compare(name, options, device)
     if device.type == "cuda":  # those compared were recorded without TF32
@@ -508,7 +508,7 @@ def compare(name, options, device):
     return plain, offered, {"error": error, "float64": float64, "compile_s": compile_s}
 
 
-def time_in_turns(plain, offered, device, repeats=None):
+def time_in_turns(plain, offered, device, repeats):
     """{"plain_ms", "ms", "ratio"} of two steps that take turns."""
     turns, end = [], time.monotonic() + (math.inf if repeats else PATIENCE)
     repeats = repeats or (3 if device.type == "cpu" else 20)
@@ -522,7 +522,7 @@ def medians(turns):
     return {"plain_ms": plain_ms, "ms": ms, "ratio": plain_ms / ms}
 
 
-def measure_operations(options, device, repeats=None):
+def measure_operations(options, device, repeats):
     """The figures of `KINDS`: contiguous and float32, against channels last and, with --amp, bfloat16."""
     forms = (torch.contiguous_format, False), (torch.channels_last, options.amp)
     sizes = options.channels[0], options.patch_size, DENSITIES * options.batch_size
@@ -568,7 +568,7 @@ def error_in_kind(plain, offered):
     return torch.stack(errors).nan_to_num(math.inf, math.inf).max().item()
 
 
-def measure_scripts(name, options, device, repeats=None, plain=False):
+def measure_scripts(name, options, device, repeats, plain):
     """The figures of a row of `SCRIPT_ROWS`: the offered step in a process that keeps freed memory, and the
     offered or plain one in a process that does not, taking turns.
     """

@@ -268,7 +268,7 @@ def _legend(page):
         page.text(x, y + 28 + 21 * number, line, 14, anchor="start")
 
 
-def draw_genotype(genotype, path, name, channels=(32, 64, 128, 256)):
+def draw_genotype(genotype, path, name, channels):
     """Write the picture of a genotype; UserError where the file cannot be written."""
     name = "".join(c if c.isprintable() else "?" for c in name)  # one from a file may hold what XML may not
     write_bytes(path, svg(genotype, name, channels).encode())

@@ -399,7 +399,7 @@ def _less_exact(key):
 # --- single images, and pairs side by side ------------------------------------------------------------------
 
 
-def flat(root, files, side=None):
+def flat(root, files, side):
     """The Found of image files below `root`: side by side, the half on `side` clean; None: single images."""
     if not files:
         raise UserError(f"{root}: no images (JPEG, PNG, BMP, TIFF or WebP) found")
