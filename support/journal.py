@@ -113,9 +113,9 @@ class Journal:
 
     def of_other_data(self):
         """{result: data} of what was done of other data than this run's; results as paths in the folder."""
-        data, others = json.loads(self.key).get("data"), {}
+        own, others = _data(self.key), {}
         for line in self._lines():
-            if line["data"] == data:
+            if line["data"] == own:
                 others.pop(line["entry"].file, None)  # written anew since then
             else:
                 others[line["entry"].file] = line["data"]
@@ -125,15 +125,9 @@ class Journal:
         """The largest number that is taken in the gallery, by what is done or by pictures of other data; 0
         without one.
         """
-        data = json.loads(self.key).get("data")
-        return max(
-            (
-                line["entry"].number
-                for line in self._lines()
-                if line["key"] == self.key or line["data"] != data
-            ),
-            default=0,
-        )
+        own = _data(self.key)
+        taken = (line for line in self._lines() if line["key"] == self.key or line["data"] != own)
+        return max((line["entry"].number for line in taken), default=0)
 
     def _lines(self):
         """What the journals tell of pictures."""
@@ -143,10 +137,15 @@ class Journal:
                     try:
                         line = json.loads(text)
                         line |= {"name": line["entry"][0]["name"], "entry": _entry(*line["entry"])}
-                        line["data"] = json.loads(line["key"]).get("data")
+                        line["data"] = _data(line["key"])
                     except _NO_PICTURE:
                         continue
                     yield line
+
+
+def _data(key):
+    """The data that a key of a journal is of."""
+    return json.loads(key).get("data")
 
 
 @contextmanager
