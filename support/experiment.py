@@ -427,7 +427,7 @@ class Experiment:
         """Say, once each, what the run will not reach if `last` is its last epoch."""
         several = any(len(scene.rainy) > 1 for scene in self._all_scenes())
         for name, what in STARTS.items():
-            start = getattr(self.args, name, 0) or 0
+            start = getattr(self.args, name, 0)
             if start > last and name not in self.unreached and (several or name != "internal_start"):
                 self.unreached.add(name)
                 when = "the last epoch"
@@ -455,7 +455,7 @@ class Experiment:
 
     def has_begun(self, name):
         """Whether the epoch that a flag of `STARTS` names has come."""
-        return 0 < (getattr(self.args, name) or 0) <= self.epoch()  # None in older runs: never
+        return 0 < getattr(self.args, name) <= self.epoch()
 
     def uses_internal(self):
         """Whether the internal loss counts in the present epoch."""

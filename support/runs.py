@@ -48,8 +48,8 @@ def noted(folder, file, name):
 
 
 def as_now(options):
-    """The options of a run as they would be given today: 0, all validation scenes, was None once."""
-    return {name: 0 if name == "val_scenes" and value is None else value for name, value in options.items()}
+    """The options of a run as they would be given today: 0, which means all or never, was None once."""
+    return options | {name: 0 for name in ("val_scenes", "freeze_start") if options.get(name, 0) is None}
 
 
 def refuse_other_options(folder, options, given, begun):
