@@ -128,12 +128,8 @@ def train(run):
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(run.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(net, args)
-    tracked = {"net": net, "optimizer": optimizer}
-    averaged = None
-    if args.ema:
-        averaged = Averaged(net, args.ema)
-        tracked["ema"] = averaged
-    run.start(**tracked)
+    averaged = Averaged(net, args.ema) if args.ema else None
+    run.start(net=net, optimizer=optimizer, **({"ema": averaged} if averaged else {}))
     run.compile(net)
     run.describe()
     if args.warmup_steps >= run.steps_in_all:
