@@ -88,7 +88,7 @@ KEPT, WHOLE = "kept_", "whole_"
 SCRIPT_STEPS = ("weight_and_arch_step", "training_step", "inference_512")
 SCRIPT_ROWS = [kind + name for kind in (KEPT, WHOLE) for name in SCRIPT_STEPS]
 ROWS = (*SEARCH_STEPS, "training_step", *PICTURES, "operations", *SCRIPT_ROWS, *LOADERS)
-DENSITIES = 3  # rainy images a scene
+SCENE_IMAGES = 3  # rainy images a scene
 LOADER_SECONDS = 4
 PATIENCE = 30  # seconds of a row's turns, where --repeats does not say how many
 # In scikit-image's wheel. At 512x512 and with rain, their files are as large as DID-MDN's.
@@ -238,7 +238,7 @@ def main(args):
     if not args.json:
         print(", ".join(f"{name}: {value}" for name, value in where.items()))
         width = " ".join(map(str, training.channels))
-        print(f"channels {width}, patches of {search.patch_size}, scenes of {DENSITIES} images, ", end="")
+        print(f"channels {width}, patches of {search.patch_size}, scenes of {SCENE_IMAGES} images, ", end="")
         print(f"{search.batch_size} scenes a step in the search, {training.batch_size} in the training\n")
         print(" ".join(f"{title:{width_of(spec)}}" for title, spec in COLUMNS.values()), flush=True)
 
@@ -474,8 +474,8 @@ def every_operation():
 def random_batch(options, device, dtype):
     """A dataset.Batch of noise."""
     side, scenes = options.patch_size, options.batch_size
-    rainy, clean = (torch.rand(n, 3, side, side, dtype=dtype) for n in (DENSITIES * scenes, scenes))
-    scene = torch.arange(scenes).repeat_interleave(DENSITIES)
+    rainy, clean = (torch.rand(n, 3, side, side, dtype=dtype) for n in (SCENE_IMAGES * scenes, scenes))
+    scene = torch.arange(scenes).repeat_interleave(SCENE_IMAGES)
     return dataset.Batch(rainy.to(device), clean.to(device), scene.to(device), [], [])
 
 
@@ -491,7 +491,7 @@ def measure(name, options, device, repeats):
     mb = peak_memory(offered, device)  # of CUDA graphs as they are recorded: replayed, they allocate nothing
     plain_mb = peak_memory(plain, device)
     figures |= {"plain_mb": plain_mb, "mb": mb} | time_in_turns(plain, offered, device, repeats)
-    images = 1 if name in PICTURES else DENSITIES * options.batch_size
+    images = 1 if name in PICTURES else SCENE_IMAGES * options.batch_size
     return figures | {"images_per_second": 1000 * images / figures["ms"]}
 
 
@@ -525,7 +525,7 @@ def medians(turns):
 def measure_operations(options, device, repeats):
     """The figures of `KINDS`: contiguous and float32, against channels last and, with --amp, bfloat16."""
     forms = (torch.contiguous_format, False), (torch.channels_last, options.amp)
-    sizes = options.channels[0], options.patch_size, DENSITIES * options.batch_size
+    sizes = options.channels[0], options.patch_size, SCENE_IMAGES * options.batch_size
 
     def step(layout, half):
         return [gradients(kind, *sizes, layout, half, device) for kind in KINDS]
@@ -767,7 +767,7 @@ def conclude(rows, workers):
         print(f"the {loader} alone gives {loaded:.1f} scenes a second{how} with --workers {workers}")
         steps = ("weight_step", "weight_and_arch_step", "training_step")
         for name in [step for step in steps if step in rows]:
-            eaten = rows[name]["images_per_second"] / DENSITIES
+            eaten = rows[name]["images_per_second"] / SCENE_IMAGES
             slower = "loader" if loaded < eaten else "step"
             print(f"  {name} uses {eaten:.1f} scenes a second: a run waits for the {slower}")
 

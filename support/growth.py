@@ -559,7 +559,7 @@ def _legend(page, x, y, facts):
         "curve of seconds or memory is its slope: the cost grows as that power.",
         "Dashed: slope 1, which is linear; 2 for seconds against channels. The other",
         f"numbers are the last values. Steps: channels {widths}, patches of 64²,",
-        f"{SCENES} scenes of {benchmark.DENSITIES} images, where nothing else is said.",
+        f"{SCENES} scenes of {benchmark.SCENE_IMAGES} images, where nothing else is said.",
         "python -m support.growth",
     )
     for number, line in enumerate(lines):
