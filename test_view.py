@@ -16,7 +16,6 @@ are given, beside those of the untouched input.
 import csv
 import hashlib
 import json
-import math
 import os
 import platform
 import shlex
@@ -43,7 +42,7 @@ from support.errors import UserError
 from support.fast import Compiled, for_inference, keep_freed_memory, no_compiler
 from support.gallery import FOLDER, MONTAGE, PAGE, Gallery, montage
 from support.journal import Journal
-from support.metrics import METRICS, by_density, score
+from support.metrics import METRICS, by_density, for_json, score
 from support.options import DEFAULT_DATA, DEMO_DATA
 from support.rain import demo_set
 from support.restore import (
@@ -658,7 +657,7 @@ def report(rows, facts, lines):
         values = [row.get(column) for column in COLUMNS]
         writer.writerow(f"{value:.4f}" if isinstance(value, float) else value for value in values)
     texts = {CSV: "".join(line.removesuffix("\r\n") + "\n" for line in table)}
-    texts[JSON] = json.dumps(_finite(facts), indent=1)
+    texts[JSON] = json.dumps(for_json(facts), indent=1)
     if lines:
         full = [f"{row['name']}  " + "  ".join(f"{m} {row[m]:.4f}" for m in METRICS) for row in rows]
         texts[FULL] = "\n".join([*full, "", *lines, ""])
@@ -697,13 +696,6 @@ def in_words(options):
     if options["amp"]:
         words["precision"] = "half"
     return words
-
-
-def _finite(value):
-    """JSON has no infinity and no NaN: null in their place."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _figures(means):

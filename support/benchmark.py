@@ -73,6 +73,7 @@ from support.fast import (
     no_compiler,
 )
 from support.graphs import Backward
+from support.metrics import for_json
 from support.rain import write_scenes
 from support.restore import forwards
 
@@ -261,8 +262,7 @@ def main(args):
             print(table_line(measured[row.name]), flush=True)
 
     if args.json:
-        finite = [{k: json_value(v) for k, v in figures.items()} for figures in measured.values()]
-        print(json.dumps(finite, indent=1))
+        print(json.dumps([*map(for_json, measured.values())], indent=1))
     else:
         conclude(measured, args.workers)
     wrong = [row.name for row in rows if differs(measured[row.name], row.allowed)]
@@ -770,10 +770,6 @@ def conclude(rows, workers):
             eaten = rows[name]["images_per_second"] / SCENE_IMAGES
             slower = "loader" if loaded < eaten else "step"
             print(f"  {name} uses {eaten:.1f} scenes a second: a run waits for the {slower}")
-
-
-def json_value(value):
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from support.fast import compile_edges, compile_network, keep_freed_memory, no_c
 from support.images import is_utf8, write_bytes
 from support.lock import lock_folder
 from support.logs import NoWriter, open_log, open_writer
+from support.metrics import for_json
 from support.options import DEFAULT_DATA, DEMO_DATA, FREE_OPTIONS, MACHINE_OPTIONS, MOST_BAD
 from support.rain import demo_set
 from support.runs import BEST, LAST, PREVIOUS, STATES, SUMMARY, as_now, read_state, refuse_other_options
@@ -764,7 +765,7 @@ class Experiment:
         summary = {
             "steps": self.step,
             "minutes": round(self.seconds() / 60, 1),
-            "best": {name: value if math.isfinite(value) else None for name, value in self.best.items()},
+            "best": for_json(self.best),
             "begun_with": self.begun_with,
             "skipped_steps": self.skipped,
             "left_out": self.bad,

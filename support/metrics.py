@@ -98,6 +98,13 @@ def by_density(rows: Sequence[Mapping]) -> dict[str, tuple[Sequence[Mapping], di
     }
 
 
+def for_json(value):
+    """A copy, dictionaries in it included. JSON has no infinity and no NaN: null in their place."""
+    if isinstance(value, dict):
+        return {key: for_json(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def _of_input(row: Mapping) -> dict[str, float]:
     return {metric: row[f"input_{metric}"] for metric in METRICS}
 
