@@ -86,7 +86,7 @@ def get_args_parser():
     )
     add("--clean_side", choices=layouts.SIDES, help="files are side by side, and this half of them is clean")
     add("--demo", action="store_true", help="restore and score photographs at hand")
-    add("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
+    add("--device", help=devices.DEVICE_HELP)
     add(
         "--tile",
         type=command.tile,

@@ -172,7 +172,7 @@ def get_args_parser():
     parser.add_argument(
         "--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=f"what to time: {names}"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
+    parser.add_argument("--device", help=devices.DEVICE_HELP)
     parser.add_argument(
         "--channels",
         type=command.even,

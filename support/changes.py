@@ -47,7 +47,7 @@ def get_args_parser():
     parser.add_argument(
         "--scale", type=command.scale, default=1.0, help="as in test_view.py (default: %(default)s)"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
+    parser.add_argument("--device", help=devices.DEVICE_HELP)
     return parser
 
 

@@ -10,6 +10,8 @@ import torch
 from support import distributed
 from support.errors import UserError
 
+DEVICES = "cpu, cuda, cuda:1 or mps"
+DEVICE_HELP = f"{DEVICES} (default: the best there is)"
 # What PyTorch says where a GPU is full, other than by torch.OutOfMemoryError; the last two by its libraries.
 GPU_IS_FULL = ("CUDA error: out of memory", "MPS backend out of memory")
 GPU_IS_FULL += ("_STATUS_ALLOC_FAILED", "unable to find an engine to execute")
@@ -38,7 +40,7 @@ def pick_device(name=None):
         if why.startswith("Could not run"):  # not built in; a list of all that are follows
             why = why.partition(". ")[0]
         if why.startswith("Expected one of"):  # twenty kinds
-            why = "PyTorch has no such device; give cpu, cuda, cuda:1 or mps"
+            why = f"PyTorch has no such device; give {DEVICES}"
         raise UserError(f"--device {name}: not available here ({why})") from None
     return device
 

@@ -110,7 +110,7 @@ def get_args_parser():
         help="in the row memory, leave out what would take more gigabytes (default: %(default)s)",
     )
     add("--threads", type=command.positive, default=1, help="threads of the CPU (default: %(default)s)")
-    add("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
+    add("--device", help=devices.DEVICE_HELP)
     add(
         "--channels",
         type=command.even,

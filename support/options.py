@@ -4,6 +4,7 @@ import os
 
 from support import distributed, layouts
 from support.command import above_zero, even, natural, positive, seed, share, workers
+from support.devices import DEVICE_HELP
 
 DEFAULT_DATA, DEMO_DATA = "datasets/Rain1200", "datasets/demo"
 MOST_BAD = 0.01  # of the files; more than that is no matter of a few damaged ones
@@ -108,7 +109,7 @@ def add_arguments(parser):
     run.add_argument(
         "--seed", type=seed, default=0, help="seed of weights, crops and flips (default: %(default)s)"
     )
-    run.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
+    run.add_argument("--device", help=DEVICE_HELP)
     run.add_argument(
         "--amp",
         action="store_true",

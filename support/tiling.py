@@ -54,7 +54,7 @@ def get_args_parser():
         help=f"to try, in pixels (default: {OVERLAP})",
     )
     parser.add_argument("--ckt_path", default=SHIPPED, help="checkpoint (default: what ships)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
+    parser.add_argument("--device", help=devices.DEVICE_HELP)
     return parser
 
 
