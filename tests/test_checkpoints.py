@@ -384,22 +384,14 @@ def test_networks_are_widened_by_one_factor_alone(saved):
         model_train.widen(net, (40, 80, 160, 320))
 
 
-def test_a_checkpoint_is_not_exported_over_itself(saved):
-    _, path = saved
-    content = path.read_bytes()
-    with pytest.raises(CheckpointError, match="is the checkpoint itself"):
-        model_train.main(model_train.get_args_parser().parse_args([str(path), str(path)]))
-    assert path.read_bytes() == content
-
-
-def test_a_checkpoint_is_not_exported_over_itself_under_another_name(tmp_path, monkeypatch):
+def test_a_checkpoint_is_not_exported_over_itself_whatever_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model_train.save(DerainNetwork(random_genotype(0), (2, 2, 2, 2)), "net.pt")
     content = Path("net.pt").read_bytes()
     Path("link.pt").symlink_to("net.pt")
-    for checkpoint, out in ((str(tmp_path / "net.pt"), "net.pt"), ("link.pt", "net.pt")):
+    for checkpoint in ("net.pt", str(tmp_path / "net.pt"), "link.pt"):
         with pytest.raises(CheckpointError, match="is the checkpoint itself"):
-            model_train.main(model_train.get_args_parser().parse_args([checkpoint, out]))
+            model_train.main(model_train.get_args_parser().parse_args([checkpoint, "net.pt"]))
         assert Path("net.pt").read_bytes() == content
 
 

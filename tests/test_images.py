@@ -787,9 +787,3 @@ def test_real_photographs_are_read_as_opencv_reads_them():
         expected = cv2.cvtColor(cv2.imread(str(path), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
         assert np.array_equal(read_image(path), expected), path
         assert image_size(path) == expected.shape[:2]
-
-
-def test_names_with_digits_of_other_scripts_are_ordered(tmp_path):
-    for name in ("a٣.png", "a3.png", "ab.png"):
-        images.write_image(tmp_path / name, np.zeros((4, 4, 3), np.uint8))
-    assert len(images.list_images(tmp_path)) == 3
