@@ -325,10 +325,6 @@ KINDS = {
 }
 
 
-FORMS = ((plain_form, torch.contiguous_format), (offered_form, torch.channels_last))
-INFERENCE_FORMS = (FORMS[0], (for_inference, torch.channels_last))
-
-
 # --- the steps of a row: functions without arguments that return (outputs, gradients), lists of tensors -----
 
 
@@ -365,9 +361,12 @@ def steps(name, options, device, dtype=torch.float32, picture_size=None):
             formed.forward = partial(in_half_precision, formed.forward, kind)
         return step(formed, first, second, options, recorded)
 
-    plain, offered = INFERENCE_FORMS if picture_size else FORMS
+    offered = for_inference if picture_size else offered_form
     half = options.amp and dtype == torch.float32
-    return [in_form(*plain), in_form(*offered, half, options.compile, recorded=device.type == "cuda")]
+    return [
+        in_form(plain_form, torch.contiguous_format),
+        in_form(offered, torch.channels_last, half, options.compile, recorded=device.type == "cuda"),
+    ]
 
 
 def in_half_precision(forward, kind, x):
@@ -524,13 +523,13 @@ def medians(turns):
 
 def measure_operations(options, device, repeats):
     """The figures of `KINDS`: contiguous and float32, against channels last and, with --amp, bfloat16."""
-    forms = (torch.contiguous_format, False), (torch.channels_last, options.amp)
     sizes = options.channels[0], options.patch_size, SCENE_IMAGES * options.batch_size
 
     def step(layout, half):
         return [gradients(kind, *sizes, layout, half, device) for kind in KINDS]
 
-    plain, offered = (partial(step, *form) for form in forms)
+    plain = partial(step, torch.contiguous_format, False)
+    offered = partial(step, torch.channels_last, options.amp)
     with without_tf32():
         error = max(map(error_in_kind, plain(), offered()))
     return {"error": error} | time_in_turns(plain, offered, device, repeats)
