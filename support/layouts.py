@@ -225,11 +225,11 @@ def _in_folders(path):
 def _pair_folders(path, perhaps):
     """[folders of rainy, folders of clean images] in one, by their names; perhaps: by unsure names, too."""
     kinds = RAINY_FOLDERS, CLEAN_FOLDERS
+    names = {folder: _called(folder) for folder in _folders(path)}
     if perhaps:
         kinds = RAINY_FOLDERS | PERHAPS_RAINY, CLEAN_FOLDERS | PERHAPS_CLEAN
-    names = {folder: _called(folder) for folder in _folders(path)}
-    if perhaps:  # rainy_images, input_crops
-        names = {folder: re.sub(r"[-_](images?|imgs?|crops)$", "", name) for folder, name in names.items()}
+        endings = r"[-_](images?|imgs?|crops)$"  # rainy_images, input_crops
+        names = {folder: re.sub(endings, "", name) for folder, name in names.items()}
     return [[folder for folder, name in names.items() if name in kind] for kind in kinds]
 
 
