@@ -172,8 +172,8 @@ def split(scenes, seed=0):
     return {name: [s for s, key in zip(scenes, keys, strict=True) if part[key] == name] for name in PARTS}
 
 
-def spread(scenes, count=None):
-    """`count` of the scenes, evenly over the list: every mixed folder has its share. None, 0: all of them."""
+def spread(scenes, count):
+    """`count` of the scenes, evenly over the list: every mixed folder has its share. 0: all of them."""
     if not count or count >= len(scenes):
         return scenes
     return [scenes[i * len(scenes) // count] for i in range(count)]
