@@ -435,23 +435,17 @@ def test_a_demo_s_network_is_trained_in_a_demo():
     assert Experiment("search", args, parser(), {}).flags_to_retrain() == ["--demo"]
 
 
-@pytest.mark.parametrize("file", ["options.json", "log.txt", "genotype.json", "genotype_003.json"])
-def test_files_of_no_run_are_not_replaced(file, folder):
-    Path("run").mkdir()
-    Path("run", file).write_text("mine")
-    with pytest.raises(
-        UserError, match=f"--save run: the run would replace run/{file}; choose another folder"
-    ):
-        new("--save", "run")
-    assert [(path.name, path.read_text()) for path in Path("run").iterdir()] == [(file, "mine")]
-
-
-@pytest.mark.parametrize("folder_name, file", [("run", "genotype.svg"), ("run [1]", "log.txt")])
-def test_files_of_no_run_are_not_replaced_whatever_the_folder_is_called(folder_name, file, folder):
-    Path(folder_name).mkdir()
-    Path(folder_name, file).write_text("mine")
-    with pytest.raises(UserError, match=re.escape(f"the run would replace {folder_name}/{file};")):
-        new("--save", folder_name)
+@pytest.mark.parametrize("name", ["run", "run [1]"])
+@pytest.mark.parametrize(
+    "file", ["options.json", "log.txt", "genotype.json", "genotype_003.json", "genotype.svg"]
+)
+def test_files_of_no_run_are_not_replaced(file, name, folder):
+    Path(name).mkdir()
+    Path(name, file).write_text("mine")
+    said = f"--save {name}: the run would replace {name}/{file}; choose another folder"
+    with pytest.raises(UserError, match=re.escape(said)):
+        new("--save", name)
+    assert [(path.name, path.read_text()) for path in Path(name).iterdir()] == [(file, "mine")]
 
 
 def test_the_folder_of_a_run_that_was_killed_before_its_first_state_can_be_taken(folder):

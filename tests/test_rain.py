@@ -508,10 +508,14 @@ def test_scenes_do_not_come_among_the_photographs(photographs):
     assert not (folder / "DID-MDN-training").exists()
 
 
-def test_a_set_is_not_overwritten(photographs, tmp_path):
-    (tmp_path / "out" / "DID-MDN-training").mkdir(parents=True)
-    with pytest.raises(UserError, match="already holds DID-MDN-training"):
+@pytest.mark.parametrize("part", ["DID-MDN-training", "DID-MDN-test"])
+def test_a_set_is_not_overwritten(photographs, tmp_path, part):
+    (tmp_path / "out" / part).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"already holds {part}"):
         write_scenes(find_photographs([photographs]), tmp_path / "out")
+
+
+def test_too_few_photographs_are_refused(photographs, tmp_path):
     with pytest.raises(UserError, match="4 are needed"):
         write_scenes(find_photographs([photographs]), tmp_path / "new", test=3)
 
@@ -645,12 +649,6 @@ def test_demo_set_leaves_other_data_alone(tmp_path):
     with pytest.raises(UserError, match="other than the demo set; move it elsewhere"):
         demo_set(tmp_path)
     assert files(tmp_path) == ["DID-MDN-test/1.jpg"]
-
-
-def test_a_test_set_is_not_added_to(photographs, tmp_path):
-    (tmp_path / "out" / "DID-MDN-test").mkdir(parents=True)
-    with pytest.raises(UserError, match="already holds DID-MDN-test"):
-        write_scenes(find_photographs([photographs]), tmp_path / "out")
 
 
 def test_widths_are_cut_to_multiples_of_16(tmp_path):
