@@ -104,8 +104,8 @@ class Journal:
                 yield name, entry
 
     def _results(self, entry):
-        """The stamps of a picture's results, by names that still hold when their folder has moved."""
-        return _stamps(self.out, _files(entry))
+        """The stamps of what was written of a picture, by names that still hold when the folder has moved."""
+        return _stamps(self.out, sorted({entry.file, *entry.thumbnails.values(), *entry.shown.values()}))
 
     def has_others(self):
         """Whether pictures were done of other data, with another network or other options."""
@@ -171,11 +171,6 @@ def _stamps(folder, files):
 def _sources(files):
     """The stamps of what a picture came of, by names that hold from any working folder."""
     return _stamps("", map(os.path.abspath, files))
-
-
-def _files(entry):
-    """What was written of a picture, under the folder of the results."""
-    return sorted({entry.file, *entry.thumbnails.values(), *entry.shown.values()})
 
 
 def _entry(row, file, size, thumbnails, shown, number):
