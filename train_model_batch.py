@@ -145,9 +145,7 @@ def train(run):
     weights = list(net.parameters())
     kept = averaged.module if averaged else net  # what is scored and saved
     batches = run.batches(scenes["weights"] + scenes["architecture"])
-
-    def frozen():
-        return run.has_begun("freeze_start")
+    frozen = partial(run.has_begun, "freeze_start")
 
     # Recorded as a CUDA graph: anything in it that changes, the batch aside, must be in `constants` below.
     def loss(forward, batch):
