@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from losses import SSIM_WINDOW
 from support.errors import UserError
 from support.images import image_size, read_image
-from support.layouts import TEST, TRAINING, Half, Scene, find, two_sets, with_sides
+from support.layouts import TEST, TRAINING, Half, Scene, find, own_name, two_sets, with_sides
 
 PARTS = {"weights": 0.50, "architecture": 0.45, "validation": 0.05}
 THREADS = min(8, os.cpu_count() or 1)  # OpenCV and Pillow decode outside Python's lock
@@ -46,7 +46,7 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
     """
     scenes = []
     for root, side in with_sides(paths, clean_sides):
-        if Path(os.path.abspath(root)).name == TEST:
+        if own_name(root) == TEST:
             raise UserError(f"{root}: is DID-MDN's test set, not to be trained on; give {TRAINING}")
         if os.path.isdir(root / TRAINING):
             root = root / TRAINING

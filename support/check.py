@@ -33,6 +33,7 @@ from support.layouts import (
     Half,
     Scene,
     find,
+    own_name,
     some,
     two_sets,
     with_sides,
@@ -245,7 +246,7 @@ def counts(folder, found):
     else:
         each = ", ".join(f"{d} {by_density[d]:,}" for d in DENSITIES if d in by_density)
         yield f"{len(found.scenes):,} scenes; files: {each}"
-    expected = DID_MDN.get(TRAINING if by_density else Path(os.path.abspath(folder)).name)  # also of "."
+    expected = DID_MDN.get(TRAINING if by_density else own_name(folder))
     if expected and (len(found.scenes) != expected or len(by_density) not in (0, len(DENSITIES))):
         yield f"the whole of DID-MDN has {expected:,} {'scenes in 3 densities' if by_density else 'pairs'}"
 

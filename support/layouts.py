@@ -107,7 +107,7 @@ def find(path, clean_side=None):
                     f"{path}: no two names make a pair: {one} and {other} differ; name pairs alike"
                 )
         return found
-    if Path(os.path.abspath(path)).name == TEST:  # also of "."
+    if own_name(path) == TEST:
         clean_side = clean_side or "right"
     files = list_images(path, recursive=clean_side is None)
     below = files or list_images(path, recursive=True)
@@ -144,9 +144,13 @@ def with_sides(paths, clean_sides):
 
 def _is_did_mdn(path):
     """Whether it is DID-MDN's training or test set, or holds one of them."""
-    named = Path(os.path.abspath(path)).name == TEST  # abspath, for "."
     densities = _density_folders(path) or _density_folders(path / TRAINING)
-    return named or bool(densities) or os.path.isdir(path / TEST)
+    return own_name(path) == TEST or bool(densities) or os.path.isdir(path / TEST)
+
+
+def own_name(folder):
+    """A folder's name, that of "." as well."""
+    return os.path.basename(os.path.abspath(folder))
 
 
 def only_below(path, files):
