@@ -181,7 +181,8 @@ def rain_score(rainy, clean):
     difference = rainy - clean
     detail = difference - cv2.GaussianBlur(difference, (0, 0), 3)
     deviation = np.sqrt(np.mean(detail**2))
-    skewness = np.mean(detail**3) / deviation**3 if deviation > 0.1 else 0.0
+    cube = detail * detail * detail  # detail**3 takes numpy a hundred times as long
+    skewness = np.mean(cube) / deviation**3 if deviation > 0.1 else 0.0
     return float(np.log(steps[0] / steps[1]) + skewness / 2)
 
 
@@ -196,7 +197,7 @@ def _halves(image):
 
 def _apart(x, y):
     """Mean absolute difference in grey levels."""
-    return cv2.absdiff(x, y).mean()
+    return cv2.norm(x, y, cv2.NORM_L1) / x.size
 
 
 def _luma(image):

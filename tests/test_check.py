@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import time
 
+import cv2
 import numpy as np
 import pytest
 
@@ -16,6 +18,21 @@ from tests.made import HEIGHT, ROOT, WIDTH, photograph, rain_on, write_pairs, wr
 
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not here")
+
+
+@pytest.fixture
+def seconds():
+    """The least of several times that a function takes this thread."""
+
+    def least(function):
+        times = []
+        for _ in range(7):
+            start = time.thread_time()
+            function()
+            times.append(time.thread_time() - start)
+        return min(times)
+
+    return least
 
 
 @pytest.fixture
@@ -402,6 +419,27 @@ def test_rain_score_tells_rain_of_every_style_and_turns_with_the_sides(style):
         assert rain_score(clean, rainy) == pytest.approx(-score, abs=1e-5)
         assert match(rainy, clean) > check.MATCH
     assert rain_score(clean, clean) == 0
+
+
+def test_rain_score_is_its_formula_in_a_few_passes_over_the_pixels(seconds):
+    clean = photograph(3, 512, 512)
+    rainy = rain_on(clean, 3)
+    x, y = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float64) for image in (rainy, clean))
+    detail = x - y - cv2.GaussianBlur(x - y, (0, 0), 3)
+    skewness = (detail**3).mean() / (detail**2).mean() ** 1.5
+    steps = [np.abs(np.diff(image, axis=1)).mean() + 0.5 for image in (x, y)]
+    assert rain_score(rainy, clean) == pytest.approx(np.log(steps[0] / steps[1]) + skewness / 2, abs=1e-5)
+
+    one_pass = seconds(lambda: np.abs(np.diff(np.float32(x), axis=1)).mean())
+    assert seconds(lambda: rain_score(rainy, clean)) < 40 * one_pass  # 100 with numpy's power for the cube
+
+
+def test_pictures_are_apart_by_the_mean_difference_of_their_values():
+    clean = photograph(3, 120, 160)
+    both = np.hstack((rain_on(clean, 3), clean))
+    left, right = both[:, :160], both[:, 160:]  # as a file's halves, not contiguous
+    assert check._apart(left, right) == np.abs(left.astype(int) - right).mean() > 1
+    assert check._apart(left, left) == 0
 
 
 def test_flat_pictures_match_for_want_of_anything_to_compare():
