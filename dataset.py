@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from losses import SSIM_WINDOW
+from support.distributed import bar
 from support.errors import UserError
 from support.images import image_size, read_image
 from support.layouts import TEST, TRAINING, Half, Scene, find, own_name, two_sets, with_sides
@@ -66,16 +67,21 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
         if text := two_sets(root, found.scenes):
             raise UserError(f"{root}: {text}")
         scenes += found.scenes
-    bad = []
-    for scene in dict.fromkeys(scenes):
-        try:
-            check_sizes(scene)
-        except UserError as error:
-            bad.append(str(error))
+    distinct = dict.fromkeys(scenes)
+    with ThreadPoolExecutor(THREADS) as pool:  # each file is read, which on a slow disk is all that it takes
+        found = bar(pool.map(_misfit, distinct), "looking at the files", len(distinct), "scene")
+        bad = [misfit for misfit in found if misfit]
     if bad:
         others = f" ({len(bad)} scenes are bad: python dataset.py DIR lists all)" if len(bad) > 1 else ""
         raise UserError(f"{bad[0]}; repair or remove this scene{others}")
     return scenes
+
+
+def _misfit(scene):
+    try:
+        check_sizes(scene)
+    except UserError as error:
+        return str(error)
 
 
 # --- scenes to arrays ---------------------------------------------------------------------------------------
@@ -86,7 +92,8 @@ def check_sizes(scene):
 
     Pixels are not decoded; a file that is cut short is found all the same.
     """
-    sizes = {half: half_size(half) for half in dict.fromkeys(scene.halves)}
+    size_of = lru_cache(image_size)  # a file side by side is that of two halves
+    sizes = {half: half_size(half, size_of) for half in dict.fromkeys(scene.halves)}
     _check_equal(sizes)
     half, size = next(iter(sizes.items()))
     if min(size) < SSIM_WINDOW:
@@ -188,7 +195,8 @@ def background_keys(scenes):
     """
     clean = list(dict.fromkeys(scene.clean for scene in scenes))  # a folder may be given twice
     with ThreadPoolExecutor(THREADS) as pool:
-        thumbnails = list(pool.map(lambda half: thumbnail(read_half(half)), clean))
+        found = pool.map(lambda half: thumbnail(read_half(half)), clean)
+        thumbnails = list(bar(found, "comparing backgrounds", len(clean), "scene"))
     first = dict(zip(clean, same_pictures(thumbnails), strict=True))
     names = {}
     for scene in scenes:

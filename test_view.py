@@ -550,7 +550,7 @@ def restore_pictures(restore_one, tasks, gallery, journal):
     share = list(enumerate(scenes))[distributed.rank() :: distributed.size()]
     failures = []
     total = sum(len(of_scene) for _, of_scene in share)
-    with tqdm(total=total, unit="image", disable=None if distributed.is_main() else True) as bar:
+    with distributed.bar(total=total, unit="image", leave=True) as bar:
         for place, of_scene in share:
             scene, missing = of_scene[0].scene, [task.name for task in of_scene]
             try:

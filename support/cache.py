@@ -338,4 +338,5 @@ def _decode(old, halves):
 
 
 def _bar(what, unit, items=None, total=None):
+    # Of every rank, unlike `distributed.bar`: any may be the one that writes, and the others wait for it.
     return tqdm(items, what, total, unit=unit, leave=False, disable=None)

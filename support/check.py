@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from dataset import PARTS, THREADS, cut, same_pictures, spread, thumbnail
 from losses import SSIM_WINDOW
 from support.command import Parser
+from support.distributed import bar
 from support.errors import UserError
 from support.images import header_size, look_around, read_image
 from support.layouts import (
@@ -211,7 +211,7 @@ def check(folder, found):
     """Check a folder in which `layouts.find` found `found` -> Checked."""
     with ThreadPoolExecutor(THREADS) as pool:
         looks = pool.map(lambda scene: examine(scene, folder), found.scenes)
-        looks = list(tqdm(looks, folder.name, len(found.scenes), leave=False, unit="scene", disable=None))
+        looks = list(bar(looks, folder.name, len(found.scenes), "scene"))
     findings = [Finding(text, wrong=False) for text in (*counts(folder, found), *sizes(looks))]
     if found.unpaired:
         names = [_relative(path, folder) for path in found.unpaired]

@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from support.errors import Interrupted
 
@@ -49,6 +50,11 @@ def local_size():
 def is_main():
     """Whether this process is the one that writes and prints."""
     return rank() == 0
+
+
+def bar(items=None, what=None, total=None, unit="it", leave=False):
+    """A tqdm over the items: on a terminal, of the main rank alone, a progress bar."""
+    return tqdm(items, what, total, leave, unit=unit, disable=None if is_main() else True)
 
 
 def start():

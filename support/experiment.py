@@ -21,7 +21,6 @@ from textwrap import shorten
 import torch
 from torch import nn
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 import dataset
 from model_train import RUN, CheckpointError, filled, hard_link, write_whole
@@ -528,13 +527,7 @@ class Experiment:
     def steps(self, epoch):
         """The steps that remain of an epoch, with a progress bar; saves and stops between them."""
         end = epoch * self.args.steps_per_epoch
-        bar = tqdm(
-            total=self.args.steps_per_epoch,
-            desc=f"epoch {epoch}",
-            unit="step",
-            leave=False,
-            disable=None if distributed.is_main() else True,
-        )
+        bar = distributed.bar(None, f"epoch {epoch}", self.args.steps_per_epoch, "step")
         bar.update(self.step % self.args.steps_per_epoch)
         saved, taken = time.monotonic(), 0
         with bar:

@@ -5,6 +5,7 @@ import torch
 import dataset
 from losses import external, ssim
 from support.devices import autocast, is_out_of_gpu_memory
+from support.distributed import bar
 from support.errors import UserError
 from support.restore import WHOLE_PIXELS, NotFinite, restore
 
@@ -35,7 +36,7 @@ def measure(net, scenes, device, bad=None, stop=None, amp=False, cache=None):
     was_training = net.training
     net.eval()
     measured, panel = [], None
-    for rainy, clean in dataset.full_images(scenes, bad, cache):
+    for rainy, clean in bar(dataset.full_images(scenes, bad, cache), "validation", len(scenes), "scene"):
         outputs = restored(net, rainy, device, amp)
         clean = dataset.to_tensor(clean, outputs.device)
         saved = (outputs.clamp(0, 1) * 255).round() / 255

@@ -41,6 +41,14 @@ def rain_on(clean, seed):
     return np.minimum(clean.astype(int) + noise, 255).astype(np.uint8)
 
 
+def terminal(monkeypatch):
+    """What standard error gets from now on, an io.StringIO that says that it is a terminal."""
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
+
+
 def write_pairs(folder, count, clean_side="left", suffix=".png", first=0):
     """`count` side-by-side pairs, 0.png, 1.png, ... of backgrounds `first`, `first` + 1, ..."""
     for i in range(count):

@@ -29,7 +29,7 @@ import train_model_batch
 import train_search_batch
 from dataset import find_training, read_scene
 from support import cache as caching
-from support import options
+from support import distributed, options
 from support.cache import open_cache
 from support.errors import Interrupted, UserError
 from support.images import read_image, write_image
@@ -42,6 +42,7 @@ from tests.made import (
     random_genotype,
     session,
     state,
+    terminal,
     write_pairs,
     write_scenes,
 )
@@ -511,6 +512,14 @@ def test_of_two_processes_one_writes_and_the_other_waits_for_it(tmp_path, decode
     assert not decoded and not unfinished(folder)
     assert "waiting for another run, which is writing " in capsys.readouterr().out
     assert_as_files(scenes, cache)
+
+
+def test_any_rank_may_be_the_one_that_decodes_and_shows_how_far_it_is(tmp_path, monkeypatch):
+    shown = terminal(monkeypatch)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    folder, scenes = pairs(tmp_path)
+    open_cache(scenes, [folder])
+    assert "decoding once:" in shown.getvalue()
 
 
 def test_where_the_other_process_dies_the_one_that_waits_writes(tmp_path, decoded):

@@ -21,9 +21,10 @@ import torch
 
 import dataset
 from dataset import Half, Scene, find, find_training, read_scene, split
+from support import distributed
 from support.errors import UserError
 from support.images import list_images, read_image, write_image
-from tests.made import DENSITIES, HEIGHT, WIDTH, photograph, rain_on, write_pairs, write_scenes
+from tests.made import DENSITIES, HEIGHT, WIDTH, photograph, rain_on, terminal, write_pairs, write_scenes
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 BLUE = {"clean": 200, "Heavy": 10, "Medium": 20, "Light": 30}
@@ -812,6 +813,16 @@ def test_the_parts_are_50_45_and_5_percent_but_at_least_one_each(count, sizes, p
     assert sorted(scene.name for members in parts.values() for scene in members) == sorted(
         map(str, range(count))
     )
+
+
+@pytest.mark.parametrize("main", (True, False))
+def test_a_terminal_shows_how_far_the_files_of_a_new_run_are_read(tmp_path, monkeypatch, main):
+    shown = terminal(monkeypatch)
+    monkeypatch.setattr(distributed, "is_main", lambda: main)
+    scenes = find_training([write_pairs(tmp_path / "set", 5)], ["left"])
+    assert ("looking at the files:   0%|          | 0/5" in shown.getvalue()) == main
+    split(scenes)
+    assert ("comparing backgrounds:   0%|          | 0/5" in shown.getvalue()) == main
 
 
 def test_the_split_depends_on_names_and_split_seed_alone(pictures_by_name):

@@ -16,7 +16,7 @@ from support.layouts import DENSITIES
 from support.metrics import mean_scores, score
 from support.restore import restore
 from support.validation import means, measure
-from tests.made import photograph, rain_on, write_pairs, write_scenes
+from tests.made import photograph, rain_on, terminal, write_pairs, write_scenes
 
 
 class Restoring(nn.Module):
@@ -28,6 +28,13 @@ class Restoring(nn.Module):
 
     def forward(self, x):
         return self.norm(1.2 * x - 0.15)
+
+
+def test_a_terminal_shows_how_far_the_scoring_is(tmp_path, monkeypatch):
+    shown = terminal(monkeypatch)
+    scenes = dataset.find(write_pairs(tmp_path / "set", 3), "left").scenes
+    measure(Restoring().eval(), scenes, torch.device("cpu"))
+    assert "validation:   0%|          | 0/3" in shown.getvalue()
 
 
 def test_large_pictures_go_through_in_tiles_as_they_do_in_test_view(folder, monkeypatch):
