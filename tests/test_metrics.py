@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from skimage.metrics import structural_similarity
 
+from support import metrics
 from support.metrics import luma, mean_scores, score
 
 
@@ -65,7 +66,9 @@ def test_ssim_equals_a_plain_computation():
     assert result["ssim_y"] == pytest.approx(plain_ssim(16 + x @ weights, 16 + y @ weights), abs=1e-7)
 
 
-@pytest.mark.parametrize("height, width", [(11, 11), (12, 40), (97, 130), (266, 30), (267, 31), (600, 40)])
+@pytest.mark.parametrize(
+    "height, width", [(11, 11), (12, 40), (58, 30), (59, 31), (97, 130), (266, 30), (267, 31), (600, 40)]
+)
 @pytest.mark.parametrize("kind", ["noise", "smooth", "flat", "white on black"])
 def test_ssim_is_scikit_images(kind, height, width):
     """Of noise, of pictures where variances nearly cancel, and at the ends of the range."""
@@ -81,6 +84,15 @@ def test_ssim_is_scikit_images(kind, height, width):
     assert result["ssim_rgb"] == pytest.approx(expected, abs=1e-10)
     expected = structural_similarity(luma(output), luma(target), **options)
     assert result["ssim_y"] == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 256, 1000])
+def test_the_height_of_the_bands_changes_nothing_but_rounding(rows, monkeypatch):
+    target = picture(5, 300, 50)
+    output = np.clip(target + np.random.default_rng(6).normal(0, 20, target.shape), 0, 255).astype(np.uint8)
+    expected = score(output, target)
+    monkeypatch.setattr(metrics, "BAND", rows)
+    assert score(output, target) == pytest.approx(expected, abs=1e-14)
 
 
 def test_fixed_numbers():
