@@ -78,10 +78,12 @@ def find_training(paths, clean_sides=(), say=lambda line: None):
 
 
 def _misfit(scene):
+    """What `check_sizes` refuses in the scene, or None."""
     try:
         check_sizes(scene)
     except UserError as error:
         return str(error)
+    return None
 
 
 # --- scenes to arrays ---------------------------------------------------------------------------------------
