@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import model_train
 import test_view
 from genotypes import BRANCHES, MODULES, PRIMITIVES, Genotype
-from support import command
+from support import command, experiment
 from support.images import write_image
 
 ROOT = Path(__file__).parents[1]
@@ -70,11 +70,20 @@ def write_scenes(folder, count, suffix=".png", first=100):
 
 @contextmanager
 def session():
-    """What a training script changes in its process, its log and the signals that stop it, is put back."""
+    """What a training script changes in its process, its log and the signals that stop it, is put back; its
+    events end there, else their thread would write on into a folder of that name in another test.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    opened, open_writer = [], experiment.open_writer
     try:
-        yield
+        with mock.patch.object(
+            experiment, "open_writer", lambda *of: opened.append(open_writer(*of)) or opened[-1]
+        ):
+            yield
     finally:
+        for writer in opened:
+            with suppress(OSError):  # as where a test has taken the run's folder away
+                writer.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         threading.excepthook = threading.__excepthook__

@@ -27,7 +27,7 @@ from support import command, devices, experiment, options, runs
 from support.errors import Interrupted, UserError
 from support.experiment import Experiment
 from support.logs import FileHandler
-from tests.made import ROOT, scalars
+from tests.made import ROOT, scalars, session
 
 
 def parser():
@@ -802,6 +802,15 @@ def test_a_run_that_is_refused_lets_go_of_its_folder(folder, monkeypatch):
     with pytest.raises(UserError, match="--seed 5") as kept:
         resumed("--resume", "run", "--seed", "5")
     assert kept.value.__traceback__ is not None and [lock.closed for lock in locks] == [True]
+
+
+def test_the_events_of_a_run_that_a_test_leaves_open_end_with_the_test(tmp_path, monkeypatch):
+    """Else their thread would write on into the folder of that name in the next one."""
+    monkeypatch.chdir(tmp_path)
+    threads = threading.active_count()
+    with session():
+        begun()
+    assert threading.active_count() == threads
 
 
 def test_errors_in_a_users_own_threads_go_to_the_users_hook(folder, monkeypatch):
