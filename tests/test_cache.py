@@ -625,10 +625,16 @@ def test_a_disk_that_is_full_in_mid_write_is_one_line_and_leaves_nothing(tmp_pat
 
 @pytest.fixture
 def public():
-    """A folder that other users can enter."""
-    with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o755)
-        yield Path(name)
+    """A folder that other users can enter, and whose files they can read."""
+    before = os.umask(0o022)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            if not all(parent.stat().st_mode & 0o001 for parent in Path(name).resolve().parents):
+                pytest.skip("no other user can enter TMPDIR")
+            os.chmod(name, 0o755)
+            yield Path(name)
+    finally:
+        os.umask(before)
 
 
 def as_nobody(folder, sender):
@@ -651,6 +657,7 @@ def test_a_read_only_folder_is_named_with_the_way_out_and_its_cache_is_used(publ
         receiver, sender = multiprocessing.Pipe(duplex=False)
         process = multiprocessing.get_context("fork").Process(target=as_nobody, args=(folder, sender))
         process.start()
+        sender.close()  # or recv() would wait for ever, should that process fail
         process.join()
         folder.chmod(0o755)
         return receiver.recv()
