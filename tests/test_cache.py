@@ -181,7 +181,7 @@ def test_a_run_is_the_same_with_and_without_and_resumed(folder, script, flags, d
     write_scenes(folder / "scenes", 3)
     write_pairs(folder / "pairs", 3)
     genotypes.write_json(random_genotype(0), folder / "genotype.json")
-    shutil.copy(ROOT / "genotypes.py", folder)
+    shutil.copyfile(ROOT / "genotypes.py", folder / "genotypes.py")
     monkeypatch.setattr(genotypes, "FILE", folder / "genotypes.py")
     flags += " --data scenes pairs --clean_side right left --patch_size 16 --batch_size 1 --workers 0"
     flags += " --val_scenes 1 --device cpu --channels 2 2 2 2"

@@ -60,7 +60,7 @@ def prepare(folder):
     write_scenes(folder / "scenes", 6)
     write_pairs(folder / "pairs", 6)
     genotypes.write_json(random_genotype(0), folder / "genotype.json")
-    shutil.copy(ROOT / "genotypes.py", folder / "vocabulary.py")
+    shutil.copyfile(ROOT / "genotypes.py", folder / "vocabulary.py")
 
 
 @pytest.fixture(scope="module")

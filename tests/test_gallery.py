@@ -112,7 +112,7 @@ def test_the_summary_has_means_by_density_and_counts_what_got_worse(tmp_path):
     gallery = fill(tmp_path, [f"{density}/{i}" for density in ("Heavy", "Light") for i in range(3)])
     rows = [entry.row for entry in gallery.entries]
     assert sum(gain(row) < 0 for row in rows) == 2  # of 6: 5/4 and 6/4 of the rain are left
-    table = re.search("<table>.*</table>", gallery.write({}).read_text()).group()
+    table = re.search("<table>.*</table>", gallery.write({}).read_text(encoding="utf-8")).group()
     lines = [re.sub(r"(<[^>]+>)+", " ", line).split() for line in table.split("<tr>")[1:]]
     by_name = {line[0]: line for line in lines}
     assert list(by_name)[1:] == ["Heavy", "Light", "all"]
@@ -347,7 +347,8 @@ setTimeout(() => {
 
 def in_browser(page, script, tmp_path):
     """What the script, run in the page, leaves in a <pre> as JSON."""
-    page.write_text(page.read_text().replace("</body>", script + "</body>"))
+    text = page.read_text(encoding="utf-8").replace("</body>", script + "</body>")
+    page.write_text(text, encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-quic"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,800"]

@@ -110,7 +110,7 @@ def prepare(folder):
     write_scenes(folder / "scenes", 6)
     write_pairs(folder / "pairs", 6)
     genotypes.write_json(random_genotype(0), folder / "genotype.json")
-    shutil.copy(ROOT / "genotypes.py", folder)
+    shutil.copyfile(ROOT / "genotypes.py", folder / "genotypes.py")
     return folder
 
 
@@ -239,8 +239,9 @@ def hold(folder, pipe):
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_a_folder_in_which_another_process_runs_is_refused(processes, stage, folder):
+def test_a_folder_in_which_another_process_runs_is_refused(processes, stage, folder, monkeypatch):
     prepare(folder)
+    monkeypatch.setattr(genotypes, "FILE", folder / "genotypes.py")
     (folder / "run").mkdir()
     here, there = processes.Pipe()
     other = processes.Process(target=hold, args=(folder / "run", there))

@@ -59,7 +59,7 @@ def use_copy(monkeypatch, folder):
     """Let genotypes be appended to a copy, so that the repository's own file stays as it is."""
     copy = folder / "vocabulary" / "genotypes.py"
     copy.parent.mkdir()
-    shutil.copy(ROOT / "genotypes.py", copy)
+    shutil.copyfile(ROOT / "genotypes.py", copy)
     monkeypatch.setattr(genotypes, "FILE", copy)
     return copy
 
