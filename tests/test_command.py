@@ -304,8 +304,8 @@ def unread():
         yield stream
 
 
-def test_what_nobody_reads_any_more_is_no_error(unread, monkeypatch, capsys):
-    """As of `| head`."""
+def test_what_nobody_reads_any_more_is_no_error(unread, capsys, monkeypatch):
+    """As of `| head`. capsys comes first: with -s stdout would be left as its closed stream."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setattr(sys, "stdout", unread)
     with pytest.raises(SystemExit) as stop:
