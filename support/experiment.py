@@ -471,7 +471,9 @@ class Experiment:
             why = no_compiler(self.device)
         if why:
             log.warning("--compile: %s; the run goes on without it", why)
-        elif self.kind == "eval":
+            return
+        log.info("compiled in the first step, which takes minutes")
+        if self.kind == "eval":
             compile_network(net, self.device)
         else:
             compile_edges(net)

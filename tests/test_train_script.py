@@ -429,6 +429,7 @@ def test_of_a_training_on_a_cpu_the_attention_modules_are_compiled(data, monkeyp
     train(f"{PAIRS} {ONE_STEP} --save run --compile")
     assert {type(module) for module in compiled} == {AttentionModule}
     assert len(compiled) == sum(BRANCHES)
+    assert Path("run", "log.txt").read_text().count("compiled in the first step, which takes minutes\n") == 1
 
 
 # --- stopped and resumed ---
