@@ -191,7 +191,8 @@ def macs_by_hooks(net, size):
         nonlocal total
         total += output.numel() * (conv.in_channels // conv.groups) * math.prod(conv.kernel_size)
 
-    hooks = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d)
+    hooks = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, convolutions)]
     with torch.no_grad():
         net.eval()(torch.zeros(1, 3, size, size))
     for hook in hooks:
