@@ -1277,3 +1277,11 @@ def test_a_pair_under_11_pixels_wide_is_refused_as_a_low_one_is(tmp_path):
             write_image(tmp_path / name / f"{i}.png", photograph(i, 40, 10 if i == 1 else 40))
     with pytest.raises(UserError, match="1.png: 10x40 pixels; training images need at least 11x11"):
         find_training([tmp_path])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_what_is_neither_a_picture_nor_a_folder_is_refused(tmp_path):
+    """Opened, it would be waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: neither a picture nor a folder that can be read"):
+        find(tmp_path / "pipe")

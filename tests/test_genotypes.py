@@ -71,6 +71,12 @@ def test_malformed_genotype_is_refused_by_entry(change, words, tmp_path):
         genotypes.find(str(path))
 
 
+def test_a_file_without_a_genotype_is_said_where_the_newest_is_wanted(monkeypatch):
+    monkeypatch.setattr(genotypes, "named", dict)
+    with pytest.raises(GenotypeError, match="holds no genotype yet; search for one, or give --arch"):
+        genotypes.find()
+
+
 def test_unknown_name_and_file_are_refused(tmp_path):
     with pytest.raises(GenotypeError, match=r"no_such: no such genotype in genotypes\.py \(newest: "):
         genotypes.find("no_such")

@@ -429,6 +429,12 @@ def test_tiles_off_the_grid_are_refused_with_what_is_allowed(flags):
         restore(Darken().eval(), picture(16, 16), **flags)
 
 
+@pytest.mark.parametrize("self_ensemble", [3, None])
+def test_another_self_ensemble_is_refused_with_what_is_allowed(self_ensemble):
+    with pytest.raises(ValueError, match=rf"^self_ensemble is {self_ensemble}; one of .*4.* is allowed"):
+        restore(Darken().eval(), picture(16, 16), self_ensemble=self_ensemble)
+
+
 def test_a_smaller_copy_is_the_mean_of_its_pixels():
     class Seen(nn.Module):
         def forward(self, x):
