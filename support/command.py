@@ -233,8 +233,8 @@ def _lost_worker(error, usage):
     """One line on a process of the loader that was killed, mostly for want of memory."""
     what = str(error).partition(". ")[0].rstrip(".")
     again = "; to go on from what was saved, use --resume" if "--resume" in usage else ""
-    why = "as happens where memory or /dev/shm is full, or too many files are open (ulimit -n)"
-    return f"{what}, {why}; fewer --workers need less{again}"
+    full = "memory or /dev/shm is full, too many files are open (ulimit -n), or TMPDIR is a long path"
+    return f"{what}, as happens where {full}; fewer --workers need less{again}"
 
 
 def _full_disk(error):

@@ -386,8 +386,8 @@ def test_a_loader_process_that_is_killed_is_one_line(capsys, monkeypatch):
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
         r"train\.py: error: DataLoader worker \(pid\W.*\d\)? .*, as happens where memory or "
-        r"/dev/shm is full, or too many files are open \(ulimit -n\); fewer --workers need less; "
-        r"to go on from what was saved, use --resume",
+        r"/dev/shm is full, too many files are open \(ulimit -n\), or TMPDIR is a long path; fewer "
+        r"--workers need less; to go on from what was saved, use --resume",
         line,
     )
 
