@@ -506,9 +506,12 @@ def test_a_tiff_with_a_damaged_strip_is_refused(tmp_path):
     refused(tmp_path / "x.tif", "damaged", (load, read_image))
 
 
-def test_a_tiff_whose_width_is_text_is_refused(tmp_path):
+@pytest.mark.parametrize("kind, width", [(2, struct.pack("<I", 53)), (11, struct.pack("<f", 53))])
+def test_a_tiff_whose_width_is_text_or_a_fraction_is_refused(tmp_path, kind, width):
     data = encoded(noise((48, 53, 3)), "TIFF")  # 53 is the letter 5
-    (tmp_path / "x.tif").write_bytes(data.replace(struct.pack("<HH", 256, 4), struct.pack("<HH", 256, 2)))
+    whole, other = struct.pack("<HHII", 256, 4, 1, 53), struct.pack("<HHI", 256, kind, 1) + width
+    assert whole in data
+    (tmp_path / "x.tif").write_bytes(data.replace(whole, other))
     refused(tmp_path / "x.tif", "damaged")
 
 
