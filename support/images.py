@@ -351,6 +351,8 @@ def _parse_header(image: Image.Image) -> _Header:
     tags = image.tag_v2 if tiff else _exif(image)
     # Newer Pillow turns a TIFF's size; older lets a damaged one be text.
     width, height = map(operator.index, (tags[_WIDTH], tags[_HEIGHT]) if tiff else image.size)
+    if tiff and image.tile[-1][1][2:] != (width, height):  # else what has no strip or tile would be black
+        raise ValueError(f"its strips end at {image.tile[-1][1][2:]}")
     # Not counted in what will be refused: older Pillow then makes room for its pixels.
     alone = image.format in ("JPEG", "MPO") or width * height > MAX_PIXELS
     orientation = tags.get(_ORIENTATION)
@@ -444,7 +446,7 @@ def _decode(path: str | Path, data: bytes, header: _Header) -> np.ndarray:
         # OpenCV takes a spare byte of a BMP for alpha, and turns the white of 16 bits grey. In a TIFF it
         # leaves damaged strips black, without a word; and in one of 8 bits it multiplies the colours by the
         # alpha, drops the alpha of grey, and makes one up for CMYK.
-        return _decode_with_pillow(path, data, header)
+        return _decode_with_pillow(path, data)
     if header.odd:
         raise UserError(
             f"{path}: is a {header.bits}-bit TIFF with white as zero or a plane for each colour, which "
@@ -508,12 +510,9 @@ def _small(path: str | Path, data: bytes) -> np.ndarray:
         return np.asarray(image)
 
 
-def _decode_with_pillow(path: str | Path, data: bytes, header: _Header) -> np.ndarray:
+def _decode_with_pillow(path: str | Path, data: bytes) -> np.ndarray:
     with _pillow(path, "is truncated or damaged, or of a kind that Pillow lacks"):
         image = Image.open(io.BytesIO(data))  # which turns a TIFF by itself
-        end = image.tile[-1][1][2:]  # of the last strip or tile: what has none would be black
-        if end != (header.size if header.orientation >= 5 else header.size[::-1]):
-            raise ValueError(f"its strips end at {end}")
         mode = {"1": "L", "L": "L", "LA": "RGBA", "PA": "RGBA", "RGBA": "RGBA"}.get(image.mode, "RGB")
         pixels = np.asarray(image.convert(mode))
     if pixels.ndim == 2:

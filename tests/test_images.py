@@ -515,13 +515,14 @@ def test_a_tiff_whose_width_is_text_or_a_fraction_is_refused(tmp_path, kind, wid
     refused(tmp_path / "x.tif", "damaged")
 
 
-def test_a_tiff_with_fewer_strips_than_its_height_is_refused(tmp_path):
-    """Pillow leaves what has none black and says nothing."""
-    data = encoded(noise((60, 80, 3)), "TIFF")
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_with_fewer_strips_than_its_height_is_refused(tmp_path, dtype):
+    """Pillow leaves what has none black; OpenCV, which reads 16 bits, takes the file's header for it."""
+    data = encoded(noise((60, 80), dtype), "TIFF")
     taller = data.replace(struct.pack("<HHII", 257, 4, 1, 60), struct.pack("<HHII", 257, 4, 1, 90))
     assert taller != data
     (tmp_path / "x.tif").write_bytes(taller)
-    refused(tmp_path / "x.tif", "damaged", (load, read_image))
+    refused(tmp_path / "x.tif", "damaged")
 
 
 def test_natural_order_takes_digits_of_any_script(tmp_path):
