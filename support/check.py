@@ -211,7 +211,7 @@ def check(folder, found):
     """Check a folder in which `layouts.find` found `found` -> Checked."""
     with ThreadPoolExecutor(THREADS) as pool:
         looks = pool.map(lambda scene: examine(scene, folder), found.scenes)
-        looks = list(bar(looks, folder.name, len(found.scenes), "scene"))
+        looks = list(bar(looks, own_name(folder), len(found.scenes), "scene"))
     findings = [Finding(text, wrong=False) for text in (*counts(folder, found), *sizes(looks))]
     if found.unpaired:
         names = [_relative(path, folder) for path in found.unpaired]

@@ -13,7 +13,7 @@ from support.check import get_args_parser, main, match, rain_score
 from support.errors import UserError
 from support.images import read_image, write_image
 from support.rain import STYLES, make_scene
-from tests.made import HEIGHT, ROOT, WIDTH, photograph, rain_on, write_pairs, write_scenes
+from tests.made import HEIGHT, ROOT, WIDTH, photograph, rain_on, terminal, write_pairs, write_scenes
 
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not here")
@@ -76,7 +76,9 @@ def test_did_mdn_root_is_checked_as_training_and_test(tmp_path, run, monkeypatch
     assert "1,200 pairs" in report
     assert "no background of" in report
     monkeypatch.chdir(tmp_path / "DID-MDN-test")
+    shown = terminal(monkeypatch)
     assert "1,200 pairs" in run(".")[1]
+    assert "DID-MDN-test:   0%" in shown.getvalue()
     write_pairs(tmp_path / "DID-MDN-test", 1, clean_side="right", first=101)  # the training set's 1.png
     status, report = run(tmp_path)
     assert status == 1
