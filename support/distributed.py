@@ -54,7 +54,7 @@ def is_main():
 
 def bar(items=None, what=None, total=None, unit="it", leave=False):
     """A tqdm over the items: on a terminal, of the main rank alone, a progress bar."""
-    return tqdm(items, what, total, leave, unit=unit, disable=None if is_main() else True)
+    return tqdm(items, what, total, leave, unit=unit, disable=None if is_main() and sys.stderr else True)
 
 
 def start():

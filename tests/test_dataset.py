@@ -815,6 +815,12 @@ def test_the_parts_are_50_45_and_5_percent_but_at_least_one_each(count, sizes, p
     )
 
 
+def test_a_data_set_is_read_where_there_is_no_standard_error(tmp_path, monkeypatch):
+    """As in a service, or under pythonw."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert split(find_training([write_pairs(tmp_path / "set", 5)], ["left"]))
+
+
 @pytest.mark.parametrize("main", (True, False))
 def test_a_terminal_shows_how_far_the_files_of_a_new_run_are_read(tmp_path, monkeypatch, main):
     shown = terminal(monkeypatch)
