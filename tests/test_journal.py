@@ -86,7 +86,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(pictures, monkeypatch, numb
         assert view(f"{pictures} --result_path out") == 130
     assert len(content("out")["results.csv"]) == 4
     with open("out/.done.0.jsonl", "ab") as journal:
-        journal.write(b'\n\xff\n3\n{"entry": 3}\n' + b"[" * 10**5)  # what a power cut may leave
+        journal.write(b'\n\xff\n3\n{"entry": 3}\n{"entry": [{"name": 3}, "", [], [], [], 3]}\n')
+        journal.write(b"[" * 10**5)  # what a power cut may leave
         journal.write(b'\n{"key": "cut o')  # it was killed while it wrote
     before = {file: file.stat().st_mtime_ns for file in Path("out").rglob("*.png")}
     restored = count_restored(monkeypatch)
