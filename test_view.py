@@ -181,7 +181,7 @@ def main(args):
     failures, stopped, status = together(*outcome)
     if not distributed.is_main():
         return 0  # what follows is done once
-    done = dict(journal.done(files))
+    done = {name: entry for name, entry in journal.done(files) if os.path.exists(out / entry.file)}
     if not status and len(done) < len(files):
         lost = f"{len(files) - len(done)} of {len(files)} results are gone, or of files that have changed"
         failures, status = [f"{out}: {lost}; --skip_done restores them"], 1

@@ -336,10 +336,13 @@ def test_a_result_folder_that_turns_read_only_stops_the_run(folder, capsys, monk
     assert "stopped there, 1 of 4 pictures are done" in capsys.readouterr().err
 
 
-def test_results_that_are_removed_while_others_are_restored_are_missed(folder, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "remove", [lambda: shutil.rmtree("out"), lambda: [file.unlink() for file in Path("out").glob("*.png")]]
+)
+def test_results_that_are_removed_while_others_are_restored_are_missed(folder, remove, capsys, monkeypatch):
     write_pairs(Path("pairs"), 4)
     with monkeypatch.context() as patch:
-        patch.setattr(test_view, "restore", interrupted(3, lambda: shutil.rmtree("out")))
+        patch.setattr(test_view, "restore", interrupted(3, remove))
         assert view("--path pairs --clean_side left --result_path out") == 1
     assert "out: 2 of 4 results are gone" in capsys.readouterr().err
     assert view("--path pairs --clean_side left --result_path out --skip_done") == 0
