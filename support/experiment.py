@@ -760,14 +760,14 @@ class Experiment:
         summary = {
             "steps": self.step,
             "minutes": round(self.seconds() / 60, 1),
-            "best": for_json(self.best),
+            "best": self.best,
             "begun_with": self.begun_with,
             "skipped_steps": self.skipped,
             "left_out": self.bad,
             **summary,
         }
         if distributed.is_main():
-            text = json.dumps(summary, indent=1) + "\n"
+            text = json.dumps(for_json(summary), indent=1) + "\n"
             write_bytes(self.folder / SUMMARY, text.encode(), durable=True)
         self.writer.close()
         best = ", ".join(f"{name} {value:.4f}" for name, value in self.best.items())

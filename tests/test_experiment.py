@@ -289,12 +289,14 @@ def test_the_rate_is_known_after_some_steps_without_the_first_ones(clock, folder
     assert [*train(run, net, seconds)][-1] == 3
 
 
-def test_a_run_without_any_score_says_null_for_the_best(folder):
+def test_a_run_without_any_score_says_null_for_each(folder):
     run, net = begun()
+    run.begin_with(scores(*3 * [math.nan]), write_best=None)
     train(run, net, scores_of=lambda epoch: scores(*3 * [math.nan]))
-    run.finish()
+    run.finish(validation_psnr={"chosen": math.nan})
     found = json.loads(Path("run", "summary.json").read_text(), parse_constant=pytest.fail)
-    assert found["best"] == {"psnr": None, "ssim": None, "loss": None}
+    assert found["best"] == found["begun_with"] == {"psnr": None, "ssim": None, "loss": None}
+    assert found["validation_psnr"] == {"chosen": None}
 
 
 def test_the_last_rate_is_not_above_the_first(folder):
