@@ -512,7 +512,7 @@ def _small(path: str | Path, data: bytes) -> np.ndarray:
 
 def _decode_with_pillow(path: str | Path, data: bytes) -> np.ndarray:
     with _pillow(path, "is truncated or damaged, or of a kind that Pillow lacks"):
-        image = Image.open(io.BytesIO(data))  # which turns a TIFF by itself
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)  # which turns a TIFF by itself
         mode = {"1": "L", "L": "L", "LA": "RGBA", "PA": "RGBA", "RGBA": "RGBA"}.get(image.mode, "RGB")
         pixels = np.asarray(image.convert(mode))
     if pixels.ndim == 2:

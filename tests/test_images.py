@@ -565,6 +565,16 @@ def test_absurd_sizes_are_refused_from_the_header(tmp_path):
     refused(tmp_path / "bomb.tif", "1073741824x48 pixels")
 
 
+def test_a_tiff_that_is_another_format_as_well_is_read_as_the_tiff_whose_header_was_checked(tmp_path):
+    picture = smooth()[..., 0]
+    other = b"Name: x\r\nImage type: Greyscale image\r\nImage size (x*y): 64*48\r\n\x1a"  # Pillow's IM format
+    file = io.BytesIO()
+    file.write(struct.pack("<4sI", b"II*\0", 4096) + other + bytes(4096 - 8 - len(other)))
+    Image.fromarray(picture).save(file, "TIFF")
+    (tmp_path / "x.tif").write_bytes(file.getvalue())
+    assert np.array_equal(load(tmp_path / "x.tif").rgb[..., 0], picture)
+
+
 def test_the_bound_on_pixels_is_exact(tmp_path, monkeypatch):
     write_image(tmp_path / "x.png", smooth(40, 50))
     monkeypatch.setattr(images, "MAX_PIXELS", 2000)
