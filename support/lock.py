@@ -21,7 +21,7 @@ def lock_folder(folder, name, flag, owner):
     two owners in one process the first that goes takes the lock of both along.
     """
     try:
-        handle = (folder / name).open("w")
+        handle = (folder / name).open("a")
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be written: {error.strerror}") from None
     try:

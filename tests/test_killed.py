@@ -273,3 +273,9 @@ def test_where_files_cannot_be_locked_a_run_goes_on_without(tmp_path, monkeypatc
     refusing(errno.EIO)
     with pytest.raises(OSError, match="no"):
         lock.lock_folder(tmp_path, "run.lock", "--save", sys)
+
+
+def test_what_another_program_wrote_to_a_file_of_that_name_stays(tmp_path):
+    (tmp_path / "run.lock").write_text("4711")
+    lock_folder(tmp_path, "run.lock", "--save", sys).close()
+    assert (tmp_path / "run.lock").read_text() == "4711"
