@@ -260,7 +260,7 @@ def _report(parser, text, status):
 
 def _one_line(text):
     """A text as one line: flags and file names in it may hold line ends, or bytes that are no text."""
-    return " ".join(text.encode(errors="backslashreplace").decode().split())
+    return " ".join(text.encode(errors="backslashreplace").decode().splitlines())
 
 
 def announce_demo(missing, flag):

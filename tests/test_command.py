@@ -175,6 +175,17 @@ def test_a_users_mistake_is_one_line_and_status_2_and_a_stop_130(capsys, monkeyp
     assert parted == [2, 2, 2, 130]
 
 
+def test_a_name_with_spaces_in_a_row_is_told_as_it_is_one_with_a_line_end_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def main(args):
+        raise UserError("a  b.png: bad\nc.png")
+
+    with pytest.raises(SystemExit):
+        command.run(main, command.Parser(prog="train.py"))
+    assert capsys.readouterr().err == "train.py: error: a  b.png: bad c.png\n"
+
+
 @pytest.mark.parametrize("script", ["search", "train"])
 def test_folders_given_in_turn_are_all_taken(script):
     parser = SCRIPTS[script].get_args_parser()
