@@ -45,7 +45,8 @@ NAME = "decoded.cache"
 # Where the index begins, its checksum, a number that no other cache file has, and what wrote it: another
 # version of a decoder may give other pixels.
 _TAIL = struct.Struct("<QI16s16s")
-_WRITER = hashlib.md5(f"2, OpenCV {cv2.__version__}, Pillow {PIL.__version__}".encode()).digest()
+_VERSIONS = f"2, OpenCV {cv2.__version__}, Pillow {PIL.__version__}"
+_WRITER = hashlib.md5(_VERSIONS.encode(), usedforsecurity=False).digest()  # else FIPS mode forbids it
 
 
 class Kept(NamedTuple):

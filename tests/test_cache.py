@@ -1,6 +1,7 @@
 """--cache: the same batches without decoding; what is stale, damaged or half written is never used."""
 
 import contextlib
+import hashlib
 import importlib.util
 import multiprocessing
 import os
@@ -420,13 +421,28 @@ def test_what_another_version_of_a_decoder_wrote_is_made_anew(tmp_path, decoded,
     assert len(decoded) == 6
 
 
-@pytest.mark.parametrize("decoder", [cv2, PIL])
-def test_the_decoders_versions_are_in_the_cache(monkeypatch, decoder):
-    monkeypatch.setattr(decoder, "__version__", "0.1")
+def imported_anew():
     spec = importlib.util.spec_from_file_location("another", caching.__file__)
     another = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(another)
-    assert another._WRITER != caching._WRITER
+    return another
+
+
+@pytest.mark.parametrize("decoder", [cv2, PIL])
+def test_the_decoders_versions_are_in_the_cache(monkeypatch, decoder):
+    monkeypatch.setattr(decoder, "__version__", "0.1")
+    assert imported_anew()._WRITER != caching._WRITER
+
+
+def test_it_is_imported_where_the_system_forbids_md5_for_security(monkeypatch):
+    """As in FIPS mode. The scripts import it, whether or not --cache is given."""
+
+    def md5(data, usedforsecurity=True, of=hashlib.md5):
+        assert not usedforsecurity, "unsupported"
+        return of(data)
+
+    monkeypatch.setattr(hashlib, "md5", md5)
+    assert imported_anew()._WRITER == caching._WRITER
 
 
 def test_a_file_that_took_the_place_of_the_cache_is_not_taken_for_it(tmp_path, decoded):
