@@ -179,7 +179,8 @@ def train(run):
                     module.eval()
         for step in run.steps(epoch):
             warm = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
-            optimizer.param_groups[0]["lr"] = warm * run.cosine(args.learning_rate, args.learning_rate_min)
+            for group in optimizer.param_groups:
+                group["lr"] = warm * run.cosine(args.learning_rate, args.learning_rate_min)
             batch = run.next_batch(batches)
             training_loss = backward(batch)
             run.average_statistics()

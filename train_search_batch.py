@@ -202,7 +202,8 @@ def search(run):
             break
         net.train()
         for _ in run.steps(epoch):
-            optimizer.param_groups[0]["lr"] = run.cosine(args.learning_rate, args.learning_rate_min)
+            for group in optimizer.param_groups:
+                group["lr"] = run.cosine(args.learning_rate, args.learning_rate_min)
             batch = run.next_batch(weight_batches)
             if run.has_begun("arch_start"):
                 arch_batch = run.next_batch(arch_batches)

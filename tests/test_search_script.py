@@ -298,6 +298,19 @@ def test_the_optimizers_are_the_papers_with_the_rates_and_decays_of_the_flags():
         assert [*map(id, group["params"])] == [*map(id, parameters)]
 
 
+def test_each_group_of_an_optimizer_of_ones_own_has_the_schedules_rate(vocabulary, monkeypatch):
+    def in_two_groups(net, args):
+        *others, last = net.weights()
+        weights = torch.optim.SGD([{"params": others}, {"params": [last], "weight_decay": 0}], 1.0)
+        return weights, torch.optim.Adam(net.architecture())
+
+    monkeypatch.setattr(train_search_batch, "make_optimizers", in_two_groups)
+    write_pairs(Path("pairs"), 3)
+    search(f"--data pairs --clean_side left {ONE_STEP} --learning_rate 0.004 --name found --save run")
+    groups = state("run")["parts"]["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [0.004, 0.004]
+
+
 def test_the_penalty_is_the_weighted_sum_of_its_terms():
     net = SearchNetwork(CHANNELS)
 

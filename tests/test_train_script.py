@@ -231,6 +231,17 @@ def test_after_the_warmup_the_rate_is_the_cosines(data):
     assert [value for _, value in scalars("run")["learning_rate"]] == pytest.approx([0.001, 0.001])
 
 
+def test_each_group_of_an_optimizer_of_ones_own_has_the_schedules_rate(data, monkeypatch):
+    def in_two_groups(net, args):
+        *others, last = net.parameters()
+        return torch.optim.SGD([{"params": others}, {"params": [last], "weight_decay": 0}], 1.0)
+
+    monkeypatch.setattr(train_model_batch, "make_optimizer", in_two_groups)
+    train(f"{PAIRS} {ONE_STEP} --warmup_steps 4 --learning_rate 0.004 --save run")
+    groups = state("run")["parts"]["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([0.001, 0.001])
+
+
 def test_warmup_begins_with_small_steps(data):
     train(f"{PAIRS} {TINY} --warmup_steps 4 --learning_rate_min 0.001 --save run")
     assert [value for _, value in scalars("run")["learning_rate"]] == pytest.approx([0.0005, 0.001])
