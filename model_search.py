@@ -186,7 +186,7 @@ def strongest_edges(beta):
     """The operation names of one attention module's three edges from its 3x9 softmaxed beta."""
     names = [PRIMITIVES[i] for i in beta.argmax(-1)]
     others = beta.clone()
-    others[:, PRIMITIVES.index("none")] = -1
+    others[:, [name == "none" for name in PRIMITIVES]] = -1  # a search space need not have it
     for edges in NODE_EDGES:
         if all(names[edge] == "none" for edge in edges):
             best = max(edges, key=lambda edge: others[edge].max())

@@ -144,6 +144,14 @@ def test_edge_whose_best_is_none_is_dropped_but_a_node_keeps_its_best_edge():
     assert strongest_edges(beta) == ("SE", "SE", "none")
 
 
+def test_a_search_space_without_none_has_a_genotype(monkeypatch):
+    net = SearchNetwork(SMALL)
+    monkeypatch.setattr("model_search.PRIMITIVES", PRIMITIVES[1:])
+    net.beta = torch.nn.Parameter(net.beta.detach()[:, 1:])
+    strongest = [PRIMITIVES[1:][i] for i in net.beta.argmax(-1)]
+    assert [name for cell in net.genotype().attention for edges in cell for name in edges] == strongest
+
+
 def test_the_edge_that_a_node_keeps_is_the_most_probable_one_and_not_that_of_the_largest_beta():
     net = SearchNetwork(SMALL)
     net.beta.detach().zero_()
