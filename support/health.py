@@ -103,7 +103,7 @@ class Health:
             self.collapse = f"beta's entropy has stood still for {WINDOW} epochs with its choices undecided"
             self.healthy = [healthy for healthy in self.healthy if healthy <= epoch - WINDOW]
         elif weak_edges(genotype) > len(BETA_ROWS) / 2:
-            self.collapse = f"{weak_edges(genotype)} of {len(BETA_ROWS)} edges are skip_connect or none"
+            self.collapse = f"{weak_edges(genotype)} of {len(BETA_ROWS)} edges are {' or '.join(WEAK)}"
         else:
             self.healthy = [*self.healthy, epoch]
         if self.collapse and self.collapse != before:

@@ -71,6 +71,11 @@ def test_more_than_half_of_the_edges_without_computation_is_a_collapse(name):
     assert judged(moving, genotype_with(14, name)).healthy == []
 
 
+def test_an_operation_added_to_the_weak_ones_is_named_with_them(monkeypatch):
+    monkeypatch.setattr(health, "WEAK", (*health.WEAK, "CBAM"))
+    assert judged([0.9, 0.8], genotype_with(0)).collapse == "27 of 27 edges are skip_connect or none or CBAM"
+
+
 def test_an_entropy_that_stands_still_undecided_is_a_collapse_after_the_window():
     assert judged([0.9] * (WINDOW - 1)).collapse is None
     found = judged([0.9] * WINDOW)
