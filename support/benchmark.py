@@ -73,6 +73,7 @@ from support.fast import (
     no_compiler,
 )
 from support.graphs import Backward
+from support.health import WEAK
 from support.metrics import for_json
 from support.rain import write_scenes
 from support.restore import forwards
@@ -313,7 +314,7 @@ def offered_form(net):
 
 # Makers, by channels: the operations that compute something, and the other building blocks.
 KINDS = {
-    **{name: OPERATIONS[name] for name in PRIMITIVES[2:]},
+    **{name: OPERATIONS[name] for name in PRIMITIVES if name not in WEAK},
     "mixed": MixedOperation,
     "attention": lambda c: AttentionModule(
         c, [OPERATIONS[n](c // 2) for n in ("dil_conv_3x3", "CBAM", "SE")]

@@ -4,12 +4,14 @@ import argparse
 import json
 import math
 import platform
+import runpy
 from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import genotypes
 import operations
 from genotypes import PRIMITIVES
 from model_search import MixedOperation, SearchNetwork
@@ -79,6 +81,12 @@ def test_the_plain_form_evaluates_every_candidate_and_the_network_given_is_left_
 def test_the_fixed_network_measured_has_every_operation_but_none():
     names = {name for cell in benchmark.every_operation().attention for edges in cell for name in edges}
     assert names == set(PRIMITIVES) - {"none"}
+
+
+def test_every_operation_that_computes_something_is_measured_wherever_it_stands(monkeypatch):
+    monkeypatch.setattr(genotypes, "PRIMITIVES", PRIMITIVES[::-1])
+    kinds = runpy.run_path(benchmark.__file__)["KINDS"]
+    assert set(PRIMITIVES) - {*kinds} == {"none", "skip_connect"}
 
 
 def test_a_row_has_the_name_by_which_it_is_asked_for():
