@@ -23,7 +23,7 @@ from torch import nn
 from torchvision.utils import make_grid
 
 import dataset
-from model_train import RUN, CheckpointError, filled, hard_link, write_whole
+from model_train import RUN, CheckpointError, filled, hard_link, read, write_whole
 from support import distributed, layouts, runs
 from support.buffers import Buffers
 from support.cache import open_cache
@@ -243,8 +243,11 @@ class Experiment:
         try:
             return filled(make, options | {"weights": self.state["parts"]["net"]}, self.state_file)
         except CheckpointError as error:
-            previous = self.folder / PREVIOUS
-            remedy = f"; or remove that file, to go on from {previous}" if previous.exists() else ""
+            previous, remedy = self.folder / PREVIOUS, ""
+            if self.state_file != previous:
+                with suppress(CheckpointError, KeyError, TypeError):  # it fits no better where code changed
+                    filled(make, options | {"weights": read(previous)["parts"]["net"]}, previous)
+                    remedy = f"; or remove that file, to go on from {previous}"
             raise CheckpointError(f"{error}; begin a new run{remedy}") from None
 
     def _check_processes(self):

@@ -666,6 +666,18 @@ def test_a_spoiled_part_of_a_state_is_named_and_the_state_before_is_pointed_to(d
     assert state("run")["step"] == 2
 
 
+@pytest.mark.parametrize("gone", [[], ["last.pt"]])
+def test_no_state_is_to_be_removed_for_one_that_fits_no_better(data, monkeypatch, gone):
+    """Such as after an operation was changed, or added to a search's."""
+    train(f"{PAIRS} {ONE_STEP} --save run".replace("--epochs 1", "--epochs 2"))
+    for file in ("summary.json", *gone):
+        Path("run", file).unlink()
+    changed = {name: lambda c: nn.Conv2d(c, c, 1) for name in model_train.OPERATIONS}
+    monkeypatch.setattr(model_train, "OPERATIONS", changed)
+    with pytest.raises(CheckpointError, match=r"do not fit .*; and \d+ more; begin a new run$"):
+        train("--resume run")
+
+
 def test_too_many_broken_files_stop_the_run_with_its_state_saved(data, monkeypatch):
     """Where they are repaired it goes on as if nothing had been, new files in the folder, which would change
     the split, included.
