@@ -187,8 +187,8 @@ def find(arch=None, flag="--arch"):
             return arch, check(known[arch])
         except GenotypeError as error:
             raise GenotypeError(
-                f"{__file__}: {arch}: {error}; if an operation was removed, add it again, take this genotype "
-                f"out, or give another {flag}"
+                f"{__file__}: {arch}: {error}; repair it (or, if an operation was removed, add it again), "
+                f"take it out, or give another {flag}"
             ) from None
     if not arch.endswith(".json"):
         newest = ", ".join(list(known)[-5:]) or "none yet"

@@ -97,6 +97,13 @@ def test_a_genotype_of_an_operation_that_is_gone_is_named(monkeypatch):
         genotypes.find()
 
 
+def test_a_genotype_pasted_wrongly_is_to_be_repaired(monkeypatch):
+    genotype = random_genotype(3)
+    monkeypatch.setattr(genotypes, "pasted", genotype._replace(modules=genotype.modules[:2]), raising=False)
+    with pytest.raises(GenotypeError, match=r"pasted: modules has 2 cells; it must have 3; repair it "):
+        genotypes.find("pasted")
+
+
 def test_newest_is_the_last_in_the_file():
     assert genotypes.find()[0] == list(genotypes.named())[-1]
 
