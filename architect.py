@@ -123,7 +123,7 @@ class Architect:
 
     def virtual_weights(self, training_batch):
         """w' = w - xi * (mu * v + grad_w L_train + lambda * w), as leaves that require a gradient."""
-        group = self.weight_optimizer.param_groups[0]
+        (group,) = self.weight_optimizer.param_groups  # one: its rate, decay and momentum are those of all
         _, gradient = self.gradient(self.loss_at, self.weights, training_batch, self.weights)
         virtual = []
         for w, g in zip(self.weights, gradient, strict=True):

@@ -191,6 +191,15 @@ def test_virtual_step_is_the_optimizers(search):
         torch.testing.assert_close(found.detach(), stepped.detach())
 
 
+def test_an_unrolled_step_refuses_groups_of_weights_with_a_rate_or_decay_of_their_own(search):
+    net, _ = search
+    first, *others = net.weights()
+    groups = torch.optim.SGD([{"params": [first], "weight_decay": 0.0}, {"params": others}], RATE)
+    batch = make_batch(3, torch.float64)
+    with pytest.raises(ValueError, match="expected 1"):
+        architect_of(net, groups).unrolled(batch, batch)
+
+
 def test_first_order_gradient_is_that_of_the_validation_loss(search):
     net, _ = search
     net.eval()
