@@ -54,8 +54,15 @@ def as_now(options):
 
 def refuse_other_options(folder, options, given, begun):
     """UserError that names each of the flags `given` whose value differs from the one that a run was `begun`
-    with, and would change what it computes.
+    with, and would change what it computes; or what newer code has begun it with that this code does not
+    know.
     """
+    unknown = [f"--{name} {_text(value)}" for name, value in begun.items() if name not in options and value]
+    if unknown:
+        raise UserError(
+            f"{folder}: the run was begun with {', '.join(unknown)}, which this version of the code does not "
+            "have; go on with the one that began it"
+        )
     differing = [
         f"--{name} {_text(value)}: the run in {folder} was begun with {_text(begun[name])}"
         for name, value in options.items()

@@ -705,6 +705,18 @@ def test_a_run_begun_before_an_option_was_added_goes_on_with_its_default(folder)
         resumed("--resume", "run", "--split_seed", "3")
 
 
+def test_a_run_begun_with_an_option_of_newer_code_is_refused_unless_that_is_off(folder):
+    stopped(0)
+    state = torch.load("run/last.pt", weights_only=True)
+    state["options"] |= {"off": False, "weight": 0.0, "many": [], "file": None}
+    torch.save(state, "run/last.pt")
+    assert resumed("--resume", "run").step == 1
+    state["options"] |= {"hue_weight": 0.5, "tall": True}
+    torch.save(state, "run/last.pt")
+    with pytest.raises(UserError, match=r"^run: .* begun with --hue_weight 0\.5, --tall True, which"):
+        resumed("--resume", "run")
+
+
 def test_what_cannot_be_resumed_is_named(folder):
     with pytest.raises(CheckpointError, match=r"nowhere/last\.pt: no such checkpoint"):
         resumed("--resume", "nowhere")
