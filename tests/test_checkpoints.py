@@ -317,6 +317,9 @@ def test_torch_export_at_any_size_equals_the_network(exported):
     about = json.loads(about["about.json"])
     assert json.loads(about["genotype"])["modules"][0][0] == net.genotype.modules[0][0]
     assert "over 8x8" in about["usage"]
+    assert not [node for node in program.graph.nodes if "device" in node.kwargs]  # it runs on a GPU as well
+    x = torch.rand(SIZES[0])
+    torch.testing.assert_close(program.module().double()(x.double()).float(), net(x), rtol=0, atol=1e-4)
 
 
 def test_onnx_at_any_size_equals_the_network(exported):
