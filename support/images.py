@@ -659,6 +659,7 @@ class Video:
             raise UserError(
                 f"{path}: has frames of {width}x{height} pixels; at most {MAX_PIXELS} pixels can be read"
             )
+        self._check_frames()
         if self.path.suffix.lower() in (".mkv", ".webm", *_GUESSED):
             self._count()
 
@@ -666,6 +667,28 @@ class Video:
         with _quiet:
             # Not 12:30.mp4, which FFmpeg takes for a protocol.
             self.capture = cv2.VideoCapture(os.path.abspath(self.path))
+
+    def _check_frames(self):
+        """Warn where all frames are the same: OpenCV 5 fails to convert interlaced ones, and gives whatever
+        is in memory, without a word.
+        """
+        count = 0
+        with _quiet:
+            found, first = self.capture.read()
+            frame = first
+            while found and np.array_equal(first, frame):
+                count += 1
+                found, frame = self.capture.read()
+        if not found and count > 1:
+            log.warning(
+                "%s: its %d frames are all the same; if it is interlaced, OpenCV %s cannot read it: convert "
+                "it with ffmpeg -i FILM -vf yadif NEW.mp4",
+                self.path,
+                count,
+                cv2.__version__,
+            )
+        self.capture.release()
+        self._open()
 
     def _count(self):
         """Count the frames: these files have a length and a rate, and OpenCV only multiplies the two."""

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import struct
 import sys
@@ -49,6 +50,26 @@ def test_a_variable_rate_is_its_mean_and_no_frame_is_missed(tmp_path):
     (tmp_path / "cut.webm").write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(EndsEarly, match="cut.webm: ends early"):
         list(Video(tmp_path / "cut.webm"))
+
+
+def test_an_interlaced_video_is_read_or_said_not_to_be(tmp_path, caplog):
+    """OpenCV 5 gives the same garbage for each frame; older ones read it."""
+    path = tmp_path / "dvd.mpg"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MPG2"), 25, (64, 32))
+    for frame in frames(5, 32, 64):
+        writer.write(frame)
+    writer.release()
+    progressive, content = list(Video(path)), bytearray(path.read_bytes())
+    # ISO 13818-2: progressive_sequence and progressive_frame, in the extensions of kinds 1 and 8.
+    extensions = [match.end() for match in re.finditer(b"\0\0\1\xb5", content)]
+    for place in extensions:
+        kind = content[place] >> 4
+        content[place + {1: 1, 8: 4}[kind]] &= ~{1: 0x08, 8: 0x80}[kind]
+    assert len(extensions) == 6
+    path.write_bytes(content)
+    assert not caplog.messages
+    if not np.array_equal(list(Video(path)), progressive):
+        assert "dvd.mpg: its 5 frames are all the same; if it is interlaced" in caplog.text
 
 
 def test_odd_sizes_gain_a_row_and_a_column(tmp_path):
