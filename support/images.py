@@ -669,8 +669,8 @@ class Video:
             self.capture = cv2.VideoCapture(os.path.abspath(self.path))
 
     def _check_frames(self):
-        """Warn where all frames are the same: OpenCV 5 fails to convert interlaced ones, and gives whatever
-        is in memory, without a word.
+        """UserError where there is none. A warning where all are the same: OpenCV 5 fails to convert
+        interlaced ones, and gives whatever is in memory, without a word.
         """
         count = 0
         with _quiet:
@@ -679,6 +679,11 @@ class Video:
             while found and np.array_equal(first, frame):
                 count += 1
                 found, frame = self.capture.read()
+        if not count:
+            raise UserError(
+                f"{self.path}: cannot be read as a video: OpenCV {cv2.__version__} finds no frame in it, or "
+                "lacks its codec; convert it with ffmpeg -i FILM NEW.mp4"
+            )
         if not found and count > 1:
             log.warning(
                 "%s: its %d frames are all the same; if it is interlaced, OpenCV %s cannot read it: convert "
@@ -718,8 +723,6 @@ class Video:
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         self.capture.release()
         # Containers that give their length in seconds may promise a frame more than they hold.
-        if not count:
-            raise UserError(f"{self.path}: cannot be read as a video: it holds no frame")
         if count < self.frames - 1:
             if _is_cut(self.path) is False:  # what a phone trims away stays in the file
                 log.warning(

@@ -241,6 +241,15 @@ def test_what_is_no_video_is_refused(tmp_path, content):
         Video(tmp_path / "none.mp4")
 
 
+def test_a_film_of_which_no_frame_can_be_read_is_refused_at_once(tmp_path):
+    """As of a codec that OpenCV lacks, such as AV1."""
+    write_video(tmp_path / "x.avi", frames(3, 32, 48), 25)
+    content = (tmp_path / "x.avi").read_bytes()
+    (tmp_path / "x.avi").write_bytes(content[: content.index(b"movi") + 4])
+    with pytest.raises(UserError, match="x.avi: cannot be read as a video: OpenCV .* lacks its codec"):
+        Video(tmp_path / "x.avi")
+
+
 def test_formats_that_cannot_be_written_become_mp4(tmp_path):
     assert video_name("a/b.webm").as_posix() == "a/b.webm.mp4"
     assert video_name("a/b.AVI").as_posix() == "a/b.AVI"
