@@ -362,7 +362,7 @@ class ScenePatches(Dataset):
         images = augment(crop([*rainy, clean], self.patch_size, rng), rng, self.upright)
         if rng.random() < self.clean_inputs:
             images[rng.integers(len(rainy))] = images[-1]
-        tensor = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        tensor = torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
         return Patches(tensor[:-1], tensor[-1], scene, padded, bad)
 
     def read(self, draw):

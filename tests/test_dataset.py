@@ -1217,6 +1217,16 @@ def test_a_size_that_is_none_and_no_scenes_are_refused(name, size):
         next(dataset.batches([], **sizes, seed=0, device="cpu"))
 
 
+def test_a_patch_may_be_a_single_pixel(tmp_path):
+    scenes = find_training([write_pairs(tmp_path, 3)], ["left"])
+    endless = dataset.batches(scenes, patch_size=1, batch_size=3, seed=0, device="cpu")
+    for batch in islice(endless, 8):  # all flips and turns are among so many
+        assert batch.rainy.shape == batch.clean.shape == (3, 3, 1, 1)
+        for name, pixel in zip(batch.names, batch.clean[..., 0, 0], strict=True):
+            clean = read_image(tmp_path / f"{name}.png")[:, :WIDTH].reshape(-1, 3)
+            assert (clean == (255 * pixel).round().byte().numpy()).all(axis=1).any()
+
+
 def test_validation_leaves_out_what_cannot_be_read(tmp_path):
     scenes = find_training([write_pairs(tmp_path, 3)], ["left"])
     cut(tmp_path / "1.png")
