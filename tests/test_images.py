@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile  # scikit-image's
 from PIL import Image
 
 from support import images
@@ -604,6 +605,14 @@ def test_a_grey_16_bit_tiff_in_planes_has_but_one_and_is_read(tmp_path):
     grey = smooth(dtype=np.uint16)[..., 0]
     write_tiff(tmp_path / "x.tif", grey, planarconfig=2)
     assert np.array_equal(load(tmp_path / "x.tif").rgb[..., 0], grey)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_a_grey_tiff_whose_alpha_is_a_plane_of_its_own_is_not_read_as_transparent(tmp_path, compression):
+    planes = np.stack([smooth()[..., 0], np.full((48, 64), 200, np.uint8)])
+    how = {"photometric": "minisblack", "extrasamples": ["unassalpha"], "metadata": None}
+    tifffile.imwrite(tmp_path / "x.tif", planes, planarconfig="separate", compression=compression, **how)
+    refused(tmp_path / "x.tif", "of a kind that Pillow lacks", readers=(load, read_image))
 
 
 def write_tiff(path, samples, photometric=None, planarconfig=1):
