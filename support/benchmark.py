@@ -604,9 +604,12 @@ def serve(end, name, options, device, keep, plain, threads):
     devices.pick_device(str(device))  # graphs are made on the process's own GPU
     if keep:
         keep_freed_memory()
-    step = steps(name, options, device)[0 if plain else 1]
+    form = 0 if plain else 1
+    step = steps(name, options, device)[form]
     step()
     end.recv()
+    if device.type == "cuda":  # as in `measure`: a graph that is replayed allocates nothing
+        step = steps(name, options, device)[form]
     end.send(peak_memory(step, device))
     step()  # measuring that has given back what was kept
     while end.recv():

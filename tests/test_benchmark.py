@@ -5,6 +5,7 @@ import json
 import math
 import platform
 import runpy
+from functools import partial
 from itertools import count
 from types import SimpleNamespace
 
@@ -246,6 +247,17 @@ def test_a_process_of_its_own_records_its_graphs_on_the_gpu_that_is_asked_for(mo
     with pytest.raises(TypeError, match="'str' object is not callable"):  # the step is what was chosen before
         benchmark.serve(None, "training_step", None, torch.device("cuda:1"), False, False, 1)
     assert chosen == ["cuda:1"]
+
+
+def test_the_memory_of_a_recorded_step_is_that_of_its_recording_in_a_process_of_its_own_too(monkeypatch):
+    """Replayed it allocates nothing, so the table said 0 MB."""
+    asked, sent = iter([True, False]), []
+    monkeypatch.setattr(benchmark.devices, "pick_device", lambda name: None)
+    monkeypatch.setattr(benchmark, "steps", lambda *args: (None, partial(next, iter([100.0, 0.0, 0.0]))))
+    monkeypatch.setattr(benchmark, "peak_memory", lambda step, device: step())
+    end = SimpleNamespace(recv=partial(next, asked), send=sent.append)
+    benchmark.serve(end, "training_step", None, torch.device("cuda"), False, False, 1)
+    assert sent == [100.0]
 
 
 @pytest.mark.parametrize("plain", [False, True])
