@@ -513,7 +513,7 @@ def _small(path: str | Path, data: bytes) -> np.ndarray:
 def _decode_with_pillow(path: str | Path, data: bytes) -> np.ndarray:
     with _pillow(path, "is truncated or damaged, or of a kind that Pillow lacks"):
         image = Image.open(io.BytesIO(data), formats=_FORMATS)  # which turns a TIFF by itself
-        if image.mode == "LA" and image.tag_v2.get(_PLANES) == 2:
+        if image.mode in ("LA", "PA") and image.tag_v2.get(_PLANES) == 2:
             raise ValueError("Pillow leaves a plane of alpha at 0")
         mode = {"1": "L", "L": "L", "LA": "RGBA", "PA": "RGBA", "RGBA": "RGBA"}.get(image.mode, "RGB")
         pixels = np.asarray(image.convert(mode))

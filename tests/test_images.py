@@ -608,10 +608,14 @@ def test_a_grey_16_bit_tiff_in_planes_has_but_one_and_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("compression", [None, "zlib"])
-def test_a_grey_tiff_whose_alpha_is_a_plane_of_its_own_is_not_read_as_transparent(tmp_path, compression):
+@pytest.mark.parametrize("kind", [1, 3])  # grey, of a palette
+def test_a_tiff_whose_alpha_is_a_plane_of_its_own_is_not_read_as_transparent(tmp_path, compression, kind):
     planes = np.stack([smooth()[..., 0], np.full((48, 64), 200, np.uint8)])
     how = {"photometric": "minisblack", "extrasamples": ["unassalpha"], "metadata": None}
+    how["extratags"] = [(320, "H", 768, [*range(768)], True)] if kind == 3 else []
     tifffile.imwrite(tmp_path / "x.tif", planes, planarconfig="separate", compression=compression, **how)
+    with tifffile.TiffFile(tmp_path / "x.tif", mode="r+b") as tiff:
+        tiff.pages[0].tags["PhotometricInterpretation"].overwrite(kind)
     refused(tmp_path / "x.tif", "of a kind that Pillow lacks", readers=(load, read_image))
 
 
