@@ -286,7 +286,7 @@ def _lock_of(path):
 
 @contextmanager
 def _locked(path):
-    with open(_lock_of(path), "w") as handle:
+    with open(_lock_of(path), "a") as handle:
         if os.name == "posix":
             import fcntl
 

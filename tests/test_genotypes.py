@@ -117,7 +117,10 @@ def vocabulary(tmp_path):
 
 def test_append_keeps_the_file_valid_and_what_was_there(vocabulary):
     before = vocabulary.read_text(encoding="utf-8")
+    lock = vocabulary.with_suffix(".lock")
+    lock.write_text("another program's")
     genotypes.append("found", random_genotype(3), "data;\nseed 3", vocabulary)
+    assert lock.read_text() == "another program's"
     after = vocabulary.read_text(encoding="utf-8")
     assert after.startswith(before.rstrip("\n"))
     assert "# data; seed 3\nfound = Genotype(" in after
