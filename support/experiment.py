@@ -244,10 +244,9 @@ class Experiment:
             return filled(make, options | {"weights": self.state["parts"]["net"]}, self.state_file)
         except CheckpointError as error:
             previous, remedy = self.folder / PREVIOUS, ""
-            if self.state_file != previous:
-                with suppress(CheckpointError, KeyError, TypeError):  # it fits no better where code changed
-                    filled(make, options | {"weights": read(previous)["parts"]["net"]}, previous)
-                    remedy = f"; or remove that file, to go on from {previous}"
+            with suppress(CheckpointError, KeyError, TypeError):  # it fits no better where code changed
+                filled(make, options | {"weights": read(previous)["parts"]["net"]}, previous)
+                remedy = f"; or remove that file, to go on from {previous}"
             raise CheckpointError(f"{error}; begin a new run{remedy}") from None
 
     def _check_processes(self):

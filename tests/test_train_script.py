@@ -676,6 +676,10 @@ def test_no_state_is_to_be_removed_for_one_that_fits_no_better(data, monkeypatch
     monkeypatch.setattr(model_train, "OPERATIONS", changed)
     with pytest.raises(CheckpointError, match=r"do not fit .*; and \d+ more; begin a new run$"):
         train("--resume run")
+    for damaged in () if gone else ({}, {"parts": None}):
+        torch.save(damaged, "run/last.prev.pt")
+        with pytest.raises(CheckpointError, match=r"do not fit .*; and \d+ more; begin a new run$"):
+            train("--resume run")
 
 
 def test_too_many_broken_files_stop_the_run_with_its_state_saved(data, monkeypatch):
