@@ -34,7 +34,7 @@ class Architect:
     loss: loss(forward, batch) -> scalar, where forward(x) is the network's output; all batches are those of
         `dataset.Batch`.
     penalty: penalty() -> scalar on alpha and beta alone, added to L_val (regulariser, complexity).
-    weight_optimizer: the SGD of the weights, for the unrolled step; None means first order.
+    weight_optimizer: the SGD of the weights, in one group, for the unrolled step; None means first order.
     batch_statistics: BatchNorm normalises by the batch in this step; else by its running statistics, as the
         released code does. Neither changes the running statistics.
     parts: every gradient is summed over this many parts of a batch (`Batch.parts`), to need less memory.

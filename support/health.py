@@ -3,7 +3,7 @@ changed in it, and whether the search has collapsed.
 
 A search is called collapsed when
 
-- more than half of the derived genotype's edges are `skip_connect` or `none`, or
+- more than half of the derived genotype's edges compute nothing (`WEAK`), or
 - its entropy is frozen: in the last `WINDOW` epochs of architecture steps the mean entropy of beta's rows
   moved by no more than the share `STILL` of its distance from the largest possible, while the choices are
   undecided: the mean margin of beta's rows is under `UNDECIDED`. (A share of that distance, since entropy

@@ -93,8 +93,8 @@ def load(path: str | Path) -> Picture:
 
     Raises:
         UserError: one line naming the file, if it is missing, empty, not an image, truncated, damaged, has
-            more than `MAX_PIXELS` pixels, has other than 8 or 16 bits a channel, or is a 16-bit TIFF that
-            OpenCV misreads.
+            more than `MAX_PIXELS` pixels, has other than 8 or 16 bits a channel, or is a TIFF that OpenCV
+            or Pillow misreads.
     """
     data, header = _open(path)
     if header.frames > 1:
