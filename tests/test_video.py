@@ -72,6 +72,14 @@ def test_an_interlaced_video_is_read_or_said_not_to_be(tmp_path, caplog):
         assert "dvd.mpg: its 5 frames are all the same; if it is interlaced" in caplog.text
 
 
+def test_a_single_frame_and_a_still_beginning_are_no_sign_of_an_interlaced_video(tmp_path, caplog):
+    first, last = frames(2, 32, 64)
+    for written in ([first], [first, first, last]):
+        write_video(tmp_path / "still.avi", written, 25)
+        assert len(list(Video(tmp_path / "still.avi"))) == len(written)
+    assert not caplog.messages
+
+
 def test_odd_sizes_gain_a_row_and_a_column(tmp_path):
     write_video(tmp_path / "odd.avi", frames(3, 47, 65), 25)
     assert Video(tmp_path / "odd.avi").size == (48, 66)
